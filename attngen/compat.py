@@ -1,0 +1,67 @@
+"""Every private or moving name of torch and triton that attngen uses, in one place.
+
+Tested on the oldest and the newest supported release of each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy as sp
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import tracing
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.functions import FloorDiv
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "FloorDiv",
+    "INLINED_BODIES",
+    "ShapeEnv",
+    "enable_python_dispatcher",
+    "enter_autocast",
+    "exit_autocast",
+    "get_proxy_mode",
+    "make_fx",
+    "size_expr",
+    "storage_of",
+    "traced_node",
+    "tracing",
+]
+
+enter_autocast, exit_autocast = _enter_autocast, _exit_autocast
+
+# Higher-order operators that run their first argument, a graph, on the rest of their arguments and change nothing else.
+INLINED_BODIES = tuple(
+    getattr(torch.ops.higher_order, name)
+    for name in ("tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap")
+    if hasattr(torch.ops.higher_order, name)
+)
+
+
+def size_expr(size: Any) -> sp.Expr:
+    """A size as a sympy expression: a number for an int, the symbol for a SymInt. Adds no guard."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sp.Integer(size)
+
+
+def traced_node(value: Any) -> fx.Node | None:
+    """The node that ``value`` is the result of in the graph being traced, if it is traced."""
+    mode = get_proxy_mode()
+    if mode is None or not isinstance(value, (torch.Tensor, torch.SymInt)):
+        return None
+    proxy = get_proxy_slot(value, mode.tracer, None)
+    proxy = getattr(proxy, "proxy", proxy)  # tensors keep a record around the proxy
+    if callable(proxy) and not hasattr(proxy, "node"):  # SymInts keep a thunk
+        proxy = proxy()
+    return getattr(proxy, "node", None)
+
+
+def storage_of(value: torch.Tensor) -> int:
+    """A number equal for tensors that share memory (fake tensors share storages as real ones do)."""
+    return value.untyped_storage()._cdata

@@ -1,0 +1,149 @@
+"""Evaluate an expression of the algebra with torch: the reference meaning of every node.
+
+Axes are bound to integer tensors that broadcast against each other (one leading dimension per bound axis of a sum), so
+the same code gives one block of scores, a whole table, or every element of a small tensor. Differentiable where torch is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import reduce
+from typing import Any
+
+import sympy as sp
+import torch
+from torch import Tensor
+
+from attngen.algebra import Const, Dot, Expr, Int, Load, Op, Reduce
+from attngen.compat import FloorDiv
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "div_or_zero": lambda a, b: torch.where(b == 0, torch.zeros_like(a), a / b),
+    "floordiv": lambda a, b: torch.div(a, b, rounding_mode="floor"),
+    "mod": torch.remainder,
+    "neg": torch.neg,
+    "abs": torch.abs,
+    "min": torch.minimum,
+    "max": torch.maximum,
+    "pow": torch.pow,
+    "exp": torch.exp,
+    "exp2": torch.exp2,
+    "log": torch.log,
+    "log2": torch.log2,
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "erf": torch.erf,
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "floor": torch.floor,
+    "lt": torch.lt,
+    "le": torch.le,
+    "gt": torch.gt,
+    "ge": torch.ge,
+    "eq": torch.eq,
+    "ne": torch.ne,
+    "and": lambda *a: reduce(torch.logical_and, a),
+    "or": lambda *a: reduce(torch.logical_or, a),
+    "not": torch.logical_not,
+    "isnan": torch.isnan,
+    "where": torch.where,
+    "trunc": lambda x: x.to(torch.int64),
+}
+
+
+class Evaluator:
+    """Evaluates expressions at given positions.
+
+    ``positions`` binds axes and sizes to integer tensors or ints; ``load`` gives the tensor behind a ``Load``;
+    ``dot`` gives the value of a contraction (by default it is summed up element by element).
+    """
+
+    def __init__(
+        self,
+        positions: Mapping[sp.Symbol, Tensor | int],
+        load: Callable[[Any], Tensor],
+        *,
+        dot: Callable[[Dot], Tensor] | None = None,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._positions = dict(positions)
+        self._load = load
+        self._dot = dot
+        self._dtype = dtype
+        self._device = torch.device(device)
+        self._memo: dict[Expr, Tensor] = {}
+
+    def __call__(self, expr: Expr) -> Tensor:
+        if expr not in self._memo:
+            self._memo[expr] = self._evaluate(expr)
+        return self._memo[expr]
+
+    def _evaluate(self, expr: Expr) -> Tensor:
+        if isinstance(expr, Int):
+            return torch.as_tensor(self.integer(expr.value), device=self._device)
+        if isinstance(expr, Const):
+            dtype = torch.bool if expr.kind == "bool" else self._dtype
+            return torch.tensor(expr.value, dtype=dtype, device=self._device)
+        if isinstance(expr, Load):
+            return self._loaded(expr)
+        if isinstance(expr, Dot):
+            return self._contraction(expr)
+        if isinstance(expr, Reduce):
+            values = self._unrolled(expr.axis)(expr.body)
+            values = torch.broadcast_to(values, (int(expr.axis.extent), *values.shape[1:]))
+            return values.sum(0) if expr.name == "sum" else values.amax(0)
+        assert isinstance(expr, Op), expr
+        args = [self(arg) for arg in expr.args]
+        if expr.name == "float":
+            return args[0].to(self._dtype)
+        return FUNCTIONS[expr.name](*args)  # type: ignore[no-any-return]
+
+    def _loaded(self, expr: Load) -> Tensor:
+        tensor = self._load(expr.source)
+        # A branch that is not selected may look outside the tensor; what it reads there never counts.
+        places = tuple(self(p).clamp(0, max(n - 1, 0)) for p, n in zip(expr.index, tensor.shape, strict=True))
+        value = tensor[tuple(torch.broadcast_tensors(*places))] if places else tensor
+        return value.to(self._dtype) if expr.kind == "float" else value
+
+    def _contraction(self, expr: Dot) -> Tensor:
+        if self._dot is not None:
+            return self._dot(expr)
+        inner = self._unrolled(expr.axis)
+        left, right = (inner._loaded(Load(side.source, side.index)) for side in (expr.lhs, expr.rhs))
+        return (left * right).sum(0)
+
+    def _unrolled(self, axis: sp.Symbol) -> Evaluator:
+        """The same positions with ``axis`` running over a new leading dimension."""
+        rank = max((p.dim() for p in self._positions.values() if isinstance(p, Tensor)), default=0)
+        values = torch.arange(int(axis.extent), device=self._device).reshape(-1, *[1] * rank)  # type: ignore[attr-defined]
+        positions = {**self._positions, axis: values}
+        return Evaluator(positions, self._load, dot=self._dot, dtype=self._dtype, device=self._device)
+
+    def integer(self, expr: sp.Expr) -> Tensor | int:
+        """The value of an index expression."""
+        if expr.is_Integer:
+            return int(expr)
+        if expr.is_Symbol:
+            return self._positions[expr]
+        args = [self.integer(arg) for arg in expr.args]
+        if isinstance(expr, sp.Add):
+            return reduce(lambda a, b: a + b, args)
+        if isinstance(expr, sp.Mul):
+            return reduce(lambda a, b: a * b, args)
+        if isinstance(expr, FloorDiv):
+            return args[0] // args[1]
+        if isinstance(expr, sp.Mod):
+            return args[0] % args[1]
+        if isinstance(expr, sp.Abs):
+            return abs(args[0])
+        if isinstance(expr, (sp.Max, sp.Min)):
+            pick = torch.maximum if isinstance(expr, sp.Max) else torch.minimum
+            return reduce(lambda a, b: pick(torch.as_tensor(a), torch.as_tensor(b)), args)
+        raise NotImplementedError(f"{expr} in an index")

@@ -1,0 +1,106 @@
+"""Recognise a normaliser in the expression of an attention weight, whatever spelling it had in the graph.
+
+A weight is read as a quotient of products. Library softmax, ``exp(x - max) / sum``, ``log_softmax().exp()`` and
+``exp(x - logsumexp(x))`` all give ``exp(S) / (sum over keys of exp(S) + exp(sink) + ...)`` here, with the same ``S``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attngen.algebra import Const, Expr, Op, Reduce, number, op, substitute, terms, total
+from attngen.index import Axis
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """``exp(score) / (sum over the key axis of exp(score) + sum of exp(sinks))``."""
+
+    score: Expr
+    sinks: tuple[Expr, ...] = ()
+    zero_if_empty: bool = False
+
+
+def softmax(weight: Expr, key: Axis) -> Softmax | str:
+    """The softmax over ``key`` that ``weight`` is, or a sentence saying why it is none."""
+    above, below, zero_if_empty = _quotient(weight)
+    above = [factor for factor in above if number(factor) != 1]
+    powers = [factor for factor in above if key in factor.axes]
+    if len(powers) != 1:
+        return "the weights are not exp(scores) over their sum" if not powers else "the weights are a product over keys"
+    if len(above) > 1:
+        return "the weights are scaled after they are normalised"
+    power = powers[0]
+    if not (isinstance(power, Op) and power.name == "exp"):
+        return "the weights are changed between the exponential and the product with the values"
+    if len(below) != 1:
+        return "the weights are not divided by one sum"
+    summands = terms(below[0])
+    sums = [t for t in summands if isinstance(t, Reduce) and t.name == "sum" and _is_sum_of(t, power, key)]
+    if len(sums) != 1:
+        return _why_not(summands, power, key)
+    extras = [_logarithm(t) for t in summands if t is not sums[0]]
+    if any(extra is None or key in extra.axes for extra in extras):
+        return "the sum that normalises the weights has a term that is not a plain sink"
+    score, sinks = _without_common_shift(power.args[0], [e for e in extras if e is not None], key)
+    return Softmax(score, tuple(sinks), zero_if_empty)
+
+
+def _quotient(expr: Expr) -> tuple[list[Expr], list[Expr], bool]:
+    """Factors above and below the line; an exponential gives up its ``- log(z)`` terms as factors below."""
+    if isinstance(expr, Op) and expr.name in ("mul", "div", "div_or_zero"):
+        (up_l, down_l, zero_l), (up_r, down_r, zero_r) = (_quotient(a) for a in expr.args)
+        zero = zero_l or zero_r or expr.name == "div_or_zero"
+        return (up_l + up_r, down_l + down_r, zero) if expr.name == "mul" else (up_l + down_r, down_l + up_r, zero)
+    if isinstance(expr, Op) and expr.name == "exp":
+        parts = terms(expr.args[0])
+        logs = [part for part in parts if _negated_log(part) is not None]
+        below = [_negated_log(part) for part in logs]
+        rest = total([part for part in parts if part not in logs])
+        return [op("exp", rest if logs else expr.args[0])], [b for b in below if b is not None], False
+    return [expr], [], False
+
+
+def _negated_log(part: Expr) -> Expr | None:
+    if isinstance(part, Op) and part.name == "mul" and part.args[1] == Const(-1.0):
+        inner = part.args[0]
+        if isinstance(inner, Op) and inner.name == "log":
+            return inner.args[0]
+    return None
+
+
+def _is_sum_of(reduction: Reduce, power: Expr, key: Axis) -> bool:
+    return reduction.axis.extent == key.extent and substitute(reduction.body, {reduction.axis: key}) == power
+
+
+def _why_not(summands: list[Expr], power: Expr, key: Axis) -> str:
+    sums = [t for t in summands if isinstance(t, Reduce)]
+    if any(key in t.axes for t in sums):
+        return "the softmax runs over another dimension than the product with the values"
+    if sums:
+        return "the sum that normalises the weights is not the sum of these weights"
+    return "the weights are not divided by their sum"
+
+
+def _logarithm(term: Expr) -> Expr | None:
+    """``exp(x) -> x`` and a positive number to its logarithm."""
+    if isinstance(term, Op) and term.name == "exp":
+        return term.args[0]
+    value = number(term)
+    return op("log", Const(value)) if value is not None and value > 0 else None
+
+
+def _without_common_shift(score: Expr, sinks: list[Expr], key: Axis) -> tuple[Expr, list[Expr]]:
+    """Drop the running maximum that a stable spelling subtracts everywhere: it cancels."""
+    shifts = [t for t in terms(score) if key not in t.axes and any(isinstance(n, Reduce) for n in t.walk())]
+    for shift in shifts:
+        everywhere = [score, *sinks]
+        if all(shift in terms(e) for e in everywhere):
+            score, *sinks = (_without(e, shift) for e in everywhere)
+    return score, sinks
+
+
+def _without(expr: Expr, term: Expr) -> Expr:
+    parts = terms(expr)
+    parts.remove(term)
+    return total(parts)

@@ -1,0 +1,1 @@
+"""Everything that walks an fx graph, in the order it runs."""

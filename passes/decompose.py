@@ -1,0 +1,98 @@
+"""One operator as a small graph of simpler ones, for operators that ``passes.semantics`` has no row for.
+
+Composite operators bring their own definition; the rest use torch's registered decompositions. Attention itself is
+written out below, once, with the exact meaning of each argument.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
+
+from attngen import compat
+
+
+@dataclass(frozen=True)
+class Inlined:
+    """A decomposition: its result node, and the outer node behind each of its placeholders."""
+
+    result: fx.Node
+    arguments: dict[fx.Node, fx.Node]
+
+
+def decompose(node: fx.Node) -> Inlined | None:
+    """``node`` as a graph of simpler operators, or None if torch knows none."""
+    definition = _definition(node.target)
+    if definition is None:
+        return None
+    outer: list[fx.Node] = list(node.all_input_nodes)
+    values = [n.meta["val"] for n in outer]
+
+    def body(*inputs: Any) -> Any:
+        inner = dict(zip(outer, inputs, strict=True))
+        args, kwargs = tree_map_only(fx.Node, inner.__getitem__, (list(node.args), dict(node.kwargs)))
+        return definition(*args, **kwargs)
+
+    whole = node.target in _WRITTEN_OUT  # before dispatch, composite operators would be recorded as themselves
+    mode = next((v.fake_mode for v in values if isinstance(v, compat.FakeTensor)), None)
+    if mode is None:
+        return None
+    try:
+        with mode, compat.enable_python_dispatcher(), compat.tracing(None), torch.no_grad():
+            trace = compat.make_fx(body, pre_dispatch=whole, tracing_mode="real", _allow_non_fake_inputs=True)
+            graph = trace(*values).graph
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        return None
+    result = graph.output_node().args[0]
+    if not isinstance(result, fx.Node) or result.target is node.target:
+        return None
+    return Inlined(result, dict(zip(graph.find_nodes(op="placeholder"), outer, strict=True)))
+
+
+def _definition(target: Any) -> Callable[..., Any] | None:
+    if target in _WRITTEN_OUT:
+        return _WRITTEN_OUT[target]
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    if target._can_decompose():
+        return target.decompose
+    from torch._decomp import decomposition_table
+
+    return decomposition_table.get(target)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``F.scaled_dot_product_attention``: causal aligns top-left, an empty row gives zeros, heads may be grouped."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
+        value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
+    scores = torch.matmul(query, key.transpose(-2, -1)) * (1 / math.sqrt(query.size(-1)) if scale is None else scale)
+    if is_causal:
+        rows = torch.arange(query.size(-2), device=query.device).unsqueeze(1)
+        keep = torch.arange(key.size(-2), device=query.device) <= rows
+        scores = scores.masked_fill(~keep, -math.inf)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    weights = torch.ops.aten._safe_softmax(scores, -1)
+    return torch.matmul(torch.nn.functional.dropout(weights, dropout_p), value)
+
+
+_WRITTEN_OUT: dict[Any, Callable[..., Any]] = {torch.ops.aten.scaled_dot_product_attention.default: attention}

@@ -1,0 +1,115 @@
+"""What happens to memory around a site: which nodes matter, which change in place, and whether a site may move its reads.
+
+A replaced site reads its inputs where the value contraction stood. That is the same as reading them earlier unless one of
+them is written in between; and its intermediate values may only vanish if nobody else looks at them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from attngen import compat
+from attngen.errors import Miss
+
+if TYPE_CHECKING:
+    from attngen.passes.detect import Site
+
+
+@dataclass(frozen=True)
+class Effects:
+    """``live``: feeds an output or a write. ``stale``: written in place after it was made, and still used after that.
+
+    ``writes``: for each storage, the nodes that write to it. ``order``: the position of each node.
+    """
+
+    live: frozenset[fx.Node]
+    stale: frozenset[fx.Node]
+    writes: dict[int, list[fx.Node]]
+    order: dict[fx.Node, int]
+
+
+def run(graph: fx.Graph) -> Effects:
+    order = {node: k for k, node in enumerate(graph.nodes)}
+    writes: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for target in _written(node):
+            writes.setdefault(_storage(target), []).append(node)
+    return Effects(_live(graph), _stale(graph, writes, order), writes, order)
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The arguments that the node writes to."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    written = []
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+            values = value if isinstance(value, (list, tuple)) else [value]
+            written += [v for v in values if isinstance(v, fx.Node) and _is_tensor(v)]
+    return written
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _storage(node: fx.Node) -> int:
+    return compat.storage_of(node.meta["val"])
+
+
+def _live(graph: fx.Graph) -> frozenset[fx.Node]:
+    live: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node in live or _written(node):
+            live.add(node)
+            live.update(node.all_input_nodes)
+    return frozenset(live)
+
+
+def _stale(graph: fx.Graph, writes: dict[int, list[fx.Node]], order: dict[fx.Node, int]) -> frozenset[fx.Node]:
+    """Nodes whose memory is written after they are made, and that are used after that write.
+
+    Tracing already points later uses of the written tensor itself at the writing node, so what is left are its aliases.
+    """
+    stale = set()
+    for node in graph.nodes:
+        if not _is_tensor(node) or _storage(node) not in writes:
+            continue
+        later = [w for w in writes[_storage(node)] if order[w] > order[node]]
+        last_use = max((order[user] for user in node.users), default=-1)
+        if any(order[w] < last_use for w in later):
+            stale.add(node)
+    return frozenset(stale)
+
+
+def undisturbed(site: Site, product: fx.Node, facts: Effects) -> Miss | None:
+    """None if the site may be replaced, else what stands in the way."""
+    for node in site.interior:
+        for user in node.users:
+            if user in facts.live and user not in site.interior and user is not product:
+                return Miss(_read_elsewhere(node, user), node.name, depth=6)
+        outside = [w for w in facts.writes.get(_storage(node), ()) if w not in site.interior] if _is_tensor(node) else []
+        if outside:
+            return Miss("a value between the two products is written in place", outside[0].name, depth=6)
+    return None
+
+
+def _read_elsewhere(node: fx.Node, user: fx.Node) -> str:
+    if user.op == "output":
+        return "the attention weights are returned"
+    return f"the attention weights are also read by {user.name}"
+
+
+def written_between(inputs: list[fx.Node], first: fx.Node, last: fx.Node, facts: Effects) -> Miss | None:
+    """A write to any of ``inputs`` after ``first`` and up to ``last``, where the replacement will read them."""
+    for node in inputs:
+        for write in facts.writes.get(_storage(node), ()):
+            if facts.order[first] < facts.order[write] <= facts.order[last]:
+                return Miss("an input is written in place before the attention is finished", write.name, depth=6)
+    return None
+

@@ -1,0 +1,167 @@
+"""Lower a captured graph to a second, analysis-only graph of ATen operators, and remember which node came from which.
+
+The captured graph stays as it is: it is what gets rewritten, so autocast regions, in-place operators, checkpointing and
+parameter bookkeeping survive untouched. The lowered graph is never run. It is traced before autograd and before
+decompositions, so ``matmul`` and ``softmax`` are still whole; ``passes.semantics`` decomposes the rest where it looks.
+Autocast regions are entered for real while tracing, so the metadata shows the types the operators will really see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from attngen import compat
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A lowered graph and the way back.
+
+    ``origins`` lists for each lowered node the captured nodes that hold exactly its value, in program order.
+    ``emitted`` lists for each captured node the lowered nodes it was traced into.
+    """
+
+    graph: fx.Graph
+    origins: dict[fx.Node, list[fx.Node]]
+    emitted: dict[fx.Node, list[fx.Node]]
+
+    def origin(self, node: fx.Node, within: fx.Graph) -> fx.Node | None:
+        """The first node of the captured graph ``within`` that holds the value of the lowered ``node``."""
+        return next((found for found in self.origins.get(node, ()) if found.graph is within), None)
+
+
+def run(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Lowered:
+    """Lower ``gm``. Placeholders are traced on their own fake tensors where they have them, else on ``example_inputs``.
+
+    Raises whatever tracing raises: a graph that cannot be lowered is left alone by the caller.
+    """
+    names, attributes = _tensor_attributes(gm)
+    fake_mode, inputs = _fake_inputs(gm, example_inputs, attributes)
+    tracer = _Recorder(gm, names)
+    with ExitStack() as stack:
+        stack.enter_context(fake_mode)
+        stack.enter_context(fx.traceback.preserve_node_meta())
+        stack.enter_context(compat.enable_python_dispatcher())
+        stack.enter_context(compat.tracing(None))
+        stack.enter_context(_restored_autocast())
+        lowered = compat.make_fx(
+            tracer.lowered, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
+        )(*inputs)
+    kept = set(lowered.graph.nodes)
+    origins: dict[fx.Node, list[fx.Node]] = {}
+    for captured, node in tracer.record.values.items():
+        if node in kept:
+            origins.setdefault(node, []).append(captured)
+    emitted = {node: [n for n in new if n in kept] for node, new in tracer.record.emitted.items()}
+    return Lowered(lowered.graph, origins, emitted)
+
+
+@dataclass
+class _Record:
+    values: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    emitted: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a captured graph under tracing and notes which lowered node each captured node's value is."""
+
+    def __init__(self, gm: fx.GraphModule, attributes: Sequence[str] = (), record: _Record | None = None) -> None:
+        super().__init__(gm)
+        self.record = record or _Record()
+        self._attribute_names = attributes
+        self._attributes: dict[str, torch.Tensor] = {}
+        self._regions: dict[int, torch.autocast] = {}
+
+    def lowered(self, *inputs: Any) -> Any:
+        count = len(inputs) - len(self._attribute_names)
+        self._attributes = dict(zip(self._attribute_names, inputs[count:], strict=True))
+        return self.run(*inputs[:count])
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = _last_node()
+        result = super().run_node(n)
+        self.record.emitted[n] = _nodes_after(before)
+        if (node := compat.traced_node(result)) is not None:
+            self.record.values[n] = node
+        return result
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._attributes[target] if target in self._attributes else super().get_attr(target, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in compat.INLINED_BODIES and isinstance(args[0], fx.GraphModule):
+            return _Recorder(args[0], record=self.record).run(*args[1:])
+        if target is compat.enter_autocast:
+            region = torch.autocast(*args)
+            region.__enter__()
+            return region
+        if target is compat.exit_autocast:
+            return args[0].__exit__(None, None, None)
+        return super().call_function(target, args, kwargs)
+
+
+def _last_node() -> fx.Node | None:
+    mode = compat.get_proxy_mode()
+    return None if mode is None else next(iter(reversed(mode.tracer.graph.nodes)), None)
+
+
+def _nodes_after(last: fx.Node | None) -> list[fx.Node]:
+    mode = compat.get_proxy_mode()
+    found: list[fx.Node] = []
+    if mode is None:
+        return found
+    for node in reversed(mode.tracer.graph.nodes):
+        if node is last:
+            break
+        found.append(node)
+    return found[::-1]
+
+
+def _tensor_attributes(gm: fx.GraphModule) -> tuple[list[str], list[torch.Tensor]]:
+    targets = dict.fromkeys(str(n.target) for n in gm.graph.nodes if n.op == "get_attr")
+    found = {}
+    for target in targets:
+        value: Any = gm
+        for part in target.split("."):
+            value = getattr(value, part)
+        if isinstance(value, torch.Tensor):
+            found[target] = value
+    return list(found), list(found.values())
+
+
+def _fake_inputs(
+    gm: fx.GraphModule, examples: Sequence[Any], attributes: list[torch.Tensor]
+) -> tuple[compat.FakeTensorMode, list[Any]]:
+    """The inputs to trace on, fakes of the placeholders' own mode where they have one."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    known = [n.meta.get("example_value", n.meta.get("val")) for n in placeholders]
+    if any(value is None for value in known):
+        known = list(examples)
+    mode = next((v.fake_mode for v in known if isinstance(v, compat.FakeTensor)), None)
+    if mode is None:
+        shape_env = next((v.node.shape_env for v in known if isinstance(v, torch.SymInt)), None)
+        mode = compat.FakeTensorMode(allow_non_fake_inputs=True, shape_env=shape_env)
+
+    def fake(value: Any) -> Any:
+        real = isinstance(value, torch.Tensor) and not isinstance(value, compat.FakeTensor)
+        return mode.from_tensor(value, static_shapes=True) if real else value
+
+    return mode, [fake(value) for value in [*known, *attributes]]
+
+
+class _restored_autocast:
+    """Leaves autocast as it was, even if the graph enters a region that it does not leave."""
+
+    def __enter__(self) -> None:
+        self._saved = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")}
+
+    def __exit__(self, *exc: object) -> None:
+        for device, (enabled, dtype) in self._saved.items():
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)

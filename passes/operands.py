@@ -1,0 +1,102 @@
+"""Choose which tensor to pass for one side of a contraction: look below copies, broadcasts and scales.
+
+``repeat_kv`` materialises each key head several times, ``q * scale`` writes the queries again, ``contiguous`` copies. The
+kernel needs none of it: it indexes the tensor below (head ``h // 4``, say) and scales in registers. Plain views on top
+are kept, because a strided tensor costs nothing and its gradient has its own shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import sympy as sp
+import torch
+from torch import fx
+
+from attngen.algebra import Access, Const, Expr, op, to_float
+from attngen.errors import Miss
+from attngen.index import Axis
+from attngen.passes.semantics import Index, Reader, bind, broadcast, dtype_of, is_tensor, op_name, shape_of
+from attngen.passes.views import FREE
+
+
+@dataclass(frozen=True)
+class Operand:
+    """``factor * node[index]``, to be used as ``dtype``. ``index`` is over the axes of the site."""
+
+    node: fx.Node
+    index: Index
+    factor: Expr
+    dtype: torch.dtype
+
+    ONE: ClassVar[Expr] = Const(1.0)
+
+
+def peel(
+    reader: Reader, access: Access, whole: tuple[Axis, Axis], dtype: torch.dtype, *, scaled: bool = True
+) -> Operand | Miss:
+    """The tensor to pass for ``access``, whose two ``whole`` axes must each be one full dimension of it."""
+    node: fx.Node = access.source  # type: ignore[assignment]
+    index: Index = tuple(place.value for place in access.index)  # type: ignore[attr-defined]
+    candidates = [(node, index, Operand.ONE)] if node.graph is reader.graph else []
+    factor, below = Operand.ONE, False
+    while True:
+        if (view := reader.view(node, index)) is not None:
+            below = below or op_name(node) not in FREE
+            source, place = view
+            if dtype_of(source) != dtype_of(node):
+                break
+            node, index = source, place
+        elif scaled and (product := _scaled(reader, node, index, whole[1])) is not None:
+            below = True
+            node, index, factor = product[0], product[1], op("mul", factor, product[2])
+        else:
+            break
+        node = reader.resolve(node)
+        if (below or not candidates) and node.graph is reader.graph and indexable(node, index, whole):
+            candidates.append((node, index, factor))
+            below = False
+    fitting = [c for c in candidates if indexable(c[0], c[1], whole)]
+    if not fitting:
+        return Miss("an operand is not indexed by whole dimensions", str(access.source), depth=5)
+    node, index, factor = fitting[-1]
+    return Operand(node, broadcast(index, shape_of(node)), factor, dtype)
+
+
+def _scaled(reader: Reader, node: fx.Node, index: Index, inner: Axis) -> tuple[fx.Node, Index, Expr] | None:
+    """``x * s`` or ``x / s`` where ``s`` does not change along the contracted axis: the tensor, its index, the scale."""
+    if op_name(node) not in ("mul", "div") or reader.is_stale(node):
+        return None
+    args = bind(node)
+    if args.get("rounding_mode") is not None:
+        return None
+    for name, other in (("self", "other"), ("other", "self")):
+        tensor = args[name]
+        if not is_tensor(tensor) or (op_name(node) == "div" and name == "other") or dtype_of(tensor) != dtype_of(node):
+            continue
+        place = broadcast(index, shape_of(tensor))
+        scale = to_float(reader.operand(args[other], index))
+        if inner in scale.axes or not _keeps(index, place, inner):
+            continue
+        return tensor, place, scale if op_name(node) == "mul" else op("div", Const(1.0), scale)
+    return None
+
+
+def _keeps(index: Index, place: Index, inner: Axis) -> bool:
+    """The tensor side carries every axis of the product, so that the scale is the broadcast side."""
+    lost = {s for i in index for s in i.free_symbols} - {s for i in place for s in i.free_symbols}
+    return inner not in lost and not any(isinstance(s, Axis) and s.extent != 1 for s in lost)
+
+
+def indexable(node: fx.Node, index: Index, whole: tuple[Axis, Axis]) -> bool:
+    """Each ``whole`` axis is exactly one full dimension, and the rest is simple arithmetic on batch axes."""
+    shape = shape_of(node)
+    for axis in whole:
+        dims = [d for d, place in enumerate(index) if axis in place.free_symbols]
+        if not dims and axis.extent == 1:
+            continue
+        if len(dims) != 1 or index[dims[0]] != axis or sp.expand(shape[dims[0]] - axis.extent) != 0:
+            return False
+    return True
+

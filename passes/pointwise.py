@@ -1,0 +1,165 @@
+"""Rows for pointwise operators: an operator name, the arguments it combines, and the algebra operation it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import fx
+
+from attngen.algebra import COMPARISONS, Const, Expr, integer, negate, op, to_bool, to_float, to_int, where
+from attngen.passes.semantics import Bound, Index, Reader, Row, Unknown, dtype_of, kind_of
+
+
+def _plain(name: str, *names: str) -> Row:
+    """The operation ``name`` on the named arguments, in the kind of the result."""
+
+    def row(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+        if any(n not in args for n in names) or (name == "pow" and kind_of(dtype_of(node)) != "float"):
+            raise Unknown(f"another overload of {name}")
+        values = [reader.operand(args[n], index) for n in names]
+        return op(name, *_promoted(node, values))
+
+    return row
+
+
+def _promoted(node: fx.Node, values: list[Expr]) -> list[Expr]:
+    return [to_float(v) for v in values] if kind_of(dtype_of(node)) == "float" else values
+
+
+def _scaled_sum(sign: str, minuend: str = "self", subtrahend: str = "other") -> Row:
+    """``self ± alpha * other``."""
+
+    def row(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+        left, right = _promoted(node, [reader.operand(args[n], index) for n in (minuend, subtrahend)])
+        alpha = reader.operand(args.get("alpha", 1), index)
+        return op(sign, left, op("mul", right, alpha) if alpha != integer(1) else right)
+
+    return row
+
+
+def _divide(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+    left, right = (reader.operand(args[n], index) for n in ("self", "other"))
+    mode = args.get("rounding_mode")
+    if mode is None:
+        return op("div", to_float(left), to_float(right))
+    if mode == "floor" and left.kind == right.kind == "int":
+        return op("floordiv", left, right)
+    raise Unknown(f"division rounded by {mode}")
+
+
+def _floor_divide(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+    return _divide(reader, node, {**args, "rounding_mode": "floor"}, index)
+
+
+def _remainder(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+    left, right = (reader.operand(args[n], index) for n in ("self", "other"))
+    if not left.kind == right.kind == "int":
+        raise Unknown("a remainder of floats")
+    return op("mod", left, right)
+
+
+def _cast(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+    value = reader.operand(args["self"], index)
+    return {"bool": to_bool, "int": to_int, "float": to_float}[kind_of(dtype_of(node))](value)
+
+
+def _where(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+    if "self" not in args:
+        raise Unknown("where with one argument lists positions")
+    condition = to_bool(reader.operand(args["condition"], index))
+    return where(condition, *_promoted(node, [reader.operand(args[n], index) for n in ("self", "other")]))
+
+
+def _masked_fill(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+    condition = to_bool(reader.operand(args["mask"], index))
+    filled, kept = _promoted(node, [reader.operand(args[n], index) for n in ("value", "self")])
+    return where(condition, filled, kept)
+
+
+def _logical(name: str, *names: str) -> Row:
+    """A truth-valued operation; the bitwise spelling means the same on truth values and something else on integers."""
+
+    def row(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+        if kind_of(dtype_of(node)) != "bool":
+            raise Unknown("bitwise arithmetic on integers")
+        return op(name, *(to_bool(reader.operand(args[n], index)) for n in names))
+
+    return row
+
+
+def _exclusive_or(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+    if kind_of(dtype_of(node)) != "bool":
+        raise Unknown("bitwise arithmetic on integers")
+    left, right = (to_bool(reader.operand(args[n], index)) for n in ("self", "other"))
+    return op("or", op("and", left, negate(right)), op("and", negate(left), right))
+
+
+def _clamp(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+    value = reader.operand(args["self"], index)
+    for name, bound in (("max", args.get("min")), ("min", args.get("max"))):
+        if bound is not None:
+            value = op(name, *_promoted(node, [value, reader.operand(bound, index)]))
+    return value
+
+
+def _unary(build: Callable[[Expr], Expr]) -> Row:
+    def row(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+        return build(to_float(reader.operand(args["self"], index)))
+
+    return row
+
+
+def _kept_kind(name: str) -> Row:
+    def row(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+        return op(name, reader.operand(args["self"], index))
+
+    return row
+
+
+_ONE = Const(1.0)
+_FUNCTIONS = ("exp", "exp2", "log", "log2", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "sin", "cos", "floor")
+
+POINTWISE: dict[str, Row] = {
+    **{name: _unary(lambda x, name=name: op(name, x)) for name in _FUNCTIONS},  # type: ignore[misc]
+    **{name: _plain(name, "self", "other") for name in COMPARISONS},
+    **dict.fromkeys(("to", "_to_copy", "type_as"), _cast),
+    "expm1": _unary(lambda x: op("sub", op("exp", x), _ONE)),
+    "log1p": _unary(lambda x: op("log", op("add", x, _ONE))),
+    "reciprocal": _unary(lambda x: op("div", _ONE, x)),
+    "square": _unary(lambda x: op("mul", x, x)),
+    "add": _scaled_sum("add"),
+    "sub": _scaled_sum("sub"),
+    "rsub": _scaled_sum("sub", "other", "self"),
+    "mul": _plain("mul", "self", "other"),
+    "div": _divide,
+    "true_divide": _divide,
+    "floor_divide": _floor_divide,
+    "remainder": _remainder,
+    "pow": _plain("pow", "self", "exponent"),
+    "maximum": _plain("max", "self", "other"),
+    "minimum": _plain("min", "self", "other"),
+    "max": _plain("max", "self", "other"),
+    "min": _plain("min", "self", "other"),
+    "neg": _kept_kind("neg"),
+    "abs": _kept_kind("abs"),
+    "relu": _unary(lambda x: op("max", x, Const(0.0))),
+    "clamp": _clamp,
+    "clamp_min": _clamp,
+    "clamp_max": _clamp,
+    "where": _where,
+    "masked_fill": _masked_fill,
+    "logical_and": _logical("and", "self", "other"),
+    "logical_or": _logical("or", "self", "other"),
+    "logical_not": _logical("not", "self"),
+    "logical_xor": _exclusive_or,
+    "bitwise_and": _logical("and", "self", "other"),
+    "bitwise_or": _logical("or", "self", "other"),
+    "bitwise_not": _logical("not", "self"),
+    "bitwise_xor": _exclusive_or,
+    "__and__": _logical("and", "self", "other"),
+    "__or__": _logical("or", "self", "other"),
+    "__xor__": _exclusive_or,
+    "isnan": _unary(lambda x: op("isnan", x)),
+    "isinf": _unary(lambda x: op("eq", op("abs", x), Const(math.inf))),
+}

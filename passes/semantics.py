@@ -1,0 +1,214 @@
+"""What each ATen operator computes at one index: the reader of lowered graphs.
+
+``Reader.at(node, index)`` is the element of ``node`` at a symbolic index, as an expression of ``attngen.algebra``. Views
+become index arithmetic, arange becomes the index itself, softmax becomes its definition, contractions become ``Dot``.
+So two spellings of one computation read the same, and an axis can never be confused with another. Operators without a
+row are read through their own decomposition; where that fails too, the element is simply a load from that tensor.
+
+The rows live in ``passes.views`` (index in, index out), ``passes.pointwise`` and ``passes.values``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import sympy as sp
+import torch
+from torch import fx
+
+from attngen import compat
+from attngen.algebra import Access, Const, Dot, Expr, Int, Kind, Load
+from attngen.index import ZERO, Axis
+from attngen.passes.decompose import decompose
+
+Index = tuple[sp.Expr, ...]
+Bound = dict[str, Any]
+Row = Callable[["Reader", fx.Node, Bound, Index], Expr]
+ViewRow = Callable[["Reader", fx.Node, Bound, Index], "tuple[fx.Node, Index]"]
+
+
+class Unknown(Exception):
+    """A row cannot say what this element is; the reader then loads it."""
+
+
+def kind_of(dtype: torch.dtype) -> Kind:
+    if dtype == torch.bool:
+        return "bool"
+    if dtype.is_complex:
+        raise Unknown("complex numbers")
+    return "float" if dtype.is_floating_point else "int"
+
+
+def shape_of(node: fx.Node) -> Index:
+    return tuple(compat.size_expr(size) for size in node.meta["val"].shape)
+
+
+def dtype_of(node: fx.Node) -> torch.dtype:
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
+
+
+def op_name(node: fx.Node) -> str:
+    """``aten.add.Tensor -> add``; in-place variants lose their underscore (tracing already versions their results)."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace not in ("aten", "prims"):
+        return ""
+    name = node.target._schema.name.split("::")[1]
+    return name[:-1] if name.endswith("_") and not name.endswith("__") and node.target._schema.is_mutable else name
+
+
+def bind(node: fx.Node) -> Bound:
+    """The node's arguments by the names of the operator's schema, defaults included."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    bound = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    bound.update(zip((argument.name for argument in schema), node.args, strict=False))
+    return {**bound, **node.kwargs}
+
+
+def is_tensor(value: object) -> bool:
+    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
+
+
+class Reader:
+    """Reads elements of one lowered graph; ``stale`` nodes changed in place later and are only ever loaded."""
+
+    def __init__(self, graph: fx.Graph, stale: frozenset[fx.Node] = frozenset()) -> None:
+        self.graph = graph
+        self._stale = stale
+        self._memo: dict[tuple[fx.Node, Index], Expr] = {}
+        self._inlined: dict[fx.Node, fx.Node | None] = {}
+        self._outer: dict[fx.Node, fx.Node] = {}
+        self._bound: dict[tuple[fx.Node, str], Axis] = {}
+        self.provenance: dict[Expr, tuple[fx.Node, Index]] = {}
+
+    def at(self, node: fx.Node, index: Index) -> Expr:
+        """The element of ``node`` at ``index``."""
+        key = (node, index)
+        if key not in self._memo:
+            try:
+                expr = self._read(node, index)
+            except Unknown:
+                expr = self.load(node, index)
+            self._memo[key] = expr
+            if node.graph is self.graph:
+                self.provenance.setdefault(expr, key)
+        return self._memo[key]
+
+    def load(self, node: fx.Node, index: Index) -> Expr:
+        """The element as a load; dimensions of size one are read at zero, whatever the index says.
+
+        What exists only inside a decomposition cannot be loaded: then the operator as a whole is.
+        """
+        node = self.resolve(node)
+        if node.graph is not self.graph:
+            raise Unknown("an inner value of a decomposition")
+        shape = shape_of(node)
+        places = tuple(Int(ZERO if size == 1 else place) for size, place in zip(shape, index, strict=True))
+        return Load(node, places, kind_of(dtype_of(node)))
+
+    def is_stale(self, node: fx.Node) -> bool:
+        return node in self._stale
+
+    def resolve(self, node: fx.Node) -> fx.Node:
+        """The node of the graph itself that a placeholder inside a decomposition stands for."""
+        while node in self._outer:
+            node = self._outer[node]
+        return node
+
+    def view(self, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+        """Where ``node[index]`` is read if the node only rearranges, copies or re-types one tensor."""
+        from attngen.passes.views import VIEWS
+
+        node = self.resolve(node)
+        if node in self._stale or node.op != "call_function":
+            return None
+        if node.target is operator.getitem:
+            return self._view_of_part(node, index)
+        row = VIEWS.get(op_name(node))
+        try:
+            return None if row is None else row(self, node, bind(node), index)
+        except Unknown:
+            return None
+
+    def _view_of_part(self, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+        from attngen.passes.views import PARTS
+
+        parent, part = node.args
+        row = PARTS.get(op_name(parent)) if isinstance(parent, fx.Node) else None  # type: ignore[arg-type]
+        return None if row is None else row(self, parent, bind(parent), index, part)  # type: ignore[arg-type]
+
+    def _read(self, node: fx.Node, index: Index) -> Expr:
+        from attngen.passes.pointwise import POINTWISE
+        from attngen.passes.values import PART_VALUES, VALUES
+
+        node = self.resolve(node)
+        if isinstance(node.meta.get("val"), torch.SymInt):
+            return Int(compat.size_expr(node.meta["val"]))
+        if node.op != "call_function" or node in self._stale:
+            return self.load(node, index)
+        if (source := self.view(node, index)) is not None:
+            return self.at(*source)
+        if node.target is operator.getitem:
+            parent, part = node.args
+            row = PART_VALUES.get((op_name(parent), part))  # type: ignore[arg-type]
+            if row is None:
+                raise Unknown
+            return row(self, parent, bind(parent), index)  # type: ignore[arg-type]
+        name = op_name(node)
+        if name in POINTWISE:
+            return POINTWISE[name](self, node, bind(node), index)
+        if name in VALUES:
+            return VALUES[name](self, node, bind(node), index)
+        return self._read_inlined(node, index)
+
+    def _read_inlined(self, node: fx.Node, index: Index) -> Expr:
+        if node not in self._inlined:
+            inner = decompose(node)
+            if inner is not None:
+                self._outer.update(inner.arguments)
+            self._inlined[node] = None if inner is None else inner.result
+        result = self._inlined[node]
+        if result is None:
+            raise Unknown
+        return self.at(result, index)
+
+    def operand(self, value: Any, index: Index) -> Expr:
+        """An argument of a pointwise operator at the index of its result: broadcast if a tensor, literal if a number."""
+        if isinstance(value, fx.Node):
+            if not is_tensor(value):
+                return self.at(value, ())
+            return self.at(value, broadcast(index, shape_of(value)))
+        if isinstance(value, bool):
+            return Const(value)
+        if isinstance(value, int):
+            return Int(sp.Integer(value))
+        if isinstance(value, float):
+            return Const(value)
+        raise Unknown(f"an argument of type {type(value).__name__}")
+
+    def bound(self, node: fx.Node, extent: sp.Expr, name: str = "r") -> Axis:
+        """The axis that ``node`` sums over: the same each time, so that two readings of one sum compare equal."""
+        return self._bound.setdefault((node, name), Axis(name, extent))
+
+    def access(self, node: fx.Node, index: Index) -> Access:
+        """One side of a contraction: the tensor itself, not yet looked into."""
+        return Access(self.resolve(node), tuple(map(Int, index)))
+
+    def dot(self, node: fx.Node, lhs: tuple[fx.Node, Index], rhs: tuple[fx.Node, Index], axis: Axis) -> Dot:
+        return Dot(self.access(*lhs), self.access(*rhs), axis, node)
+
+
+def broadcast(index: Index, shape: Index) -> Index:
+    """The index into a tensor of ``shape`` that takes part in a result read at ``index``."""
+    tail = index[len(index) - len(shape) :]
+    return tuple(ZERO if size == 1 else place for size, place in zip(shape, tail, strict=True))
+
+
+def size_arg(value: Any) -> sp.Expr:
+    """An integer argument of an operator: a number, a SymInt, or the node of one."""
+    if isinstance(value, fx.Node):
+        value = value.meta["val"]
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise Unknown(f"a size of type {type(value).__name__}")
+    return compat.size_expr(value)

@@ -1,0 +1,170 @@
+"""Rows for operators that only rearrange: where the element at an index of the result is read in the source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import sympy as sp
+from torch import fx
+
+from attngen import compat
+from attngen.index import ZERO, floordiv, modulo, reshape
+from attngen.passes.semantics import (
+    Bound,
+    Index,
+    Reader,
+    Unknown,
+    ViewRow,
+    broadcast,
+    dtype_of,
+    is_tensor,
+    kind_of,
+    shape_of,
+    size_arg,
+)
+
+Part = Callable[[Reader, fx.Node, Bound, Index, int], "tuple[fx.Node, Index]"]
+
+
+def _regrouped(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[fx.Node, Index]:
+    """Reshape in any spelling: same elements in the same order."""
+    source = args["self"]
+    return source, reshape(index, shape_of(node), shape_of(source))
+
+
+def _same_place(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[fx.Node, Index]:
+    """A copy, or a cast that keeps numbers numbers and truth values truth values."""
+    source = args["self"]
+    if kind_of(dtype_of(source)) != kind_of(dtype_of(node)):
+        raise Unknown("a cast between kinds")
+    return source, index
+
+
+def _inert_dropout(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[fx.Node, Index]:
+    if args["train"] and args["p"] != 0:
+        raise Unknown("dropout in training")
+    return args["input"], index
+
+
+def _expand(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[fx.Node, Index]:
+    return args["self"], broadcast(index, shape_of(args["self"]))
+
+
+def _permuted(order: Callable[[Bound, int], list[int]]) -> ViewRow:
+    def row(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[fx.Node, Index]:
+        dims = order(args, len(index))
+        return args["self"], tuple(index[dims.index(d)] for d in range(len(index)))
+
+    return row
+
+
+def _swap(first: int, second: int, rank: int) -> list[int]:
+    dims = list(range(rank))
+    if rank:
+        dims[first], dims[second] = dims[second], dims[first]
+    return dims
+
+
+def _select(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[fx.Node, Index]:
+    source = args["self"]
+    shape = shape_of(source)
+    dim = args["dim"] % len(shape)
+    place = size_arg(args["index"])
+    if place.is_negative:
+        place = place + shape[dim]
+    elif not place.is_nonnegative:
+        raise Unknown("a position of unknown sign")
+    return source, (*index[:dim], place, *index[dim:])
+
+
+def _slice(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[fx.Node, Index]:
+    source = args["self"]
+    shape = shape_of(source)
+    dim = args["dim"] % len(shape)
+    start = ZERO if args["start"] is None else _clamped_start(size_arg(args["start"]), shape[dim])
+    place = start + size_arg(args["step"]) * index[dim]
+    return source, (*index[:dim], place, *index[dim + 1 :])
+
+
+def _clamped_start(start: sp.Expr, size: sp.Expr) -> sp.Expr:
+    if start.is_negative:
+        start = sp.Max(size + start, 0) if not (size + start).is_nonnegative else size + start
+    elif not start.is_nonnegative:
+        raise Unknown("a slice start of unknown sign")
+    return start if (size - start).is_nonnegative else sp.Min(start, size)
+
+
+def _narrow(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[fx.Node, Index]:
+    return _slice(reader, node, {**args, "step": 1}, index)
+
+
+def _repeat(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[fx.Node, Index]:
+    shape, repeated = shape_of(args["self"]), shape_of(node)
+    skip = len(index) - len(shape)
+    places = zip(index[skip:], shape, repeated[skip:], strict=True)
+    return args["self"], tuple(ZERO if s == 1 else i if s == whole else modulo(i, s) for i, s, whole in places)
+
+
+def _repeat_interleave(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[fx.Node, Index]:
+    if is_tensor(args["repeats"]) or args["dim"] is None:
+        raise Unknown("uneven repeats")
+    dim = args["dim"] % len(index)
+    return args["self"], (*index[:dim], floordiv(index[dim], size_arg(args["repeats"])), *index[dim + 1 :])
+
+
+def _flip(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[fx.Node, Index]:
+    shape = shape_of(node)
+    dims = {d % len(shape) for d in args["dims"]}
+    return args["self"], tuple(s - 1 - i if d in dims else i for d, (i, s) in enumerate(zip(index, shape, strict=True)))
+
+
+def _split(reader: Reader, node: fx.Node, args: Bound, index: Index, part: int) -> tuple[fx.Node, Index]:
+    """The parts of a split lie one after another; their sizes are in the metadata."""
+    parts = node.meta["val"]
+    dim = args["dim"] % len(index)
+    start = sum((compat.size_expr(p.shape[dim]) for p in parts[:part]), ZERO)
+    return args["self"], (*index[:dim], start + index[dim], *index[dim + 1 :])
+
+
+def _unbind(reader: Reader, node: fx.Node, args: Bound, index: Index, part: int) -> tuple[fx.Node, Index]:
+    dim = args["dim"] % (len(index) + 1)
+    return args["self"], (*index[:dim], sp.Integer(part), *index[dim:])
+
+
+_RESHAPES = ("view", "_unsafe_view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze")
+_COPIES = ("clone", "contiguous", "alias", "detach", "to", "_to_copy", "type_as", "lift_fresh", "lift_fresh_copy")
+
+VIEWS: dict[str, ViewRow] = {
+    **dict.fromkeys(_RESHAPES, _regrouped),
+    **dict.fromkeys(_COPIES, _same_place),
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _permuted(lambda a, n: _swap(*_pair(a), n))),
+    **dict.fromkeys(("t", "mT", "adjoint"), _permuted(lambda a, n: _swap(-2, -1, n) if n > 1 else [0])),
+    "numpy_T": _permuted(lambda a, n: list(range(n))[::-1]),
+    "permute": _permuted(lambda a, n: [d % n for d in a["dims"]]),
+    "dropout": _inert_dropout,
+    "select": _select,
+    "slice": _slice,
+    "narrow": _narrow,
+    "repeat": _repeat,
+    "tile": _repeat,
+    "repeat_interleave": _repeat_interleave,
+    "flip": _flip,
+}
+
+
+def _pair(args: Bound) -> tuple[int, int]:
+    return args.get("dim0", args.get("axis0")), args.get("dim1", args.get("axis1"))  # type: ignore[return-value]
+
+
+PARTS: dict[str, Part] = {
+    "split": _split,
+    "split_with_sizes": _split,
+    "chunk": _split,
+    "tensor_split": _split,
+    "unbind": _unbind,
+}
+
+# Views that never move data: what they read from can be passed on as a strided tensor.
+FREE = frozenset([*_RESHAPES[:2], "squeeze", "unsqueeze", "transpose", "swapaxes", "swapdims", "t", "mT", "permute"])
+FREE |= frozenset(["alias", "detach", "select", "slice", "narrow", "view_as", "unflatten"])
