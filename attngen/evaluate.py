@@ -61,7 +61,7 @@ class Evaluator:
     """Evaluates expressions at given positions.
 
     ``positions`` binds axes and sizes to integer tensors or ints; ``load`` gives the tensor behind a ``Load``;
-    ``dot`` gives the value of a contraction (by default it is summed up element by element).
+    ``known`` gives the value of whole subexpressions. A contraction is summed up element by element.
     """
 
     def __init__(
@@ -69,16 +69,15 @@ class Evaluator:
         positions: Mapping[sp.Symbol, Tensor | int],
         load: Callable[[Any], Tensor],
         *,
-        dot: Callable[[Dot], Tensor] | None = None,
+        known: Mapping[Expr, Tensor] | None = None,
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
     ) -> None:
         self._positions = dict(positions)
         self._load = load
-        self._dot = dot
         self._dtype = dtype
         self._device = torch.device(device)
-        self._memo: dict[Expr, Tensor] = {}
+        self._memo: dict[Expr, Tensor] = dict(known or {})
 
     def __call__(self, expr: Expr) -> Tensor:
         if expr not in self._memo:
@@ -113,8 +112,6 @@ class Evaluator:
         return value.to(self._dtype) if expr.kind == "float" else value
 
     def _contraction(self, expr: Dot) -> Tensor:
-        if self._dot is not None:
-            return self._dot(expr)
         inner = self._unrolled(expr.axis)
         left, right = (inner._loaded(Load(side.source, side.index)) for side in (expr.lhs, expr.rhs))
         return (left * right).sum(0)
@@ -124,7 +121,7 @@ class Evaluator:
         rank = max((p.dim() for p in self._positions.values() if isinstance(p, Tensor)), default=0)
         values = torch.arange(int(axis.extent), device=self._device).reshape(-1, *[1] * rank)  # type: ignore[attr-defined]
         positions = {**self._positions, axis: values}
-        return Evaluator(positions, self._load, dot=self._dot, dtype=self._dtype, device=self._device)
+        return Evaluator(positions, self._load, dtype=self._dtype, device=self._device)
 
     def integer(self, expr: sp.Expr) -> Tensor | int:
         """The value of an index expression."""

@@ -1,0 +1,240 @@
+"""A spec computed with torch operators, one block of rows at a time: no tensor ever holds all pairs.
+
+This is what a generated operator does on the CPU, what its gradient is on any device for now, and, in float64, the
+reference that kernels are checked against. Gradients come from torch's own differentiation of each block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sympy as sp
+import torch
+from torch import Tensor
+
+from attngen.algebra import TRUE, Expr, Int, Op, number
+from attngen.compat import FloorDiv
+from attngen.evaluate import Evaluator
+from attngen.index import Axis
+from attngen.spec import FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input
+
+BLOCK_ELEMENTS = 1 << 22  # of one block of scores
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The inputs of one call, arranged: query [*batch, i, d], keys [*batch, j, d], values [*batch, j, e]."""
+
+    spec: AttentionSpec
+    sizes: dict[Axis, int]
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    extras: dict[str, Tensor]
+    dtype: torch.dtype
+
+    def rows_per_block(self) -> int:
+        per_row = self.sizes[KEY]
+        for axis in self.spec.batch:
+            per_row *= self.sizes[axis]
+        return max(1, min(self.sizes[ROW], BLOCK_ELEMENTS // max(per_row, 1)))
+
+
+def forward(
+    spec: AttentionSpec, inputs: Sequence[Tensor], *, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The output (laid out as ``spec.output``) and the log-sum-exp ``[*batch, i]`` of each row.
+
+    ``dtype`` is the precision of the arithmetic: float32 unless an input is float64.
+    """
+    call = _arrange(spec, inputs, dtype)
+    step = call.rows_per_block()
+    blocks = [_block(call, r, min(r + step, call.sizes[ROW])) for r in range(0, call.sizes[ROW], step)]
+    out = torch.cat([block for block, _ in blocks], -2)
+    lse = torch.cat([lse for _, lse in blocks], -1)
+    return _laid_out(call, out), lse
+
+
+def backward(
+    spec: AttentionSpec, inputs: Sequence[Tensor], grad: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradient of each needed input, for the gradient ``grad`` of the output. Forward is computed again per block."""
+    leaves = [x.detach().requires_grad_(n and x.is_floating_point()) for x, n in zip(inputs, needed, strict=True)]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    with torch.enable_grad():
+        call = _arrange(spec, leaves, None)
+    sums = [torch.zeros(leaf.shape, dtype=call.dtype, device=leaf.device) for leaf in wanted]
+    grad = _back_to_batch(call, grad)
+    step = call.rows_per_block()
+    for first in range(0, call.sizes[ROW], step):
+        last = min(first + step, call.sizes[ROW])
+        with torch.enable_grad():
+            call = _arrange(spec, leaves, None)
+            out, _ = _block(call, first, last)
+            grads = torch.autograd.grad(out, wanted, grad[..., first:last, :].to(out.dtype), allow_unused=True)
+        for total, part in zip(sums, grads, strict=True):
+            if part is not None:
+                total += part
+    done = iter(sums)
+    return [next(done).to(leaf.dtype) if leaf.requires_grad else None for leaf in leaves]
+
+
+# ----------------------------------------------------------------------------------------------------------- one block
+
+
+def _block(call: _Call, first: int, last: int) -> tuple[Tensor, Tensor]:
+    spec = call.spec
+    qk = call.query[..., first:last, :] @ call.keys.transpose(-1, -2)
+    evaluate = _evaluator(call, first, last, qk)
+    scores = evaluate(spec.score)
+    if spec.mask != TRUE:
+        scores = scores.masked_fill(~evaluate(spec.mask), -torch.inf)
+    scores = torch.broadcast_to(scores, torch.broadcast_shapes(scores.shape, qk.shape))
+    if spec.whole is not None:
+        again = scores.amax(-1, keepdim=True) < spec.redo_below
+        if bool(again.any()):
+            scores = torch.where(again, evaluate(spec.whole), scores)
+    shift = scores.detach().amax(-1, keepdim=True)
+    sinks = [torch.broadcast_to(evaluate(s), shift.shape) for s in spec.sinks]
+    for sink in sinks:
+        shift = torch.maximum(shift, sink.detach())
+    shift = torch.where(shift == -torch.inf, 0.0, shift)
+    weights = torch.exp(scores - shift)
+    total = weights.sum(-1, keepdim=True)
+    for sink in sinks:
+        total = total + torch.exp(sink - shift)
+    values = weights @ call.values
+    safe = torch.where(total == 0, 1.0, total)
+    out = torch.where(total == 0, values if spec.empty == "zero" else torch.nan, values / safe)
+    return out, (shift + torch.log(total)).squeeze(-1)
+
+
+def _evaluator(call: _Call, first: int, last: int, qk: Tensor) -> Evaluator:
+    device = qk.device
+    count = len(call.spec.batch)
+    positions: dict[sp.Symbol, Tensor | int] = {
+        ROW: torch.arange(first, last, device=device).unsqueeze(-1),
+        KEY: torch.arange(call.sizes[KEY], device=device),
+    }
+    for place, axis in enumerate(call.spec.batch):
+        shape = [1] * (count + 2)
+        shape[place] = -1
+        positions[axis] = torch.arange(call.sizes[axis], device=device).reshape(shape)
+    positions.update({axis.extent: size for axis, size in call.sizes.items()})
+    known = {SCORE: qk}
+    return Evaluator(positions, call.extras.__getitem__, known=known, dtype=call.dtype, device=device)
+
+
+# ------------------------------------------------------------------------------------------------------- arrangement
+
+
+def sizes_of(spec: AttentionSpec, inputs: Sequence[Tensor]) -> dict[Axis, int]:
+    """The extent of every axis, read off the inputs."""
+    sizes: dict[Axis, int] = {INNER: spec.head_dim, FEATURE: spec.value_dim}
+    for axis in (*spec.batch, ROW, KEY):
+        for source, tensor in zip(spec.inputs, inputs, strict=True):
+            dim = source.dim_of(axis)
+            if dim is not None:
+                sizes[axis] = tensor.shape[dim]
+                break
+    return sizes
+
+
+def _arrange(spec: AttentionSpec, inputs: Sequence[Tensor], dtype: torch.dtype | None) -> _Call:
+    sizes = sizes_of(spec, inputs)
+    if dtype is None:
+        dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
+    pairs = list(zip(spec.inputs, inputs, strict=True))
+    sides = ((ROW, INNER), (KEY, INNER), (KEY, FEATURE))
+    q, k, v = (
+        arranged(source, tensor, (*spec.batch, *axes), sizes).to(dtype)
+        for (source, tensor), axes in zip(pairs, sides, strict=False)
+    )
+    return _Call(spec, sizes, q, k, v, {source.name: tensor for source, tensor in pairs[3:]}, dtype)
+
+
+def arranged(source: Input, tensor: Tensor, axes: tuple[Axis, ...], sizes: dict[Axis, int]) -> Tensor:
+    """``tensor`` with one dimension per axis of ``axes``, in that order; of size one where it does not change."""
+    labels: list[Axis | None] = []
+    for dim in reversed(range(len(source.index))):
+        place = source.index[dim]
+        if place.is_Integer:
+            tensor = tensor.select(dim, int(place))
+            continue
+        axis = next(iter(place.atoms(Axis)))
+        if place != axis:
+            tensor = _along(tensor, dim, place, axis, sizes)
+        labels.insert(0, axis)
+    present = [axis for axis in axes if axis in labels]
+    tensor = tensor.permute([labels.index(axis) for axis in present])
+    for place, axis in enumerate(axes):
+        if axis not in present:
+            tensor = tensor.unsqueeze(place)
+    return tensor
+
+
+def _along(tensor: Tensor, dim: int, place: sp.Expr, axis: Axis, sizes: dict[Axis, int]) -> Tensor:
+    """``tensor`` read along ``dim`` at ``place``, an expression of ``axis``."""
+    if isinstance(place, FloorDiv) and place.args[0] == axis and place.args[1].is_Integer:
+        return tensor.repeat_interleave(int(place.args[1]), dim)
+    if place.atoms(Axis) != {axis}:
+        raise NotImplementedError(f"an operand read at {place}")
+    positions = Evaluator({axis: torch.arange(sizes[axis], device=tensor.device)}, lambda _: tensor).integer(place)
+    return tensor.index_select(dim, torch.as_tensor(positions, device=tensor.device))
+
+
+def _laid_out(call: _Call, out: Tensor) -> Tensor:
+    order = (*call.spec.batch, ROW, FEATURE)
+    full = torch.broadcast_to(out, [call.sizes[axis] for axis in order])
+    return full.permute([order.index(axis) for axis in call.spec.output]).to(call.spec.out_dtype, copy=True).contiguous()
+
+
+def _back_to_batch(call: _Call, grad: Tensor) -> Tensor:
+    order = (*call.spec.batch, ROW, FEATURE)
+    return grad.permute([call.spec.output.index(axis) for axis in order])
+
+
+# ------------------------------------------------------------------------------------------------------ library route
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What ``F.scaled_dot_product_attention`` needs to compute a spec."""
+
+    scale: float
+    causal: bool
+
+
+def plain(spec: AttentionSpec) -> Plain | None:
+    """The arguments with which torch's own attention computes ``spec``, if it can."""
+    scale = _scale(spec.score)
+    causal = spec.mask == Op("le", (Int(KEY), Int(ROW)))
+    if scale is None or spec.sinks or spec.whole is not None or not (causal or spec.mask == TRUE):
+        return None
+    return Plain(scale, causal)
+
+
+def _scale(score: Expr) -> float | None:
+    if score == SCORE:
+        return 1.0
+    if isinstance(score, Op) and score.name == "mul" and score.args[0] == SCORE:
+        return number(score.args[1])
+    return None
+
+
+def library(spec: AttentionSpec, how: Plain, inputs: Sequence[Tensor]) -> Tensor:
+    """``spec`` through ``F.scaled_dot_product_attention``."""
+    sizes = sizes_of(spec, inputs)
+    order = (*spec.batch, ROW, FEATURE)
+    lead = [sizes[axis] for axis in spec.batch]
+    sides = ((ROW, INNER), (KEY, INNER), (KEY, FEATURE))
+    q, k, v = (
+        torch.broadcast_to(
+            arranged(source, tensor, (*spec.batch, *axes), sizes), [*lead, *(sizes[a] for a in axes)]
+        ).to(spec.out_dtype)
+        for source, tensor, axes in zip(spec.inputs, inputs, sides, strict=False)
+    )
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=how.causal, scale=how.scale)
+    return out.permute([order.index(axis) for axis in spec.output]).contiguous()
+

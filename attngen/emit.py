@@ -1,0 +1,383 @@
+"""Plan -> kernel source. Choices are made here, in Python; templates only say where the pieces go."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import sympy as sp
+
+import attngen
+from attngen.algebra import TRUE, Const, Expr, Load, Op, number, op, terms, total
+from attngen.errors import Miss
+from attngen.index import Axis
+from attngen.mask import Cover, Interval, derive
+from attngen.printer import LOG2E, Printer, Unprintable, bare, fixed_dims, moving_dims
+from attngen.spec import FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input, Tile, digest
+
+TEMPLATE = "portable_fwd.py.jinja"
+MIN_DOT = 16  # the smallest side of a tensor-core product
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The text of one generated module. ``name`` is unique to its content, apart from the header."""
+
+    spec: AttentionSpec
+    tile: Tile
+    source: str
+    name: str
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("attngen.templates", ""),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["listed"] = _listed
+    return environment
+
+
+def _listed(names: list[str], indent: int) -> str:
+    """A comma-separated list, broken into lines."""
+    return textwrap.fill(", ".join(names) + ",", 116 - indent).replace("\n", "\n" + " " * indent)
+
+
+@cache
+def template_digest(template: str) -> str:
+    return digest(files("attngen.templates").joinpath(template).read_text())
+
+
+def emit(spec: AttentionSpec, tile: Tile, *, notes: tuple[str, ...] = (), l2_bytes: int = 50 << 20) -> Kernel | Miss:
+    """The kernel module for ``spec`` with ``tile``, or a ``Miss`` if the templates cannot express it.
+
+    ``notes`` are lines for the header (predicted traffic, where the choice came from); they do not change the name.
+    """
+    try:
+        holes = _holes(spec, tile, l2_bytes)
+    except Unprintable as problem:
+        return Miss(str(problem))
+    template = _environment().get_template(TEMPLATE)
+    body = template.render(holes, header="")
+    name = f"fwd_{digest(body)}"
+    header = _header(spec, tile, notes)
+    return Kernel(spec, tile, template.render(holes, header=header), name)
+
+
+def _header(spec: AttentionSpec, tile: Tile, notes: tuple[str, ...]) -> str:
+    lines = [
+        "Attention, forward: one fused kernel.",
+        "",
+        *(f"    {line}" for line in spec.text.splitlines()),
+        "",
+        f"Tile: {tile.rows} queries x {tile.keys} keys, {tile.warps} warps, {tile.stages} stages.",
+        *notes,
+        f"Written by attngen {attngen.__version__} from {TEMPLATE} ({template_digest(TEMPLATE)}).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# -------------------------------------------------------------------------------------------------------------- holes
+
+
+def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
+    cover = derive(spec.mask)
+    printer = Printer(spec)
+    scale, shaped = scaled_score(spec.score)
+    score = _score(printer, spec, scale, shaped)
+    keep = "col_ok" if spec.mask == TRUE else f"{printer.value(spec.mask, masked=True)} & col_ok"
+    sinks = [printer.hoisted(op("mul", s, Const(LOG2E / scale))) for s in _scalars(spec.sinks)]
+    whole = _whole(printer, spec)
+    bounds, has_head, has_full = _bounds(printer, cover)
+    heavy_first = any(i.high != KEY.extent for i in cover.visit)
+    prologue = [*([f"scale = {scale!r}  # scores are in units of it, base 2"] if scale != 1 else []), *printer.prologue]
+    block_d, block_e = (max(MIN_DOT, 1 << (n - 1).bit_length()) for n in (spec.head_dim, spec.value_dim))
+    return {
+        "tile": tile,
+        "helpers": {"tanh": _tanh(spec) if printer.uses_tanh else "", "floor_div": printer.uses_floor_div},
+        "score": score,
+        "keep": keep,
+        "whole": whole,
+        "prologue": prologue,
+        "bounds": bounds,
+        "has_head": has_head,
+        "has_full": has_full,
+        "sink_lines": _sink_lines(sinks, " * scale" if scale != 1 else ""),
+        "initial_max": 'float("-inf")',
+        "initial_sum": "0.0",
+        "heavy_first": heavy_first,
+        "order_comment": "Rows with most keys go first." if heavy_first else "Tiles of one head are neighbours.",
+        "empty": spec.empty,
+        "lse": spec.lse,
+        "ln2": repr(math.log(2)),
+        "precision": "" if spec.query.dtype.itemsize < 4 else f', input_precision="{"tf32" if spec.tf32 else "ieee"}"',
+        "block_d": block_d,
+        "block_e": block_e,
+        "d_ragged": block_d != spec.head_dim,
+        "e_ragged": block_e != spec.value_dim,
+        "head_dim": spec.head_dim,
+        "value_dim": spec.value_dim,
+        **_layout(spec),
+        **_arguments(spec),
+        "l2_half": l2_bytes // 2,
+        "kv_bytes_per_key": spec.head_dim * spec.keys.dtype.itemsize + spec.value_dim * spec.values.dtype.itemsize,
+    }
+
+
+def scaled_score(score: Expr) -> tuple[float, Expr]:
+    """``score * log2(e) = scale * shaped`` with ``scale > 0``, chosen so that the raw product needs no multiplication.
+
+    The maximum is then taken before scaling, and scaling becomes part of the exponent's fused multiply-add.
+    """
+    parts = terms(score)
+    factors = [_coefficient(part) for part in parts]
+    linear = [f for part, f in zip(parts, factors, strict=True) if f is not None and _strip(part) == SCORE]
+    if len(linear) == 1 and linear[0] > 0:
+        scale = linear[0] * LOG2E
+    elif len(parts) == 1 and factors[0] is not None and factors[0] > 0:
+        scale = factors[0] * LOG2E
+    else:
+        scale = LOG2E
+    return scale, total(terms(score, LOG2E / scale)) if scale != 1 else score
+
+
+def _coefficient(part: Expr) -> float | None:
+    if isinstance(part, Op) and part.name == "mul":
+        value = number(part.args[1])
+        return value if value is not None else number(part.args[0])
+    return 1.0
+
+
+def _strip(part: Expr) -> Expr:
+    if isinstance(part, Op) and part.name == "mul":
+        return part.args[0] if number(part.args[1]) is not None else part.args[1]
+    return part
+
+
+def _score(printer: Printer, spec: AttentionSpec, scale: float, shaped: Expr) -> dict[str, Any]:
+    return {
+        "full": bare(printer.value(shaped, masked=False)),
+        "masked": bare(printer.value(shaped, masked=True)),
+        "times": " * scale" if scale != 1 else "",
+        "may_be_infinite": any(isinstance(n, Load) and n != SCORE for n in spec.score.walk()),
+    }
+
+
+def _whole(printer: Printer, spec: AttentionSpec) -> dict[str, Any] | None:
+    if spec.whole is None or spec.redo_below is None:
+        return None
+    sinks = [printer.hoisted(op("mul", s, Const(LOG2E))) for s in _scalars(spec.sinks)]
+    return {
+        "score": bare(printer.value(total(terms(spec.whole, LOG2E)), masked=True)),
+        "below": repr(max(spec.redo_below * LOG2E, -3.4028234e38)),
+        "sink_lines": _sink_lines(sinks, ""),
+    }
+
+
+def _scalars(sinks: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    for sink in sinks:
+        if {ROW, KEY} & sink.axes:
+            raise Unprintable("a sink that differs from query to query")
+    return sinks
+
+
+def _sink_lines(sinks: list[str], times: str) -> list[str]:
+    lines = [f"row_max = tl.maximum(row_max, {sink})" for sink in sinks]
+    for sink in sinks:
+        weight = f"tl.exp2(({sink} - row_max){times})" if times else f"tl.exp2({sink} - row_max)"
+        lines.append(f'row_sum = row_sum + tl.where({sink} > float("-inf"), {weight}, 0.0)')
+    return lines
+
+
+def _tanh(spec: AttentionSpec) -> str:
+    return "approx" if spec.query.dtype.itemsize < 4 else "exact"
+
+
+# ------------------------------------------------------------------------------------------------------------- bounds
+
+
+def _bounds(printer: Printer, cover: Cover) -> tuple[list[str], bool, bool]:
+    """Lines that set start, full_start, full_stop and stop; whether a masked loop leads, and whether any block is full."""
+    lines: list[str] = []
+    low, high = _hull(printer, cover.visit, lines)
+    heads = [i for i in cover.partial if i.low == 0 and i.high != KEY.extent]
+    tails = [i for i in cover.partial if i not in heads]
+    has_head = bool(heads) or low != "0"
+    has_full = all(i.low != 0 for i in tails)
+    if low != "0":
+        lines.append(f"low = {bare(low)}")
+        low = "low"
+    lines.append("start = low // BLOCK_J * BLOCK_J" if low == "low" else "start = 0")
+    lines.append(f"stop = {bare(high)}")
+    if not has_full:
+        return lines, False, False
+    if has_head:
+        full_low = _innermost(printer, heads, "high", "tl.maximum", low)
+        lines.append(f"full_low = tl.minimum({full_low}, stop)")
+        lines.append("full_start = tl.maximum(start, tl.cdiv(full_low, BLOCK_J) * BLOCK_J)")
+    else:
+        lines.append("full_start = start")
+    full_high = _innermost(printer, tails, "low", "tl.minimum", "stop")
+    lines.append(f"full_high = {full_high}" if tails else "full_high = stop")
+    lines.append("full_stop = tl.maximum(full_start, tl.maximum(full_high, 0) // BLOCK_J * BLOCK_J)")
+    return lines, has_head, True
+
+
+def _hull(printer: Printer, intervals: tuple[Interval, ...], lines: list[str]) -> tuple[str, str]:
+    """The smallest interval around all; one that is empty for this tile does not count."""
+    if not intervals:
+        return "0", "0"
+    ends = []
+    for k, interval in enumerate(intervals):
+        low, high = (_bound(printer, e) for e in (interval.low, interval.high))
+        if interval.when:
+            lines.append(f"high_{k} = tl.where({_guards(printer, interval)}, {high}, 0)")
+            high = f"high_{k}"
+        ends.append((low, high))
+    if len(ends) == 1:
+        return ends[0]
+    lows = [low if low == "0" else f"tl.where({low} < {high}, {low}, size_j)" for low, high in ends]
+    low = "0" if all(e.low == 0 for e in intervals) else _folded("tl.minimum", lows)
+    return low, _folded("tl.maximum", [high for _, high in ends])
+
+
+def _innermost(printer: Printer, intervals: list[Interval], end: str, call: str, limit: str) -> str:
+    parts = [limit]
+    for interval in intervals:
+        text = _bound(printer, getattr(interval, end))
+        empty = f"{_bound(printer, interval.low)} >= {_bound(printer, interval.high)}"
+        if interval.when:
+            empty = f"({empty}) | ~({_guards(printer, interval)})"
+        parts.append(f"tl.where({empty}, {limit}, {text})" if _may_be_empty(interval) else text)
+    return _folded(call, parts)
+
+
+def _may_be_empty(interval: Interval) -> bool:
+    """Worth a test: an interval that is empty for some tile must not end the full blocks there."""
+    return bool(interval.when) or interval.high != KEY.extent and interval.low != 0
+
+
+def _guards(printer: Printer, interval: Interval) -> str:
+    return " & ".join(f"({_bound(printer, e)} >= 0)" for e in interval.when)
+
+
+def _bound(printer: Printer, expr: sp.Expr) -> str:
+    return printer.index(expr)
+
+
+def _folded(call: str, parts: list[str]) -> str:
+    text = parts[0]
+    for part in parts[1:]:
+        text = f"{call}({bare(text)}, {bare(part)})"
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------- memory layout
+
+
+def _layout(spec: AttentionSpec) -> dict[str, Any]:
+    """Dimension numbers of the moving axes, base pointers, and how a head number unpacks into batch positions."""
+    wide = ".to(tl.int64)" if spec.wide else ""
+    return {
+        "q_dims": {"row": _dim(spec.query, ROW), "inner": _dim(spec.query, INNER)},
+        "key_dim": {"k": _dim(spec.keys, KEY), "v": _dim(spec.values, KEY)},
+        "k_inner": _dim(spec.keys, INNER),
+        "v_feature": _dim(spec.values, FEATURE),
+        "out_dims": {"row": spec.output.index(ROW), "feature": spec.output.index(FEATURE)},
+        "wide_rows": f"rows{wide}",
+        "wide_cols": f"block_cols{wide}",
+        "unpack_head": _unpack(spec),
+        "bases": _bases(spec),
+        "heads": _product([f"size_{a.name}" for a in spec.batch]),
+        "lse_head": "head.to(tl.int64)",
+    }
+
+
+def _dim(source: Input, axis: Axis) -> int:
+    dim = source.dim_of(axis)
+    if dim is None:  # an extent of one that every side reads at zero
+        raise Unprintable(f"{source.name} has no dimension for {axis.name}")
+    return dim
+
+
+def _unpack(spec: AttentionSpec) -> list[str]:
+    lines = []
+    rest = "head"
+    for axis in reversed(spec.batch[1:]):
+        lines.append(f"{axis.name} = {rest} % size_{axis.name}")
+        rest = f"{rest} // size_{axis.name}"
+    if spec.batch:
+        lines.append(f"{spec.batch[0].name} = {rest}")
+    return lines
+
+
+def _bases(spec: AttentionSpec) -> list[str]:
+    """Where each tensor's slice for this head begins; 64-bit, for a batch may be large even where a slice is not."""
+    printer = Printer(spec)
+    lines = []
+    for source in spec.inputs:
+        text = "".join(f" + {printer.base(p)} * {source.name}_stride_{d}" for d, p in fixed_dims(source))
+        lines.append(f"{source.name}_base = {source.name}_ptr{text}")
+    dims = [(d, a) for d, a in enumerate(spec.output) if a not in (ROW, FEATURE)]
+    text = "".join(f" + {a.name}.to(tl.int64) * out_stride_{d}" for d, a in dims)
+    return [*lines, f"out_base = out_ptr{text}"]
+
+
+def _arguments(spec: AttentionSpec) -> dict[str, Any]:
+    tensors = [f"{x.name}_ptr" for x in spec.inputs] + ["out_ptr"] + (["lse_ptr"] if spec.lse else [])
+    strides, call_strides = [], []
+    for source in spec.inputs:
+        for dim in used_dims(source):
+            strides.append(f"{source.name}_stride_{dim}")
+            call_strides.append(f"{source.name}.stride({dim})")
+    for dim in range(len(spec.output)):
+        strides.append(f"out_stride_{dim}")
+        call_strides.append(f"out.stride({dim})")
+    axes = [*spec.batch, ROW, KEY]
+    sizes = {a.name: _extent(spec, a) for a in axes}
+    shape = {**{a: f"size_{a.name}" for a in axes}, FEATURE: str(spec.value_dim)}
+    return {
+        "tensors": tensors,
+        "strides": strides,
+        "sizes": [f"size_{a.name}" for a in axes],
+        "arguments": [x.name for x in spec.inputs],
+        "call_tensors": [x.name for x in spec.inputs] + ["out"] + (["lse"] if spec.lse else []),
+        "call_strides": call_strides,
+        "size_lines": [f"size_{name} = {source}.shape[{dim}]" for name, (source, dim) in sizes.items()],
+        "out_shape": _tuple([shape[a] for a in spec.output]),
+        "out_dtype": str(spec.out_dtype),
+        "lse_shape": _tuple([f"size_{a.name}" for a in (*spec.batch, ROW)]),
+        "heads_python": _product([f"size_{a.name}" for a in spec.batch]),
+    }
+
+
+def used_dims(source: Input) -> list[int]:
+    """The dimensions of an input whose strides the kernel needs."""
+    moving = {d for d, _ in (*moving_dims(source), *fixed_dims(source))}
+    return sorted(moving | {d for d, p in enumerate(source.index) if p in (INNER, FEATURE)})
+
+
+def _extent(spec: AttentionSpec, axis: Axis) -> tuple[str, int]:
+    """An input and its dimension that is exactly ``axis``."""
+    for source in spec.inputs:
+        dim = source.dim_of(axis)
+        if dim is not None:
+            return source.name, dim
+    raise Unprintable(f"no operand has the size of {axis.name}")
+
+
+def _product(names: list[str]) -> str:
+    return " * ".join(names) if names else "1"
+
+
+def _tuple(parts: list[str]) -> str:
+    return f"({', '.join(parts)},)"

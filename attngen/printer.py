@@ -1,0 +1,219 @@
+"""Expressions of a spec as lines of a Triton kernel.
+
+A kernel has four places where a value can be computed: once per program, once per query row, once per key block, or once
+per pair. ``Printer`` puts each subexpression at the outermost place it allows: values without the key axis become named
+variables before the loop, values without the row axis are vectors over the keys of the block.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import sympy as sp
+
+from attngen.algebra import COMPARISONS, Const, Expr, Int, Load, Op, number
+from attngen.compat import FloorDiv
+from attngen.index import Axis, never_negative
+from attngen.spec import FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input
+from attngen.text import index_text
+
+LOG2E = 1 / math.log(2)
+
+_CALLS = {
+    "exp": "tl.exp",
+    "exp2": "tl.exp2",
+    "log": "tl.log",
+    "log2": "tl.log2",
+    "sqrt": "tl.sqrt",
+    "rsqrt": "tl.rsqrt",
+    "sin": "tl.sin",
+    "cos": "tl.cos",
+    "erf": "tl.erf",
+    "floor": "tl.floor",
+    "sigmoid": "tl.sigmoid",
+    "tanh": "tanh",
+    "abs": "tl.abs",
+    "min": "tl.minimum",
+    "max": "tl.maximum",
+    "where": "tl.where",
+}
+_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", **COMPARISONS}
+
+
+class Unprintable(Exception):
+    """A kernel cannot compute this operation."""
+
+
+@dataclass
+class Printer:
+    """Turns expressions of ``spec`` into kernel text, collecting what must come before the loop in ``prologue``."""
+
+    spec: AttentionSpec
+    prologue: list[str] = field(default_factory=list)
+    uses_floor_div: bool = False
+    uses_tanh: bool = False
+    _names: dict[Expr, str] = field(default_factory=dict)
+
+    def value(self, expr: Expr, *, masked: bool) -> str:
+        """``expr`` inside the loop; ``masked`` blocks also guard their loads against keys beyond the end."""
+        return self._show(expr, masked)
+
+    def hoisted(self, expr: Expr) -> str:
+        """A key-free expression as a variable of the prologue."""
+        if isinstance(expr, Const) or number(expr) is not None:
+            return self._show(expr, False)
+        if expr not in self._names:
+            name = f"c{len(self._names)}"
+            self._names[expr] = name
+            self.prologue.append(f"{name} = {bare(self._show(expr, False, top=True))}")
+        return self._names[expr]
+
+    def _show(self, expr: Expr, masked: bool, *, top: bool = False) -> str:
+        if expr == SCORE:
+            return "qk"
+        if isinstance(expr, Int):
+            return self._int(expr.value)
+        if isinstance(expr, Const):
+            return _literal(expr.value)
+        if not top and KEY not in expr.axes:
+            return self.hoisted(expr)
+        if isinstance(expr, Load):
+            return self._load(expr, masked)
+        assert isinstance(expr, Op), expr
+        if expr.name == "mul":
+            return self._product(expr, masked, top)
+        return self._operation(expr, masked)
+
+    def _operation(self, expr: Op, masked: bool) -> str:
+        args = [self._show(a, masked) for a in expr.args]
+        if expr.name in _INFIX:
+            return "(" + f" {_INFIX[expr.name]} ".join(args) + ")"
+        if expr.name == "float":
+            return f"({args[0]}).to(tl.float32)" if expr.args[0].axes else f"({args[0]} * 1.0)"
+        if expr.name == "not":
+            return f"({args[0]} == 0)"
+        if expr.name == "neg":
+            return f"(-{args[0]})"
+        if expr.name not in _CALLS:
+            raise Unprintable(f"a kernel has no {expr.name}")
+        self.uses_tanh |= expr.name == "tanh"
+        return f"{_CALLS[expr.name]}({', '.join(args)})"
+
+    def _product(self, expr: Op, masked: bool, top: bool) -> str:
+        """Factors that do not change over the keys are multiplied before the loop."""
+        factors = _factors(expr)
+        fixed = [f for f in factors if KEY not in f.axes]
+        moving = [f for f in factors if KEY in f.axes]
+        if top or len(fixed) < 2 or all(number(f) is not None for f in fixed):
+            return "(" + " * ".join(self._show(f, masked) for f in factors) + ")"
+        product = fixed[0]
+        for factor in fixed[1:]:
+            product = Op("mul", (product, factor))
+        return "(" + " * ".join([self.hoisted(product), *(self._show(f, masked) for f in moving)]) + ")"
+
+    # ------------------------------------------------------------------------------------------------------- indices
+
+    def base(self, place: sp.Expr) -> str:
+        """A position that is one per program, in 64 bits."""
+        text = self.index(place)
+        return f"{text}.to(tl.int64)" if place.atoms(Axis) else text
+
+    def _int(self, expr: sp.Expr) -> str:
+        return self.index(expr, {ROW: "rows[:, None]", KEY: "cols[None, :]"})
+
+    def index(self, expr: sp.Expr, axes: dict[Axis, str] | None = None) -> str:
+        """Integer arithmetic as Triton text; floor division of what may be negative goes through a helper."""
+        axes = axes or {}
+        if expr in axes:
+            return axes[expr]
+        if isinstance(expr, Axis) or expr.is_Symbol:
+            return str(expr.name)
+        if expr.is_Integer:
+            return str(int(expr))
+        parts = [self.index(a, axes) for a in _ordered(expr)]
+        if isinstance(expr, sp.Add):
+            return "(" + " + ".join(parts).replace("+ -", "- ") + ")"
+        if isinstance(expr, sp.Mul):
+            return f"-{'*'.join(parts[1:])}" if parts[0] == "-1" and len(parts) == 2 else "(" + " * ".join(parts) + ")"
+        if isinstance(expr, FloorDiv):
+            if never_negative(expr.args[0]):
+                return f"({parts[0]} // {parts[1]})"
+            self.uses_floor_div = True
+            return f"floor_div({parts[0]}, {parts[1]})"
+        if isinstance(expr, sp.Mod):
+            if never_negative(expr.args[0]):
+                return f"({parts[0]} % {parts[1]})"
+            self.uses_floor_div = True
+            return f"({parts[0]} - floor_div({parts[0]}, {parts[1]}) * {parts[1]})"
+        if isinstance(expr, sp.Abs):
+            return f"tl.abs({parts[0]})"
+        if isinstance(expr, (sp.Max, sp.Min)):
+            call = "tl.maximum" if isinstance(expr, sp.Max) else "tl.minimum"
+            text = parts[0]
+            for part in parts[1:]:
+                text = f"{call}({bare(text)}, {bare(part)})"
+            return text
+        raise Unprintable(f"index arithmetic {type(expr).__name__}")
+
+    # --------------------------------------------------------------------------------------------------------- loads
+
+    def _load(self, expr: Load, masked: bool) -> str:
+        source = next(x for x in self.spec.extras if x.name == expr.source)
+        pointer = f"{source.name}_base"
+        for dim, place in moving_dims(source):
+            pointer += f" + {self._wide(place)} * {source.name}_stride_{dim}"
+        guards = [text for axis, text in ((ROW, "row_ok"), (KEY, "col_ok")) if axis in expr.axes]
+        if not masked:
+            guards = [g for g in guards if g != "col_ok"]
+        text = f"tl.load({pointer}, mask={' & '.join(guards)}, other=0)" if guards else f"tl.load({pointer})"
+        if expr.kind == "bool":
+            return f"({text} != 0)"
+        return f"{text}.to(tl.float32)" if expr.kind == "float" else text
+
+    def _wide(self, place: sp.Expr) -> str:
+        text = self._int(place)
+        return f"({text}).to(tl.int64)" if self.spec.wide and place.atoms(Axis) else text
+
+
+def moving_dims(source: Input) -> list[tuple[int, sp.Expr]]:
+    """The dimensions of an extra whose position changes within a program."""
+    return [(d, p) for d, p in enumerate(source.index) if p.has(ROW) or p.has(KEY)]
+
+
+def fixed_dims(source: Input) -> list[tuple[int, sp.Expr]]:
+    """The dimensions of an input whose position is one per program, and not always zero."""
+    return [(d, p) for d, p in enumerate(source.index) if p != 0 and not p.has(ROW, KEY, INNER, FEATURE)]
+
+
+def bare(text: str) -> str:
+    """``text`` without parentheses around the whole of it."""
+    depth = 0
+    for position, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        if depth == 0 and position < len(text) - 1:
+            return text
+    return text[1:-1] if text.startswith("(") else text
+
+
+def _factors(expr: Expr) -> list[Expr]:
+    if isinstance(expr, Op) and expr.name == "mul":
+        return [f for a in expr.args for f in _factors(a)]
+    return [expr]
+
+
+def _ordered(expr: sp.Expr) -> list[sp.Expr]:
+    """Arguments in an order that depends on what they say alone; numbers last in sums, first in products."""
+    if isinstance(expr, (sp.Add, sp.Max, sp.Min)):
+        return sorted(expr.args, key=lambda a: (bool(a.is_Integer), a.could_extract_minus_sign(), index_text(a)))
+    if isinstance(expr, sp.Mul):
+        return sorted(expr.args, key=lambda a: (not a.is_Integer, index_text(a)))
+    return list(expr.args)
+
+
+def _literal(value: float | bool) -> str:
+    if isinstance(value, bool):
+        return str(value)
+    if math.isinf(value):
+        return 'float("inf")' if value > 0 else 'float("-inf")'
+    return 'float("nan")' if math.isnan(value) else repr(float(value))
