@@ -23,7 +23,7 @@ BLOCK_ELEMENTS = 1 << 22  # of one block of scores
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """The inputs of one call, arranged: query [*batch, i, d], keys [*batch, j, d], values [*batch, j, e]."""
 
     spec: AttentionSpec
@@ -48,12 +48,12 @@ def forward(
 
     ``dtype`` is the precision of the arithmetic: float32 unless an input is float64.
     """
-    call = _arrange(spec, inputs, dtype)
+    call = arrange(spec, inputs, dtype)
     step = call.rows_per_block()
     blocks = [_block(call, r, min(r + step, call.sizes[ROW])) for r in range(0, call.sizes[ROW], step)]
     out = torch.cat([block for block, _ in blocks], -2)
     lse = torch.cat([lse for _, lse in blocks], -1)
-    return _laid_out(call, out), lse
+    return laid_out(call, out), lse
 
 
 def backward(
@@ -63,14 +63,14 @@ def backward(
     leaves = [x.detach().requires_grad_(n and x.is_floating_point()) for x, n in zip(inputs, needed, strict=True)]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     with torch.enable_grad():
-        call = _arrange(spec, leaves, None)
+        call = arrange(spec, leaves)
     sums = [torch.zeros(leaf.shape, dtype=call.dtype, device=leaf.device) for leaf in wanted]
     grad = _back_to_batch(call, grad)
     step = call.rows_per_block()
     for first in range(0, call.sizes[ROW], step):
         last = min(first + step, call.sizes[ROW])
         with torch.enable_grad():
-            call = _arrange(spec, leaves, None)
+            call = arrange(spec, leaves)
             out, _ = _block(call, first, last)
             grads = torch.autograd.grad(out, wanted, grad[..., first:last, :].to(out.dtype), allow_unused=True)
         for total, part in zip(sums, grads, strict=True):
@@ -83,10 +83,10 @@ def backward(
 # ----------------------------------------------------------------------------------------------------------- one block
 
 
-def _block(call: _Call, first: int, last: int) -> tuple[Tensor, Tensor]:
+def _block(call: Call, first: int, last: int) -> tuple[Tensor, Tensor]:
     spec = call.spec
     qk = call.query[..., first:last, :] @ call.keys.transpose(-1, -2)
-    evaluate = _evaluator(call, first, last, qk)
+    evaluate = evaluator(call, first, last, qk)
     scores = evaluate(spec.score)
     if spec.mask != TRUE:
         scores = scores.masked_fill(~evaluate(spec.mask), -torch.inf)
@@ -110,7 +110,8 @@ def _block(call: _Call, first: int, last: int) -> tuple[Tensor, Tensor]:
     return out, (shift + torch.log(total)).squeeze(-1)
 
 
-def _evaluator(call: _Call, first: int, last: int, qk: Tensor) -> Evaluator:
+def evaluator(call: Call, first: int, last: int, qk: Tensor) -> Evaluator:
+    """Evaluates over ``[*batch, i, j]`` for the rows ``first .. last``, whose products of query and key are ``qk``."""
     device = qk.device
     count = len(call.spec.batch)
     positions: dict[sp.Symbol, Tensor | int] = {
@@ -130,9 +131,11 @@ def _evaluator(call: _Call, first: int, last: int, qk: Tensor) -> Evaluator:
 
 
 def sizes_of(spec: AttentionSpec, inputs: Sequence[Tensor]) -> dict[Axis, int]:
-    """The extent of every axis, read off the inputs."""
-    sizes: dict[Axis, int] = {INNER: spec.head_dim, FEATURE: spec.value_dim}
+    """The extent of every axis, read off the inputs; one for an axis that no input has as a dimension."""
+    sizes = {INNER: spec.head_dim, FEATURE: spec.value_dim}
     for axis in (*spec.batch, ROW, KEY):
+        if not any(place.has(axis) for source in spec.inputs for place in source.index):
+            sizes[axis] = 1
         for source, tensor in zip(spec.inputs, inputs, strict=True):
             dim = source.dim_of(axis)
             if dim is not None:
@@ -141,7 +144,8 @@ def sizes_of(spec: AttentionSpec, inputs: Sequence[Tensor]) -> dict[Axis, int]:
     return sizes
 
 
-def _arrange(spec: AttentionSpec, inputs: Sequence[Tensor], dtype: torch.dtype | None) -> _Call:
+def arrange(spec: AttentionSpec, inputs: Sequence[Tensor], dtype: torch.dtype | None = None) -> Call:
+    """The inputs of one call with its operands in ``dtype``: float32 unless an input is float64."""
     sizes = sizes_of(spec, inputs)
     if dtype is None:
         dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
@@ -151,7 +155,7 @@ def _arrange(spec: AttentionSpec, inputs: Sequence[Tensor], dtype: torch.dtype |
         arranged(source, tensor, (*spec.batch, *axes), sizes).to(dtype)
         for (source, tensor), axes in zip(pairs, sides, strict=False)
     )
-    return _Call(spec, sizes, q, k, v, {source.name: tensor for source, tensor in pairs[3:]}, dtype)
+    return Call(spec, sizes, q, k, v, {source.name: tensor for source, tensor in pairs[3:]}, dtype)
 
 
 def arranged(source: Input, tensor: Tensor, axes: tuple[Axis, ...], sizes: dict[Axis, int]) -> Tensor:
@@ -184,13 +188,16 @@ def _along(tensor: Tensor, dim: int, place: sp.Expr, axis: Axis, sizes: dict[Axi
     return tensor.index_select(dim, torch.as_tensor(positions, device=tensor.device))
 
 
-def _laid_out(call: _Call, out: Tensor) -> Tensor:
+def laid_out(call: Call, out: Tensor) -> Tensor:
+    """``out`` [*batch, i, e] in the dtype of the spec and in the order of its output."""
     order = (*call.spec.batch, ROW, FEATURE)
     full = torch.broadcast_to(out, [call.sizes[axis] for axis in order])
-    return full.permute([order.index(axis) for axis in call.spec.output]).to(call.spec.out_dtype, copy=True).contiguous()
+    return (
+        full.permute([order.index(axis) for axis in call.spec.output]).to(call.spec.out_dtype, copy=True).contiguous()
+    )
 
 
-def _back_to_batch(call: _Call, grad: Tensor) -> Tensor:
+def _back_to_batch(call: Call, grad: Tensor) -> Tensor:
     order = (*call.spec.batch, ROW, FEATURE)
     return grad.permute([call.spec.output.index(axis) for axis in order])
 
@@ -237,4 +244,3 @@ def library(spec: AttentionSpec, how: Plain, inputs: Sequence[Tensor]) -> Tensor
     )
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=how.causal, scale=how.scale)
     return out.permute([order.index(axis) for axis in spec.output]).contiguous()
-

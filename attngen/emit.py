@@ -94,7 +94,7 @@ def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     printer = Printer(spec)
     scale, shaped = scaled_score(spec.score)
     score = _score(printer, spec, scale, shaped)
-    keep = "col_ok" if spec.mask == TRUE else f"{printer.value(spec.mask, masked=True)} & col_ok"
+    keep = "col_ok" if spec.mask == TRUE else f"col_ok & {printer.value(spec.mask, masked=True)}"
     sinks = [printer.hoisted(op("mul", s, Const(LOG2E / scale))) for s in _scalars(spec.sinks)]
     whole = _whole(printer, spec)
     bounds, has_head, has_full = _bounds(printer, cover)
@@ -112,8 +112,6 @@ def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "has_head": has_head,
         "has_full": has_full,
         "sink_lines": _sink_lines(sinks, " * scale" if scale != 1 else ""),
-        "initial_max": 'float("-inf")',
-        "initial_sum": "0.0",
         "heavy_first": heavy_first,
         "order_comment": "Rows with most keys go first." if heavy_first else "Tiles of one head are neighbours.",
         "empty": spec.empty,
@@ -127,7 +125,7 @@ def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "head_dim": spec.head_dim,
         "value_dim": spec.value_dim,
         **_layout(spec),
-        **_arguments(spec),
+        **_arguments(spec, heavy_first),
         "l2_half": l2_bytes // 2,
         "kv_bytes_per_key": spec.head_dim * spec.keys.dtype.itemsize + spec.value_dim * spec.values.dtype.itemsize,
     }
@@ -288,10 +286,14 @@ def _layout(spec: AttentionSpec) -> dict[str, Any]:
     """Dimension numbers of the moving axes, base pointers, and how a head number unpacks into batch positions."""
     wide = ".to(tl.int64)" if spec.wide else ""
     return {
-        "q_dims": {"row": _dim(spec.query, ROW), "inner": _dim(spec.query, INNER)},
-        "key_dim": {"k": _dim(spec.keys, KEY), "v": _dim(spec.values, KEY)},
-        "k_inner": _dim(spec.keys, INNER),
-        "v_feature": _dim(spec.values, FEATURE),
+        "stride": {
+            "q_row": _stride(spec.query, ROW),
+            "q_inner": _stride(spec.query, INNER),
+            "k_row": _stride(spec.keys, KEY),
+            "k_inner": _stride(spec.keys, INNER),
+            "v_row": _stride(spec.values, KEY),
+            "v_feature": _stride(spec.values, FEATURE),
+        },
         "out_dims": {"row": spec.output.index(ROW), "feature": spec.output.index(FEATURE)},
         "wide_rows": f"rows{wide}",
         "wide_cols": f"block_cols{wide}",
@@ -302,11 +304,14 @@ def _layout(spec: AttentionSpec) -> dict[str, Any]:
     }
 
 
-def _dim(source: Input, axis: Axis) -> int:
+def _stride(source: Input, axis: Axis) -> str:
+    """What separates neighbours along ``axis``; nothing where the input is the same all along it."""
     dim = source.dim_of(axis)
-    if dim is None:  # an extent of one that every side reads at zero
-        raise Unprintable(f"{source.name} has no dimension for {axis.name}")
-    return dim
+    if dim is not None:
+        return f"{source.name}_stride_{dim}"
+    if any(place.has(axis) for place in source.index):
+        raise Unprintable(f"{source.name} is read at more than plain positions along {axis.name}")
+    return "0"
 
 
 def _unpack(spec: AttentionSpec) -> list[str]:
@@ -332,7 +337,7 @@ def _bases(spec: AttentionSpec) -> list[str]:
     return [*lines, f"out_base = out_ptr{text}"]
 
 
-def _arguments(spec: AttentionSpec) -> dict[str, Any]:
+def _arguments(spec: AttentionSpec, heavy_first: bool) -> dict[str, Any]:
     tensors = [f"{x.name}_ptr" for x in spec.inputs] + ["out_ptr"] + (["lse_ptr"] if spec.lse else [])
     strides, call_strides = [], []
     for source in spec.inputs:
@@ -343,16 +348,17 @@ def _arguments(spec: AttentionSpec) -> dict[str, Any]:
         strides.append(f"out_stride_{dim}")
         call_strides.append(f"out.stride({dim})")
     axes = [*spec.batch, ROW, KEY]
-    sizes = {a.name: _extent(spec, a) for a in axes}
+    sizes = {f"size_{a.name}": _extent(spec, a) for a in axes}
     shape = {**{a: f"size_{a.name}" for a in axes}, FEATURE: str(spec.value_dim)}
     return {
         "tensors": tensors,
         "strides": strides,
-        "sizes": [f"size_{a.name}" for a in axes],
+        "sizes": [*sizes],
         "arguments": [x.name for x in spec.inputs],
         "call_tensors": [x.name for x in spec.inputs] + ["out"] + (["lse"] if spec.lse else []),
         "call_strides": call_strides,
-        "size_lines": [f"size_{name} = {source}.shape[{dim}]" for name, (source, dim) in sizes.items()],
+        "unspecialised": repr([*sizes, "heads_per_group"] if heavy_first else [*sizes]),
+        "size_lines": [f"{name} = {extent}" for name, extent in sizes.items()],
         "out_shape": _tuple([shape[a] for a in spec.output]),
         "out_dtype": str(spec.out_dtype),
         "lse_shape": _tuple([f"size_{a.name}" for a in (*spec.batch, ROW)]),
@@ -366,13 +372,18 @@ def used_dims(source: Input) -> list[int]:
     return sorted(moving | {d for d, p in enumerate(source.index) if p in (INNER, FEATURE)})
 
 
-def _extent(spec: AttentionSpec, axis: Axis) -> tuple[str, int]:
-    """An input and its dimension that is exactly ``axis``."""
+def _extent(spec: AttentionSpec, axis: Axis) -> str:
+    """Where ``launch`` reads the extent of ``axis``: an input and its dimension that is exactly that axis.
+
+    An axis that no input has is one along which nothing changes; specialise lets it pass only if its extent is one.
+    """
     for source in spec.inputs:
         dim = source.dim_of(axis)
         if dim is not None:
-            return source.name, dim
-    raise Unprintable(f"no operand has the size of {axis.name}")
+            return f"{source.name}.shape[{dim}]"
+    if any(place.has(axis) for source in spec.inputs for place in source.index):
+        raise Unprintable(f"no operand has the size of {axis.name}")
+    return "1"
 
 
 def _product(names: list[str]) -> str:
@@ -380,4 +391,4 @@ def _product(names: list[str]) -> str:
 
 
 def _tuple(parts: list[str]) -> str:
-    return f"({', '.join(parts)},)"
+    return f"({', '.join(parts)})" if len(parts) > 1 else f"({parts[0]},)"

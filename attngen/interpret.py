@@ -1,0 +1,40 @@
+"""The child process that runs emitted kernels in Triton's interpreter: ``python -m attngen.interpret FOLDER``.
+
+For every ``N.py`` of the folder it calls ``launch`` on the tensors of ``N.in.pt`` and writes ``N.out.pt``, or ``N.error``
+with one line. A process of its own, because ``TRITON_INTERPRET=1`` decides what ``triton.jit`` makes when a kernel is
+imported, and because a parent can stop it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+
+def import_file(path: Path) -> ModuleType:
+    """The module in ``path``, imported under the name of the file and kept out of ``sys.modules``."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main(folder: Path) -> None:
+    for source in sorted(folder.glob("*.py"), key=lambda path: int(path.stem)):
+        try:
+            inputs = torch.load(source.with_suffix(".in.pt"), weights_only=True)
+            result = import_file(source).launch(*inputs)
+            outputs = [result] if isinstance(result, torch.Tensor) else list(result)
+            torch.save(outputs, source.with_suffix(".out.pt"))
+        except Exception as error:  # whatever the interpreter raises is the answer for this kernel
+            message = " ".join(str(error).split())
+            source.with_suffix(".error").write_text(f"{type(error).__name__}: {message}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,263 @@
+"""Is a kernel right? Its error against float64 may be at most a small multiple of what eager makes in the same dtype.
+
+Kernels run where they can: on a GPU directly, anywhere else in Triton's interpreter, in a child process, at small sizes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import sympy as sp
+import torch
+from torch import Tensor
+
+from attngen import blockwise
+from attngen.algebra import TRUE
+from attngen.emit import Kernel
+from attngen.errors import AttngenError, Unavailable, VerificationFailed
+from attngen.index import Axis, span
+from attngen.spec import FEATURE, INNER, KEY, ROW, AttentionSpec, Input, Problem
+
+SLACK = 2.0
+INTERPRETER_SECONDS = 120.0  # for one kernel at a small size
+
+
+# ------------------------------------------------------------------------------------------------------------- budget
+
+
+@dataclass(frozen=True)
+class Check:
+    """Largest and root-mean-square error against float64, and what each may be. ``lse`` is the check of the second output."""
+
+    error: float
+    budget: float
+    rms: float
+    rms_budget: float
+    lse: Check | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.budget and self.rms <= self.rms_budget and (self.lse is None or self.lse.ok)
+
+    def __str__(self) -> str:
+        text = f"error {self.error:.2e} (budget {self.budget:.2e}), rms {self.rms:.2e} ({self.rms_budget:.2e})"
+        return text if self.lse is None else f"{text}; log-sum-exp: {self.lse}"
+
+
+def within_budget(actual: Tensor, exact: Tensor, eager: Tensor, *, slack: float = SLACK) -> Check:
+    """Compare with ``exact`` (float64): at most ``slack`` times the error of ``eager``, plus one rounding of the result.
+
+    Infinities and NaN must stand exactly where they stand in ``exact``.
+    """
+    rounding = torch.finfo(actual.dtype).eps
+    exact = exact.to(actual.device)
+    error, rms = _errors(actual, exact)
+    eager_error, eager_rms = _errors(eager.to(actual.device), exact)
+    finite = exact[exact.isfinite()]
+    largest, typical = (finite.abs().max().item(), _rms(finite)) if finite.numel() else (0.0, 0.0)
+    return Check(error, slack * eager_error + rounding * largest, rms, slack * eager_rms + rounding * typical)
+
+
+def _errors(actual: Tensor, exact: Tensor) -> tuple[float, float]:
+    """Largest and root-mean-square difference; infinite if a value that is not finite differs."""
+    if actual.shape != exact.shape:
+        raise VerificationFailed(f"the result has shape {tuple(actual.shape)} instead of {tuple(exact.shape)}")
+    odd = ~exact.isfinite()
+    same = torch.equal(actual[odd].nan_to_num(), exact[odd].to(actual.dtype).nan_to_num())
+    if not same or not torch.equal(actual.isnan(), exact.isnan()):
+        return torch.inf, torch.inf
+    difference = (actual.double() - exact)[~odd]
+    return (difference.abs().max().item(), _rms(difference)) if difference.numel() else (0.0, 0.0)
+
+
+def _rms(values: Tensor) -> float:
+    return values.square().mean().sqrt().item()
+
+
+def check(actual: Tensor | Sequence[Tensor], spec: AttentionSpec, inputs: Sequence[Tensor]) -> Check:
+    """What a kernel of ``spec`` returned for ``inputs``, held against float64 and eager."""
+    results = (actual,) if isinstance(actual, Tensor) else tuple(actual)
+    exact, exact_lse = reference(spec, inputs)
+    naive, naive_lse = eager(spec, inputs)
+    verdict = within_budget(results[0], exact, naive)
+    if len(results) == 1:
+        return verdict
+    return replace(verdict, lse=within_budget(results[1], exact_lse, naive_lse))
+
+
+def reference(spec: AttentionSpec, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp in float64."""
+    return blockwise.forward(replace(spec, out_dtype=torch.float64), inputs, dtype=torch.float64)
+
+
+def eager(spec: AttentionSpec, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp as a careful model computes them, over all pairs at once.
+
+    Both products are in the model's dtype, scores and softmax at least in float32.
+    """
+    call = blockwise.arrange(spec, inputs, inputs[0].dtype)
+    precise = torch.promote_types(call.dtype, torch.float32)
+    qk = (call.query @ call.keys.transpose(-1, -2)).to(precise)
+    evaluate = blockwise.evaluator(replace(call, dtype=precise), 0, call.sizes[ROW], qk)
+    scores = evaluate(spec.score if spec.whole is None else spec.whole)
+    if spec.whole is None and spec.mask != TRUE:
+        scores = scores.masked_fill(~evaluate(spec.mask), -torch.inf)
+    scores = torch.broadcast_to(scores, torch.broadcast_shapes(scores.shape, qk.shape))
+    sinks = [evaluate(sink).expand(*scores.shape[:-1], 1) for sink in spec.sinks]
+    logits = torch.cat([scores, *sinks], -1)
+    weights = torch.softmax(logits, -1)[..., : call.sizes[KEY]]
+    if spec.empty == "zero":
+        weights = weights.nan_to_num(0.0)
+    out = weights.to(call.dtype) @ call.values
+    return blockwise.laid_out(call, out), torch.logsumexp(logits, -1)
+
+
+# ------------------------------------------------------------------------------------------------------ sample inputs
+
+
+def sample_inputs(
+    spec: AttentionSpec, problem: Problem, *, seed: int = 0, device: torch.device | str = "cpu"
+) -> list[Tensor]:
+    """Random tensors for each input of ``spec``; on the meta device, their shapes and strides alone.
+
+    Operands lie in memory the way the output does (heads beside features in a ``[B, N, H, D]`` layout).
+    """
+    sizes = extents(spec, problem)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    samples = []
+    for source in spec.inputs:
+        shape, order = shape_of(source, sizes), _memory_order(source, spec)
+        stored = [shape[d] for d in order]
+        if torch.device(device).type == "meta":
+            values = torch.empty(stored, dtype=source.dtype, device="meta")
+        else:
+            values = _random(source, stored, order, problem, generator).to(device)
+        samples.append(values.permute([order.index(d) for d in range(len(order))]))
+    return samples
+
+
+def extents(spec: AttentionSpec, problem: Problem) -> dict[Axis, int]:
+    """The extent of every axis of ``spec`` in ``problem``."""
+    sizes = dict(zip(spec.batch, problem.batch, strict=True))
+    return {**sizes, ROW: problem.rows, KEY: problem.keys, INNER: spec.head_dim, FEATURE: spec.value_dim}
+
+
+def shape_of(source: Input, sizes: dict[Axis, int]) -> tuple[int, ...]:
+    """The smallest shape in which every position that ``source`` is read at exists."""
+    known = {axis.extent: sp.Integer(size) for axis, size in sizes.items()}
+    return tuple(int(span(place)[1].xreplace(known)) + 1 for place in source.index)
+
+
+def _memory_order(source: Input, spec: AttentionSpec) -> list[int]:
+    """The dimensions of ``source`` from the outermost in memory: batch and rows as in the output, features last."""
+    if source not in (spec.query, spec.keys, spec.values):
+        return list(range(len(source.index)))
+    rank = {axis: place for place, axis in enumerate(spec.output)}
+    rank = {**rank, KEY: rank[ROW], INNER: len(rank), FEATURE: len(rank)}
+
+    def position(dim: int) -> int:
+        return min((rank[axis] for axis in source.index[dim].atoms(Axis)), default=-1)
+
+    return sorted(range(len(source.index)), key=position)
+
+
+def _random(source: Input, stored: list[int], order: list[int], problem: Problem, generator: torch.Generator) -> Tensor:
+    if source.dtype.is_floating_point:
+        return torch.randn(stored, generator=generator).to(source.dtype)
+    keys = next((place for place, d in enumerate(order) if source.index[d].has(KEY)), None)
+    if source.dtype == torch.bool:  # three of four pairs stay, and never none of a row
+        kept = torch.rand(stored, generator=generator) < 0.75
+        return kept if keys is None else kept.index_fill(keys, torch.tensor([0]), True)
+    if any(place.has(ROW, KEY) for place in source.index):  # segment numbers, in order
+        return torch.randint(0, 3, stored, generator=generator).sort(dim=-1).values.to(source.dtype)
+    return torch.randint(1, problem.keys + 1, stored, generator=generator).to(source.dtype)  # lengths
+
+
+# -------------------------------------------------------------------------------------------------------- interpreter
+
+
+def verify_interpreted(kernel: Kernel, problem: Problem, *, timeout: float = INTERPRETER_SECONDS) -> Check:
+    """Run the text of ``kernel`` in Triton's interpreter; see ``verify_all_interpreted``."""
+    (result,) = verify_all_interpreted([(kernel, problem)], timeout=timeout)
+    if isinstance(result, AttngenError):
+        raise result
+    return result
+
+
+def verify_all_interpreted(
+    jobs: Sequence[tuple[Kernel, Problem]], *, timeout: float = INTERPRETER_SECONDS, seed: int = 0
+) -> list[Check | VerificationFailed]:
+    """Check each kernel at its problem size, all in one child process of at most ``timeout`` seconds per kernel.
+
+    bfloat16 becomes float16 on the way: the interpreter's bfloat16 product is wrong. Raises ``Unavailable`` where there is
+    no interpreter.
+    """
+    _refuse_without_interpreter()
+    specs = [_in_half(kernel.spec) for kernel, _ in jobs]
+    samples = [sample_inputs(spec, problem, seed=seed) for spec, (_, problem) in zip(specs, jobs, strict=True)]
+    with tempfile.TemporaryDirectory(prefix="attngen-") as name:
+        folder = Path(name)
+        for number, ((kernel, _), inputs) in enumerate(zip(jobs, samples, strict=True)):
+            (folder / f"{number}.py").write_text(kernel.source.replace("torch.bfloat16", "torch.float16"))
+            torch.save(inputs, folder / f"{number}.in.pt")
+        ending = _interpret(folder, timeout * len(jobs))
+        return [
+            _verdict(folder, number, spec, inputs, ending)
+            for number, (spec, inputs) in enumerate(zip(specs, samples, strict=True))
+        ]
+
+
+def _refuse_without_interpreter() -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise Unavailable("kernels cannot be checked here: triton is not installed (pip install triton, Linux only)")
+
+
+def _interpret(folder: Path, timeout: float) -> str:
+    """Run the child process over ``folder``; how it ended, if that was early."""
+    command = [sys.executable, "-m", "attngen.interpret", str(folder)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    try:
+        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return f"the interpreter was stopped after {timeout:.0f} s"
+    lines = child.stderr.strip().splitlines() or ["no message"]
+    return f"the interpreter's process ended with code {child.returncode}: {lines[-1]}"
+
+
+def _verdict(
+    folder: Path, number: int, spec: AttentionSpec, inputs: list[Tensor], ending: str
+) -> Check | VerificationFailed:
+    failure, result = folder / f"{number}.error", folder / f"{number}.out.pt"
+    if failure.exists():
+        return VerificationFailed(f"the kernel does not run in Triton's interpreter: {failure.read_text()}")
+    if not result.exists():
+        return VerificationFailed(ending)
+    try:
+        verdict = check(torch.load(result, weights_only=True), spec, inputs)
+    except VerificationFailed as failed:
+        return failed
+    return verdict if verdict.ok else VerificationFailed(f"the kernel's result is off: {verdict}")
+
+
+def _in_half(spec: AttentionSpec) -> AttentionSpec:
+    def half(dtype: torch.dtype) -> torch.dtype:
+        return torch.float16 if dtype == torch.bfloat16 else dtype
+
+    def converted(source: Input) -> Input:
+        return replace(source, dtype=half(source.dtype))
+
+    return replace(
+        spec,
+        query=converted(spec.query),
+        keys=converted(spec.keys),
+        values=converted(spec.values),
+        extras=tuple(map(converted, spec.extras)),
+        out_dtype=half(spec.out_dtype),
+    )
