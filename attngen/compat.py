@@ -5,6 +5,8 @@ Tested on the oldest and the newest supported release of each.
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy as sp
@@ -24,10 +26,14 @@ __all__ = [
     "FloorDiv",
     "INLINED_BODIES",
     "ShapeEnv",
+    "compile_kernel",
+    "cuobjdump",
     "enable_python_dispatcher",
     "enter_autocast",
     "exit_autocast",
     "get_proxy_mode",
+    "has_triton",
+    "hint",
     "make_fx",
     "size_expr",
     "storage_of",
@@ -50,6 +56,11 @@ def size_expr(size: Any) -> sp.Expr:
     return size.node.expr if isinstance(size, torch.SymInt) else sp.Integer(size)
 
 
+def hint(size: Any) -> int:
+    """The size seen while tracing. Adds no guard."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
 def traced_node(value: Any) -> fx.Node | None:
     """The node that ``value`` is the result of in the graph being traced, if it is traced."""
     mode = get_proxy_mode()
@@ -65,3 +76,38 @@ def traced_node(value: Any) -> fx.Node | None:
 def storage_of(value: torch.Tensor) -> int:
     """A number equal for tensors that share memory (fake tensors share storages as real ones do)."""
     return value.untyped_storage()._cdata
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def compile_kernel(kernel: Any, args: Sequence[Any], options: Mapping[str, Any], arch: int) -> Any:
+    """The compiled form of ``kernel[grid](*args, **options)`` for sm_``arch``, as the launch itself would make it.
+
+    Every option that a launch adds is added here too: they are part of the key under which Triton's disk cache keeps it.
+    """
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    given = {"debug": kernel.debug or knobs.runtime.debug, **options}
+    for name in ("instrumentation_mode", "fpsan_homomorphic_casts"):  # the second is new in 3.9
+        if hasattr(knobs.compilation, name):
+            given[name] = getattr(knobs.compilation, name)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialisation, _ = bind(*args, **given)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialisation, given)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=parsed.__dict__)
+
+
+def cuobjdump() -> str:
+    """The path of the binary inspector that Triton ships."""
+    from triton import knobs
+
+    return str(knobs.nvidia.cuobjdump.path)
