@@ -86,10 +86,11 @@ class Evaluator:
 
     def _evaluate(self, expr: Expr) -> Tensor:
         if isinstance(expr, Int):
-            return torch.as_tensor(self.integer(expr.value), device=self._device)
+            value = self.integer(expr.value)
+            return value if isinstance(value, Tensor) else torch.full((), value, device=self._device)
         if isinstance(expr, Const):
             dtype = torch.bool if expr.kind == "bool" else self._dtype
-            return torch.tensor(expr.value, dtype=dtype, device=self._device)
+            return torch.full((), expr.value, dtype=dtype, device=self._device)  # traces, as torch.tensor would not
         if isinstance(expr, Load):
             return self._loaded(expr)
         if isinstance(expr, Dot):
@@ -141,6 +142,22 @@ class Evaluator:
         if isinstance(expr, sp.Abs):
             return abs(args[0])
         if isinstance(expr, (sp.Max, sp.Min)):
-            pick = torch.maximum if isinstance(expr, sp.Max) else torch.minimum
-            return reduce(lambda a, b: pick(torch.as_tensor(a), torch.as_tensor(b)), args)
+            return reduce(_larger if isinstance(expr, sp.Max) else _smaller, args)
         raise NotImplementedError(f"{expr} in an index")
+
+
+def _larger(a: Tensor | int, b: Tensor | int) -> Tensor | int:
+    """The maximum; numbers stay numbers, which a tracer must not see as constant tensors."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.maximum(a, b)
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a.clamp(min=b) if isinstance(a, Tensor) else b.clamp(min=a)  # type: ignore[union-attr]
+    return torch.sym_max(a, b)
+
+
+def _smaller(a: Tensor | int, b: Tensor | int) -> Tensor | int:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.minimum(a, b)
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a.clamp(max=b) if isinstance(a, Tensor) else b.clamp(max=a)  # type: ignore[union-attr]
+    return torch.sym_min(a, b)

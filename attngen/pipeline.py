@@ -1,0 +1,283 @@
+"""The whole compiler in one function: capture -> detect -> specialise -> choose -> emit -> replace.
+
+``optimize`` changes the graph it is given, site by site; whatever cannot be proved stays as it was and is reported with a
+reason. It never runs a kernel. ``explain`` stops before anything is emitted or changed.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import sympy as sp
+import torch
+from torch import fx
+
+from attngen import compat, cost, mask, runtime
+from attngen.algebra import TRUE
+from attngen.choose import Plan, choose
+from attngen.device import Device, probe, resolve
+from attngen.emit import Kernel, emit
+from attngen.errors import Miss
+from attngen.options import Options
+from attngen.passes import detect, effects, lower, provenance, specialise
+from attngen.passes import replace as replacing
+from attngen.passes.detect import Site
+from attngen.passes.lower import Lowered
+from attngen.plan import PlanFile
+from attngen.report import Report, SiteReport
+from attngen.spec import AttentionSpec, Problem
+from attngen.text import readable
+
+log = logging.getLogger("attngen")
+FAMILY = "portable"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A site that can be replaced, with the problem it poses and the choice made for it."""
+
+    placed: replacing.Placed
+    where: str
+    problem: Problem
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Missed:
+    where: str
+    reason: str
+
+
+def optimize(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, plans: PlanFile | None = None
+) -> tuple[Report, dict[str, Kernel]]:
+    """Replace every proved site of ``gm`` in place. Returns the report and the kernels used, by name."""
+    started = time.perf_counter()
+    device = planning_device(example_inputs, options)
+    lowered = lower.run(gm, example_inputs)
+    found = analyse(lowered, device, options, _trains(gm, example_inputs), plans)
+    analysed = time.perf_counter()
+    kernels: dict[str, Kernel] = {}
+    sites = [_replace(each, lowered, device, kernels, options) for each in found]
+    gm.graph.lint()
+    gm.recompile()
+    seconds = {"analyse": analysed - started, "replace": time.perf_counter() - analysed}
+    return Report(device.label, tuple(sites), seconds=seconds), kernels
+
+
+def explain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Report:
+    """What ``optimize`` would do; nothing is emitted or changed."""
+    started = time.perf_counter()
+    device = planning_device(example_inputs, options)
+    found = analyse(lower.run(gm, example_inputs), device, options, _trains(gm, example_inputs))
+    sites = [_missed(each) if isinstance(each, Missed) else _described(each, device, "found") for each in found]
+    return Report(device.label, tuple(sites), seconds={"analyse": time.perf_counter() - started})
+
+
+def planning_device(example_inputs: Sequence[Any], options: Options) -> Device:
+    """The card the inputs are on; for inputs elsewhere, the target that was asked for."""
+    on_gpu = any(isinstance(x, torch.Tensor) and x.device.type == "cuda" for x in example_inputs)
+    return probe() if on_gpu else resolve(options.target)
+
+
+# -------------------------------------------------------------------------------------------------------------- analyse
+
+
+def _trains(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
+    """Somebody may ask for gradients of this graph's results."""
+    known = [*example_inputs, *(n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder"))]
+    return torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in known)
+
+
+def analyse(
+    lowered: Lowered, device: Device, options: Options, training: bool, plans: PlanFile | None = None
+) -> list[Found | Missed]:
+    """Every site of the graph with its spec and tile, and every near miss with its reason."""
+    facts = effects.run(lowered.graph)
+    captured = _captured_by_name(lowered)
+    found: list[Found | Missed] = []
+    for each in detect.run(lowered):
+        outcome = _analysed(each, lowered, facts, device, options, training, plans)
+        if isinstance(outcome, Miss):
+            name = each.output.name if isinstance(each, Site) else each.node
+            node = captured.get(name)
+            outcome = Missed(provenance.where(node) if node is not None else name, outcome.reason)
+        found.append(outcome)
+    return found
+
+
+def _analysed(
+    each: Site | Miss, lowered: Lowered, facts: effects.Effects, device: Device, options: Options, training: bool,
+    plans: PlanFile | None,
+) -> Found | Miss:  # fmt: skip
+    if isinstance(each, Miss):
+        return each
+    specialised = specialise.run(each)
+    if isinstance(specialised, Miss):
+        return specialised
+    placed = replacing.place(each, specialised, lowered, facts)
+    if isinstance(placed, Miss):
+        return placed
+    if (unwanted := _unselected(provenance.module_path(placed.anchor), options)) is not None:
+        return unwanted
+    problem = _problem(each)
+    spec = _finished(specialised.spec, each, training)
+    plan = chosen(spec, problem, device, plans.tile_for(spec, problem) if plans else None)
+    if isinstance(plan, Miss):
+        return plan
+    placed = replace(placed, specialised=replace(specialised, spec=spec))
+    return Found(placed, provenance.where(placed.anchor), problem, plan)
+
+
+@lru_cache(maxsize=4096)
+def chosen(spec: AttentionSpec, problem: Problem, device: Device, tile: Any = None) -> Plan | Miss:
+    """The plan for a spec: the given tile of a plan file, or the model's pick. Identical sites share it."""
+    return choose(spec, problem, device, tile)
+
+
+def _unselected(path: str, options: Options) -> Miss | None:
+    def matches(patterns: tuple[str, ...]) -> bool:
+        return any(fnmatch.fnmatchcase(path, p) or path.startswith(f"{p}.") for p in patterns)
+
+    if options.only and not matches(options.only):
+        return Miss(f"not selected by only={list(options.only)}")
+    if matches(options.skip):
+        return Miss(f"skipped by skip={list(options.skip)}")
+    return None
+
+
+def _captured_by_name(lowered: Lowered) -> dict[str, fx.Node]:
+    captured: dict[str, fx.Node] = {}
+    for node, emitted in lowered.emitted.items():
+        for new in emitted:
+            captured.setdefault(new.name, node)
+    return captured
+
+
+def _finished(spec: AttentionSpec, site: Site, training: bool) -> AttentionSpec:
+    """The spec with what depends on the run: precision of float32 products, gradients, index width."""
+    single = spec.query.dtype == torch.float32
+    tf32 = single and torch.get_float32_matmul_precision() != "highest"
+    return replace(spec, lse=training, tf32=tf32, wide=_is_wide(site))
+
+
+def _is_wide(site: Site) -> bool:
+    """Some tensor's offsets within one head pass 2^31, or might: its length is not fixed and its row is long."""
+    nodes = [operand.node for operand in (site.query, site.keys, site.values)]
+    for node in nodes:
+        value = node.meta["val"]
+        reach = sum((compat.hint(n) - 1) * compat.hint(s) for n, s in zip(value.shape, value.stride(), strict=True))
+        if reach >= 2**31:
+            return True
+    rows, features = site.row.extent, site.feature.extent
+    return rows.is_Integer and features.is_Integer and rows * features * sp.Mul(*_numbers(site)) >= 2**31
+
+
+def _numbers(site: Site) -> list[sp.Expr]:
+    return [a.extent for a in site.batch if a.extent.is_Integer]
+
+
+def _problem(site: Site) -> Problem:
+    values = {site.query.node, site.keys.node, site.values.node, site.output}
+    known: dict[sp.Symbol, int] = {}
+    for node in values:
+        for size in node.meta["val"].shape:
+            expr = compat.size_expr(size)
+            if expr.is_Symbol:
+                known[expr] = compat.hint(size)
+    def measured(extent: sp.Expr) -> int:
+        value = extent.xreplace(known)
+        return int(value) if value.is_Integer else 1
+
+    extents = [a.extent for a in (*site.batch, site.row, site.key)]
+    sizes = [measured(e) for e in extents]
+    return Problem(tuple(sizes[:-2]), sizes[-2], sizes[-1], dynamic=any(e.free_symbols for e in extents))
+
+
+# -------------------------------------------------------------------------------------------------------------- replace
+
+
+def _replace(
+    each: Found | Missed, lowered: Lowered, device: Device, kernels: dict[str, Kernel], options: Options
+) -> SiteReport:
+    if isinstance(each, Missed):
+        return _missed(each)
+    try:
+        kernel = emitted(each.plan, device.l2_bytes, each.where)
+        if isinstance(kernel, Miss):
+            return _missed(Missed(each.where, str(kernel)))
+        target = runtime.operator(each.placed.specialised.spec, kernel)
+        miss = replacing.run(each.placed, lowered, target)
+    except Exception as problem:
+        if options.raises:
+            raise
+        log.warning("%s is left as it was: %s: %s", each.where, type(problem).__name__, problem)
+        return _missed(Missed(each.where, f"internal error: {problem}"))
+    if miss is not None:
+        return _missed(Missed(each.where, miss.reason))
+    kernels[kernel.name] = kernel
+    described = _described(each, device, "replaced")
+    return replace(described, kernel=kernel.name, operator=str(target.name()))
+
+
+_EMITTED: dict[tuple[str, Any, int], Kernel | Miss] = {}
+
+
+def emitted(plan: Plan, l2_bytes: int, where: str) -> Kernel | Miss:
+    """The kernel of a plan; the first site that needs it is named in its header."""
+    key = (plan.spec.text, plan.tile, l2_bytes)
+    if key not in _EMITTED:
+        notes = (
+            f"Predicted for {plan.device}: {plan.cost.seconds * 1e3:.3f} ms, {plan.cost.hbm_bytes / 1e6:.1f} MB of HBM"
+            f" traffic at {_sizes(plan.problem)}.",
+            f"First needed by {where}.",
+        )
+        _EMITTED[key] = emit(plan.spec, plan.tile, notes=notes, l2_bytes=l2_bytes)
+    return _EMITTED[key]
+
+
+def _sizes(problem: Problem) -> str:
+    return f"batch {'x'.join(map(str, problem.batch)) or '1'}, {problem.rows} queries, {problem.keys} keys"
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+
+def _missed(each: Missed) -> SiteReport:
+    return SiteReport(each.where, "missed", each.reason)
+
+
+def _described(each: Found, device: Device, status: str) -> SiteReport:
+    plan, spec = each.plan, each.plan.spec
+    before = int(cost.eager_hbm_bytes(spec, each.problem))
+    return SiteReport(
+        each.where,
+        status,
+        computes=computes(spec, each.problem),
+        family=FAMILY,
+        tile=str(plan.tile),
+        predicted_ms=plan.cost.seconds * 1e3,
+        hbm_bytes={"before": before, "after": int(plan.cost.hbm_bytes)},
+        formula=tuple(cost.formula(plan, device)),
+        refused=tuple(f"{r.tile}: {r.reason}" for r in plan.refused),
+    )
+
+
+def computes(spec: AttentionSpec, problem: Problem) -> str:
+    """One line for people: ``softmax(0.125*qk; causal & window(4096)), 32 heads on 8, d=128, bfloat16``."""
+    score = readable(spec.score)
+    named = mask.describe(spec.mask)
+    shown = f"; {named}" if named else (f"; where {readable(spec.mask)}" if spec.mask != TRUE else "")
+    sinks = f"; sinks {', '.join(map(readable, spec.sinks))}" if spec.sinks else ""
+    sizes = f"d={spec.head_dim}" + (f"/{spec.value_dim}" if spec.value_dim != spec.head_dim else "")
+    lengths = f"{'x'.join(map(str, problem.batch)) or '1'} heads, {problem.rows} x {problem.keys}"
+    kind = str(spec.query.dtype).removeprefix("torch.")
+    return f"softmax({score}{shown}{sinks}), {lengths}, {sizes}, {kind}"
+
+

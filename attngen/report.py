@@ -1,0 +1,115 @@
+"""What attngen did to a model, and why: a record per site, as text for people and JSON for tools.
+
+Field names of ``SiteReport`` are stable; tools read them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One place in the model that computes attention, or looks like it.
+
+    ``where``         module path and source line
+    ``status``        "replaced", "found" (by ``explain``, which changes nothing) or "missed"
+    ``reason``        why it was missed; empty otherwise
+    ``computes``      the expression, readable
+    ``family``        template family of the kernel
+    ``tile``          queries x keys per block, warps, stages
+    ``predicted_ms``  of one call, by the cost model
+    ``hbm_bytes``     bytes moved to and from device memory by one call, {"before": ..., "after": ...}
+    ``error``         largest difference from float64, where verified; ``budget`` is what was allowed
+    ``kernel``        name of the generated module
+    ``formula``       the cost formula with numbers, line by line
+    """
+
+    where: str
+    status: str
+    reason: str = ""
+    computes: str = ""
+    family: str = ""
+    tile: str = ""
+    predicted_ms: float | None = None
+    hbm_bytes: dict[str, int] | None = None
+    error: float | None = None
+    budget: float | None = None
+    kernel: str = ""
+    operator: str = ""
+    formula: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every site of a graph, or of all graphs of a model. ``device`` is what was planned for."""
+
+    device: str
+    sites: tuple[SiteReport, ...]
+    notes: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def replaced(self) -> tuple[SiteReport, ...]:
+        return tuple(site for site in self.sites if site.status in ("replaced", "found"))
+
+    @property
+    def missed(self) -> tuple[SiteReport, ...]:
+        return tuple(site for site in self.sites if site.status == "missed")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.sites)} sites, {len(self.replaced)} replaced, for {self.device}"]
+        for site in self.sites:
+            if site.status == "missed":
+                lines.append(f"  {site.where}  MISSED  {site.reason}")
+            else:
+                time = "" if site.predicted_ms is None else f"  {site.predicted_ms:.3f} ms"
+                lines.append(f"  {site.where}  {site.status}  {site.computes}  tile {site.tile}{time}")
+        return "\n".join([*lines, *self.notes])
+
+
+def merge(reports: list[Report]) -> Report:
+    """One report over the graphs of a model, in order."""
+    seconds: dict[str, float] = {}
+    for report in reports:
+        for stage, spent in report.seconds.items():
+            seconds[stage] = seconds.get(stage, 0.0) + spent
+    sites = tuple(site for report in reports for site in report.sites)
+    notes = tuple(dict.fromkeys(note for report in reports for note in report.notes))
+    return Report(reports[0].device if reports else "", sites, notes, seconds)
+
+
+def updated(report: Report, changes: dict[str, dict[str, Any]]) -> Report:
+    """The same report with some fields changed, by kernel name."""
+    sites = tuple(replace(site, **changes.get(site.kernel, {})) for site in report.sites)
+    return replace(report, sites=sites)
+
+
+_LISTENERS: list[list[Report]] = []
+
+
+@contextmanager
+def record() -> Iterator[list[Report]]:
+    """Collects the ``Report`` of every graph compiled inside the block."""
+    reports: list[Report] = []
+    _LISTENERS.append(reports)
+    try:
+        yield reports
+    finally:
+        _LISTENERS[:] = [kept for kept in _LISTENERS if kept is not reports]
+
+
+def publish(report: Report) -> None:
+    for listener in _LISTENERS:
+        listener.append(report)

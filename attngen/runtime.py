@@ -1,0 +1,173 @@
+"""Kernel source -> importable module -> registered torch operator with fake, CPU, GPU and gradient implementations.
+
+One operator per distinct kernel, named by content: ``attngen::fwd_<sha12>``. AOTAutograd's cache keys on operator *names*, so
+a name must never outlive a change of what it does, its gradient included (pytorch#144344); ``REVISION`` is part of the name
+for that reason. The operator takes tensors as they are, whatever their strides, and returns a fresh contiguous output.
+
+On the CPU, and wherever Triton cannot be used, the operator computes the same thing block by block in ATen.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attngen import blockwise
+from attngen.emit import Kernel
+from attngen.errors import Unavailable
+from attngen.paths import cache_dir, write_atomically
+from attngen.spec import ROW, AttentionSpec, digest
+
+NAMESPACE = "attngen"
+REVISION = 1  # raise when the meaning or the gradient of existing operators changes
+
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+_KERNELS: dict[str, tuple[AttentionSpec, Kernel | None]] = {}
+
+
+# ------------------------------------------------------------------------------------------------------ kernel modules
+
+
+def kernel_path(kernel: Kernel) -> Path:
+    """The file that holds ``kernel``, written if it is not there yet. Content never changes under a name."""
+    path = cache_dir() / "kernels" / f"{kernel.name}.py"
+    if not path.exists() or path.read_text() != kernel.source:
+        write_atomically(path, kernel.source)
+    return path
+
+
+def import_kernel(path: Path) -> ModuleType:
+    """The kernel file as a module. Raises ``Unavailable`` where Triton cannot be imported."""
+    name = f"attngen_kernels.{path.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as missing:
+        raise Unavailable(f"{path} needs Triton, which cannot be imported here ({missing}).") from missing
+    sys.modules[name] = module
+    return module
+
+
+@cache
+def triton_problem() -> str | None:
+    """Why kernels cannot run on this machine's GPU, or None if they can."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "Triton is not installed: kernels can be planned and emitted, and everything runs block by block in ATen."
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------- operators
+
+
+def operator(spec: AttentionSpec, kernel: Kernel | None) -> Any:
+    """The overload that computes ``spec``: by ``kernel`` on a GPU, block by block elsewhere or if there is no kernel.
+
+    With ``spec.lse`` it returns (output, log-sum-exp) and has a gradient; without, the output alone.
+    """
+    name = "fwd_" + digest(f"{REVISION}\n{spec.text}\n{kernel.name if kernel else 'no kernel'}")
+    if name not in _KERNELS:
+        _KERNELS[name] = (spec, kernel)
+        _register(name, spec, kernel)
+    return getattr(torch.ops.attngen, name).default
+
+
+def registered(name: str) -> tuple[AttentionSpec, Kernel | None] | None:
+    """What the operator called ``name`` computes and by which kernel, if it is one of ours."""
+    return _KERNELS.get(name.split("::")[-1])
+
+
+def _register(name: str, spec: AttentionSpec, kernel: Kernel | None) -> None:
+    qualified = f"{NAMESPACE}::{name}"
+    tensors = ", ".join(f"Tensor {x.name}" for x in spec.inputs)
+    result = "(Tensor, Tensor)" if spec.lse else "Tensor"
+    _LIBRARY.define(f"{name}({tensors}) -> {result}", tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag))
+    by_block = _by_block(spec)
+    _LIBRARY.impl(name, by_block, "CPU")
+    _LIBRARY.impl(name, by_block if kernel is None or triton_problem() else _by_kernel(kernel), "CUDA")
+    torch.library.register_fake(qualified, _fake(spec), lib=_LIBRARY)
+    if spec.lse:
+        _register_gradient(name, spec)
+
+
+def _by_kernel(kernel: Kernel) -> Callable[..., Any]:
+    launch: Callable[..., Any] | None = None
+
+    def run(*inputs: Tensor) -> Any:
+        nonlocal launch
+        if launch is None:
+            launch = import_kernel(kernel_path(kernel)).launch
+        here = inputs[0].device.index == torch.cuda.current_device()
+        with nullcontext() if here else torch.cuda.device(inputs[0].device):
+            return launch(*inputs)
+
+    return run
+
+
+def _by_block(spec: AttentionSpec) -> Callable[..., Any]:
+    how = None if spec.lse else blockwise.plain(spec)
+
+    def run(*inputs: Tensor) -> Any:
+        if how is not None:
+            return blockwise.library(spec, how, inputs)
+        out, lse = blockwise.forward(spec, inputs)
+        return (out, lse.float().contiguous()) if spec.lse else out
+
+    return run
+
+
+def _fake(spec: AttentionSpec) -> Callable[..., Any]:
+    def fake(*inputs: Tensor) -> Any:
+        sizes = blockwise.sizes_of(spec, inputs)
+        out = inputs[0].new_empty([sizes[a] for a in spec.output], dtype=spec.out_dtype)
+        if not spec.lse:
+            return out
+        return out, inputs[0].new_empty([sizes[a] for a in (*spec.batch, ROW)], dtype=torch.float32)
+
+    return fake
+
+
+def _register_gradient(name: str, spec: AttentionSpec) -> None:
+    """``bwd_<sha12>``: the gradients of the needed inputs. An operator of its own, so that compilers need not look inside."""
+    backward = name.replace("fwd_", "bwd_")
+    schema = "(Tensor grad, Tensor out, Tensor lse, Tensor[] inputs, bool[] needed) -> Tensor[]"
+    _LIBRARY.define(backward + schema, tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag))
+
+    def run(grad: Tensor, out: Tensor, lse: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+        grads = blockwise.backward(spec, inputs, grad, needed)
+        return [g for g in grads if g is not None]
+
+    def fake(grad: Tensor, out: Tensor, lse: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+        return [x.new_empty(x.shape) for x, wanted in zip(inputs, needed, strict=True) if wanted]
+
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(backward, run, device)
+    torch.library.register_fake(f"{NAMESPACE}::{backward}", fake, lib=_LIBRARY)
+
+    def setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, *output)
+        ctx.mark_non_differentiable(output[1])
+
+    def gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        *inputs, out, lse = ctx.saved_tensors
+        needed = [n and x.is_floating_point() for n, x in zip(ctx.needs_input_grad, inputs, strict=True)]
+        grads = iter(getattr(torch.ops.attngen, backward)(grad, out, lse, inputs, needed))
+        return tuple(next(grads) if n else None for n in needed)
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", gradient, setup_context=setup, lib=_LIBRARY)
+
+

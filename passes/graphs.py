@@ -1,0 +1,154 @@
+"""Write values of the lowered graph into the captured graph, where a replaced site needs them.
+
+A lowered node is either the value of some captured node, or it is copied, operator by operator, from the captured nodes
+below it. Tables are traced from their expression, so what the graph gets is ordinary ATen and differentiates as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy as sp
+import torch
+from torch import Tensor, fx
+
+from attngen import compat
+from attngen.algebra import Load
+from attngen.evaluate import Evaluator
+from attngen.index import Axis
+from attngen.passes.lower import Lowered
+from attngen.passes.semantics import shape_of
+from attngen.passes.specialise import Table
+
+
+class NotHere(Exception):
+    """A value does not exist at the place where it is needed; the message says why."""
+
+
+class Writer:
+    """Writes before ``anchor``, a node of the captured graph. ``written`` lists the new nodes, for taking them back."""
+
+    def __init__(self, lowered: Lowered, anchor: fx.Node) -> None:
+        self._lowered = lowered
+        self._anchor = anchor
+        self._before = _nodes_before(anchor)
+        self._copies: dict[fx.Node, fx.Node] = {}
+        self.written: list[fx.Node] = []
+
+    def value(self, node: fx.Node) -> fx.Node:
+        """A captured node that holds the value of the lowered ``node``."""
+        for origin in self._lowered.origins.get(node, ()):
+            if origin in self._before:
+                return origin
+        if node not in self._copies:
+            self._copies[node] = self._copied(node)
+        return self._copies[node]
+
+    def call(self, target: Any, args: tuple[Any, ...], value: Any = None) -> fx.Node:
+        """A new call before the anchor, with the anchor's provenance."""
+        with self._anchor.graph.inserting_before(self._anchor):
+            node = self._anchor.graph.call_function(target, args)
+        kept = ("nn_module_stack", "stack_trace", "source_fn_stack")
+        node.meta = {key: self._anchor.meta[key] for key in kept if key in self._anchor.meta}
+        if value is not None:
+            node.meta["example_value"] = node.meta["val"] = value
+        self.written.append(node)
+        return node
+
+    def cast(self, node: fx.Node, value: Tensor, dtype: torch.dtype) -> fx.Node:
+        return node if value.dtype == dtype else self.call(torch.ops.aten.to.dtype, (node, dtype))
+
+    def table(self, table: Table, sizes: dict[sp.Symbol, tuple[fx.Node, int]]) -> fx.Node:
+        """The tensor ``[*batch, diagonals]`` of a table; ``sizes`` names a lowered node and a dimension for each symbol."""
+        loads = list(dict.fromkeys(n.source for n in table.expr.walk() if isinstance(n, Load)))
+        measured = list(dict.fromkeys(node for node, _ in sizes.values()))
+        sources: list[fx.Node] = [*loads, *(n for n in measured if n not in loads)]  # type: ignore[list-item]
+        graph = _traced_table(table, sources, sizes)
+        inner = dict(zip(graph.find_nodes(op="placeholder"), (self.value(s) for s in sources), strict=True))
+        return self._inlined(graph, inner)
+
+    def take_back(self) -> None:
+        for node in reversed(self.written):
+            self._anchor.graph.erase_node(node)
+        self.written.clear()
+
+    def _copied(self, node: fx.Node) -> fx.Node:
+        if node.op != "call_function":
+            raise NotHere(f"{node.name} is not passed into the part of the graph that needs it")
+        if isinstance(node.target, torch._ops.OpOverload) and not is_pure(node):
+            raise NotHere(f"{node.name} writes memory or draws random numbers, and exists only inside another call")
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value)  # type: ignore[misc]
+        copy = self.call(node.target, args, node.meta.get("val"))
+        copy.kwargs = kwargs
+        return copy
+
+    def _inlined(self, graph: fx.Graph, inner: dict[fx.Node, fx.Node]) -> fx.Node:
+        for node in graph.nodes:
+            if node.op == "output":
+                result: fx.Node = inner[node.args[0]]
+                return result
+            if node.op == "call_function":
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), inner.__getitem__)  # type: ignore[misc]
+                inner[node] = self.call(node.target, args, node.meta.get("val"))
+                inner[node].kwargs = kwargs
+            elif node.op != "placeholder":
+                raise NotHere("a table needs a constant tensor")
+        raise NotHere("a table without a result")
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Neither writes memory nor draws random numbers."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _nodes_before(anchor: fx.Node) -> frozenset[fx.Node]:
+    before = []
+    for node in anchor.graph.nodes:
+        if node is anchor:
+            break
+        before.append(node)
+    return frozenset(before)
+
+
+def _traced_table(table: Table, sources: Sequence[fx.Node], sizes: dict[sp.Symbol, tuple[fx.Node, int]]) -> fx.Graph:
+    """The ATen operators that compute ``table`` from the values of ``sources``."""
+    values = [source.meta["val"] for source in sources]
+
+    def body(*tensors: Tensor) -> Tensor:
+        known = dict(zip(sources, tensors, strict=True))
+        measured = {symbol: known[node].shape[dim] for symbol, (node, dim) in sizes.items()}
+        positions = _positions(table, measured, tensors[0].device)
+        evaluate = Evaluator(positions, known.__getitem__, dtype=torch.float32, device=tensors[0].device)
+        shape = [len(positions[axis].reshape(-1)) for axis in (*table.batch, table.diagonal)]  # type: ignore[union-attr]
+        return torch.broadcast_to(evaluate(table.expr), shape)
+
+    mode = next(v.fake_mode for v in values if isinstance(v, compat.FakeTensor))
+    with mode, compat.enable_python_dispatcher(), compat.tracing(None):
+        traced = compat.make_fx(body, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
+    return traced.graph
+
+
+def _positions(table: Table, measured: dict[sp.Symbol, Any], device: torch.device) -> dict[sp.Symbol, Any]:
+    """Sizes by symbol, and one index tensor per axis, each along a dimension of its own."""
+    axes: tuple[Axis, ...] = (*table.batch, table.diagonal)
+    numbers = Evaluator(dict(measured), lambda source: source)
+    positions: dict[sp.Symbol, Any] = dict(measured)
+    for place, axis in enumerate(axes):
+        shape = [1] * len(axes)
+        shape[place] = -1
+        positions[axis] = torch.arange(numbers.integer(axis.extent), device=device).reshape(shape)  # type: ignore[arg-type]
+    return positions
+
+
+def sizes_of(nodes: Sequence[fx.Node]) -> dict[sp.Symbol, tuple[fx.Node, int]]:
+    """For each size symbol that is a whole dimension of one of ``nodes``: that node and dimension."""
+    found: dict[sp.Symbol, tuple[fx.Node, int]] = {}
+    for node in nodes:
+        for dim, size in enumerate(shape_of(node)):
+            if size.is_Symbol:
+                found.setdefault(size, (node, dim))
+    return found
