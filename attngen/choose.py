@@ -1,0 +1,84 @@
+"""The tile of a kernel: candidates that cannot run are refused with a reason, the rest ranked by the cost model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from attngen.cost import REGISTER_LIMIT, Cost, costs
+from attngen.device import Device
+from attngen.errors import Miss
+from attngen.spec import AttentionSpec, Problem, Tile
+
+MAX_HEAD = 256
+
+# What the portable forward template is tried at. Blocks of 16 keys only where there are few rows: such products starve
+# tensor cores, but fp32 without them needs small ones.
+TILES = tuple(
+    Tile(rows, keys, warps, stages)
+    for rows, keys, warps, stages in product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4))
+    if keys >= 32 or rows <= 32
+)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    tile: Tile
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A choice and how it was made. ``ranked`` holds the tiles that can run with their predicted seconds, best first;
+    ``source`` is "model", or "file" for a tile that was given."""
+
+    spec: AttentionSpec
+    problem: Problem
+    device: str
+    tile: Tile
+    cost: Cost
+    refused: tuple[Refusal, ...]
+    ranked: tuple[tuple[Tile, float], ...]
+    source: str = "model"
+
+
+def choose(spec: AttentionSpec, problem: Problem, device: Device, tile: Tile | None = None) -> Plan | Miss:
+    """The plan for one site, or why there is none. A given ``tile`` is taken if it can run on ``device``."""
+    if (widest := max(spec.head_dim, spec.value_dim)) > MAX_HEAD:
+        return Miss(f"the head size {widest} is over the limit of {MAX_HEAD}")
+    candidates = TILES if tile is None or tile in TILES else (*TILES, tile)
+    predicted = dict(zip(candidates, costs(spec, problem, device, candidates), strict=True))
+    refused = tuple(Refusal(t, reason) for t, c in predicted.items() if (reason := refusal(c, device)))
+    ranked = _ranked(predicted, {r.tile for r in refused})
+    if not ranked:
+        return Miss(f"no tile fits {device.label}: {refused[0].tile} {refused[0].reason}")
+    given = tile is not None and any(t == tile for t, _ in ranked)
+    best = tile if given and tile is not None else ranked[0][0]
+    return Plan(spec, problem, device.name, best, predicted[best], refused, ranked, source="file" if given else "model")
+
+
+def refusal(cost: Cost, device: Device) -> str | None:
+    """Why a kernel of that cost cannot run well, if so."""
+    if cost.smem_bytes > device.smem_block:
+        return (
+            f"needs {_kib(cost.smem_bytes)} of shared memory; {device.label} has {_kib(device.smem_block)} for a block"
+        )
+    if cost.registers > REGISTER_LIMIT:
+        return f"needs about {cost.registers} registers per thread; there are 255, the rest would spill"
+    return None
+
+
+def _kib(count: int) -> str:
+    return f"{count / 1024:.0f} KiB"
+
+
+def _ranked(predicted: dict[Tile, Cost], refused: set[Tile]) -> tuple[tuple[Tile, float], ...]:
+    """By time; where that is equal the smaller tile, which leaves more room."""
+    able = [(t, c) for t, c in predicted.items() if t not in refused]
+    able.sort(key=lambda pair: (pair[1].seconds, pair[1].smem_bytes, _fields(pair[0])))
+    return tuple((t, c.seconds) for t, c in able)
+
+
+def _fields(tile: Tile) -> Sequence[int]:
+    return tile.rows, tile.keys, tile.warps, tile.stages

@@ -1,0 +1,199 @@
+"""The cost of a spec on a device for each tile: numbers for the symbols of ``attngen.formulas``, and the result.
+
+Also the cost before: the memory traffic of the model's own spelling.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import sympy as sp
+
+from attngen import formulas as f
+from attngen.device import Device
+from attngen.mask import derive
+from attngen.spec import KEY, ROW, AttentionSpec, Problem, Tile
+from attngen.work import bindings, bytes_of, count_blocks, evaluate, operations, score_passes
+
+if TYPE_CHECKING:
+    from attngen.choose import Plan
+
+MIN_DOT = 16  # the smallest side of a tensor-core product
+MASK_INSTRUCTIONS = 3  # per pair of a masked block: bounds test, and, select
+MMA_SYNC_FRACTION = 0.62  # of Hopper's rate, for products too small for its warp groups
+FMA_FRACTION = 0.5  # of the fp32 rate, for products without tensor cores: operands come from shared memory
+REGISTER_LIMIT = 287  # estimated; up to there compiled kernels spilled at most a few words per thread
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds each resource is busy (they overlap), and what uneven shares, starts and the launch add."""
+
+    mma: float
+    exp: float
+    alu: float
+    load: float
+    waves: float
+    launch: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One candidate. ``registers`` is an estimate; above ``REGISTER_LIMIT`` the kernel would spill."""
+
+    seconds: float
+    hbm_bytes: int
+    smem_bytes: int
+    registers: int
+    parts: Parts
+
+
+Values = dict[sp.Symbol, Any]  # numbers, or arrays with one number per tile
+
+
+def costs(spec: AttentionSpec, problem: Problem, device: Device, tiles: Sequence[Tile]) -> list[Cost]:
+    """The cost of each tile, in order."""
+    table = evaluated(spec, problem, device, tiles)
+    columns = {symbol: np.broadcast_to(value, len(tiles)).tolist() for symbol, value in table.items()}
+    return [_cost({symbol: column[k] for symbol, column in columns.items()}) for k in range(len(tiles))]
+
+
+def _cost(at: dict[sp.Symbol, float]) -> Cost:
+    steps = at[f.programs] * at[f.live] / at[f.sms]
+    parts = Parts(
+        mma=steps * at[f.t_mma],
+        exp=steps * at[f.t_exp],
+        alu=steps * at[f.t_alu],
+        load=max(steps * at[f.t_load], at[f.t_hbm]),
+        waves=at[f.t_grid] - steps * at[f.t_step],
+        launch=at[f.launch],
+    )
+    return Cost(at[f.seconds], round(at[f.hbm]), round(at[f.smem]), round(at[f.registers]), parts)
+
+
+def evaluated(spec: AttentionSpec, problem: Problem, device: Device, tiles: Sequence[Tile]) -> Values:
+    """Every symbol of the model, for all tiles at once."""
+    at = {**_of_device(device), **_of_spec(spec, problem), **_of_tiles(spec, problem, device, tiles)}
+    for formula in f.FORMULAS:
+        at[formula.symbol] = evaluate(formula.expression, at)
+    return at
+
+
+# -------------------------------------------------------------------------------------------------- values of symbols
+
+
+def _of_device(device: Device) -> Values:
+    return {
+        f.sms: device.sms,
+        f.smem_sm: device.smem_sm,
+        f.registers_sm: device.registers_sm,
+        f.warps_sm: device.warps_sm,
+        f.warp: device.warp_size,
+        f.l2: device.l2_bytes,
+        f.bandwidth: device.hbm_bandwidth,
+        f.l2_bandwidth: device.l2_bandwidth,
+        f.clock: device.clock,
+        f.exp_rate: device.exp_per_clock,
+        f.lanes: device.lanes_per_clock,
+        f.latency: device.latency,
+        f.launch: device.launch,
+    }
+
+
+def padded(count: int) -> int:
+    """The size at which the template holds ``count`` features."""
+    return max(MIN_DOT, 1 << (count - 1).bit_length())
+
+
+def _of_spec(spec: AttentionSpec, problem: Problem) -> Values:
+    in_score, in_mask = operations(spec, spec.score), operations(spec, spec.mask)
+    q_once, k_once, v_once = (float(bytes_of(spec, problem, x)) for x in (spec.query, spec.keys, spec.values))
+    pairs = [x for x in spec.extras if any(place.has(ROW) for place in x.index) and any(p.has(KEY) for p in x.index)]
+    others = sum(bytes_of(spec, problem, x) for x in spec.extras if x not in pairs)
+    lines = problem.heads * problem.rows
+    return {
+        f.queries: problem.rows,
+        f.heads: problem.heads,
+        f.d: spec.head_dim,
+        f.e: spec.value_dim,
+        f.d_pad: padded(spec.head_dim),
+        f.e_pad: padded(spec.value_dim),
+        f.q_width: spec.query.dtype.itemsize,
+        f.kv_width: spec.keys.dtype.itemsize,
+        f.pair_width: in_score.loaded + in_mask.loaded,
+        f.pair_ops: in_score.arithmetic,
+        f.mask_ops: in_mask.arithmetic + MASK_INSTRUCTIONS,
+        f.pair_specials: in_score.special,
+        f.once: q_once + others + lines * (spec.value_dim * spec.out_dtype.itemsize + 4 * spec.lse),
+        f.kv_once: k_once + v_once,
+        f.pairs_once: float(sum(bytes_of(spec, problem, x) for x in pairs)),
+    }
+
+
+def _of_tiles(spec: AttentionSpec, problem: Problem, device: Device, tiles: Sequence[Tile]) -> Values:
+    cover, sizes = derive(spec.mask), bindings(spec, problem)
+    shapes = dict.fromkeys((t.rows, t.keys) for t in tiles)
+    blocks = {shape: count_blocks(cover, sizes, problem, *shape) for shape in shapes}
+    visited = [blocks[t.rows, t.keys] for t in tiles]
+    high, wide, warp_count, depth = (np.array([getattr(t, f) for t in tiles], float) for f in _TILE_FIELDS)
+    exact = spec.query.dtype.itemsize >= 4 and not spec.tf32
+    grouped = (high >= 64) & (warp_count % 4 == 0) & (device.wgmma and not exact)
+    rate = device.fp32 * FMA_FRACTION if exact else (device.tensor32 if spec.tf32 else device.tensor16)
+    slowed = device.wgmma and not exact
+    return {
+        f.rows: high,
+        f.keys: wide,
+        f.warps: warp_count,
+        f.stages: depth,
+        f.live: np.array([b.mean for b in visited]),
+        f.most: np.array([b.most for b in visited]),
+        f.last: np.array([b.last for b in visited]),
+        f.masked: np.array([b.masked / max(b.mean, 1e-9) for b in visited]),
+        f.wgmma: 1.0 * grouped,
+        f.fma: 1.0 * exact,
+        f.copies: np.where(depth == 1, 0, depth - 1 + grouped),
+        f.unstaged: 1.0 * (depth == 1),
+        f.split: 1.0 * (high < 16 * warp_count),
+        f.flops: np.where(grouped | (not slowed), rate, rate * MMA_SYNC_FRACTION),
+        f.narrowest: np.where(grouped, 64.0, 8.0),
+    }
+
+
+_TILE_FIELDS = ("rows", "keys", "warps", "stages")
+
+
+# --------------------------------------------------------------------------------------------------------- explanation
+
+
+def formula(plan: Plan, device: Device) -> list[str]:
+    """The model with the numbers of a plan put in, one line per quantity."""
+    at = evaluated(plan.spec, plan.problem, device, [plan.tile])
+    values = {symbol.name: float(np.ravel(value)[0]) for symbol, value in at.items()}
+    return [_line(row, values) for row in f.FORMULAS]
+
+
+def _line(row: f.Formula, values: dict[str, float]) -> str:
+    text = sp.sstr(row.expression, order="none", full_prec=False)
+    numbers = re.sub(r"[a-z]\w*", lambda m: f"{values[m[0]]:.4g}" if m[0] in values else m[0], text)
+    result = f"{values[row.symbol.name]:.4g}{' ' + row.unit if row.unit else ''}"
+    return f"{row.symbol.name} = {text} = {numbers} = {result}  ({row.meaning})"
+
+
+# ------------------------------------------------------------------------------------------------------------- before
+
+
+def eager_hbm_bytes(spec: AttentionSpec, problem: Problem) -> int:
+    """HBM traffic of the unfused spelling: the first product writes all scores, each pointwise operator and the softmax
+    read and write them, the second product reads them."""
+    pairs = problem.heads * problem.rows * problem.keys
+    passes = 1 + 2 * score_passes(spec) + 2 + 1
+    results = problem.heads * problem.rows * spec.value_dim * spec.out_dtype.itemsize
+    read = sum(bytes_of(spec, problem, x) for x in spec.inputs)
+    return pairs * passes * spec.query.dtype.itemsize + read + results
