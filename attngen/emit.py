@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 import textwrap
 from dataclasses import dataclass
 from functools import cache
@@ -92,31 +92,31 @@ def _header(spec: AttentionSpec, tile: Tile, notes: tuple[str, ...]) -> str:
 def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     cover = derive(spec.mask)
     printer = Printer(spec)
-    scale, shaped = scaled_score(spec.score)
-    score = _score(printer, spec, scale, shaped)
-    keep = "col_ok" if spec.mask == TRUE else f"col_ok & {printer.value(spec.mask, masked=True)}"
+    natural = loads_over_keys(spec.score)
+    scale, shaped = (LOG2E, spec.score) if natural else scaled_score(spec.score)
+    score = _score(printer, spec, scale, shaped, natural)
     sinks = [printer.hoisted(op("mul", s, Const(LOG2E / scale))) for s in _scalars(spec.sinks)]
     whole = _whole(printer, spec)
     bounds, has_head, has_full = _bounds(printer, cover)
     heavy_first = any(i.high != KEY.extent for i in cover.visit)
-    prologue = [*([f"scale = {scale!r}  # scores are in units of it, base 2"] if scale != 1 else []), *printer.prologue]
+    unit = [f"scale = {scale!r}  # scores are in units of it, base 2"] if score["times"] else []
     block_d, block_e = (max(MIN_DOT, 1 << (n - 1).bit_length()) for n in (spec.head_dim, spec.value_dim))
     return {
         "tile": tile,
         "helpers": {"tanh": _tanh(spec) if printer.uses_tanh else "", "floor_div": printer.uses_floor_div},
         "score": score,
-        "keep": keep,
+        "keep": _keep(printer, spec.mask),
         "whole": whole,
-        "prologue": prologue,
+        "prologue": [*unit, *printer.prologue],
         "bounds": bounds,
         "has_head": has_head,
         "has_full": has_full,
-        "sink_lines": _sink_lines(sinks, " * scale" if scale != 1 else ""),
+        "sink_lines": _sink_lines(sinks, score["factor"]),
         "heavy_first": heavy_first,
         "order_comment": "Rows with most keys go first." if heavy_first else "Tiles of one head are neighbours.",
         "empty": spec.empty,
         "lse": spec.lse,
-        "ln2": repr(math.log(2)),
+        "log2e": repr(LOG2E),
         "precision": "" if spec.query.dtype.itemsize < 4 else f', input_precision="{"tf32" if spec.tf32 else "ieee"}"',
         "block_d": block_d,
         "block_e": block_e,
@@ -161,11 +161,32 @@ def _strip(part: Expr) -> Expr:
     return part
 
 
-def _score(printer: Printer, spec: AttentionSpec, scale: float, shaped: Expr) -> dict[str, Any]:
+def loads_over_keys(score: Expr) -> bool:
+    """Whether a float that changes from key to key is loaded. It may hold the lowest number of its type as a mask does.
+
+    Such a score stays in natural units, where that number is still finite, and is scaled after the maximum is subtracted:
+    a row with nothing else must come out as the mean of the values, as it does in eager.
+    """
+    return any(isinstance(n, Load) and n != SCORE and n.kind == "float" and KEY in n.axes for n in score.walk())
+
+
+def _keep(printer: Printer, mask: Expr) -> str:
+    """The mask as text; empty if it keeps everything."""
+    if mask == TRUE:
+        return ""
+    text = printer.value(mask, masked=True)
+    return bare(text) if isinstance(mask, Op) and mask.name == "and" else text
+
+
+def _score(printer: Printer, spec: AttentionSpec, scale: float, shaped: Expr, natural: bool) -> dict[str, Any]:
+    scaled = scale != 1 and not natural
     return {
         "full": bare(printer.value(shaped, masked=False)),
         "masked": bare(printer.value(shaped, masked=True)),
-        "times": " * scale" if scale != 1 else "",
+        "times": " * scale" if scaled else "",
+        "factor": " * scale" if scaled else (f" * {LOG2E!r}" if natural else ""),
+        "natural": natural,
+        "unit": scale / LOG2E,
         "may_be_infinite": any(isinstance(n, Load) and n != SCORE for n in spec.score.walk()),
     }
 
@@ -173,11 +194,11 @@ def _score(printer: Printer, spec: AttentionSpec, scale: float, shaped: Expr) ->
 def _whole(printer: Printer, spec: AttentionSpec) -> dict[str, Any] | None:
     if spec.whole is None or spec.redo_below is None:
         return None
-    sinks = [printer.hoisted(op("mul", s, Const(LOG2E))) for s in _scalars(spec.sinks)]
+    sinks = [printer.hoisted(sink) for sink in _scalars(spec.sinks)]
     return {
-        "score": bare(printer.value(total(terms(spec.whole, LOG2E)), masked=True)),
-        "below": repr(max(spec.redo_below * LOG2E, -3.4028234e38)),
-        "sink_lines": _sink_lines(sinks, ""),
+        "score": bare(printer.value(spec.whole, masked=True)),
+        "below": repr(spec.redo_below),
+        "sink_lines": _sink_lines(sinks, f" * {LOG2E!r}"),
     }
 
 
@@ -225,8 +246,9 @@ def _bounds(printer: Printer, cover: Cover) -> tuple[list[str], bool, bool]:
     else:
         lines.append("full_start = start")
     full_high = _innermost(printer, tails, "low", "tl.minimum", "stop")
-    lines.append(f"full_high = {full_high}" if tails else "full_high = stop")
-    lines.append("full_stop = tl.maximum(full_start, tl.maximum(full_high, 0) // BLOCK_J * BLOCK_J)")
+    if tails:
+        lines.append(f"full_high = {full_high}")
+    lines.append(f"full_stop = tl.maximum(full_start, {'full_high' if tails else 'stop'} // BLOCK_J * BLOCK_J)")
     return lines, has_head, True
 
 
@@ -300,7 +322,6 @@ def _layout(spec: AttentionSpec) -> dict[str, Any]:
         "unpack_head": _unpack(spec),
         "bases": _bases(spec),
         "heads": _product([f"size_{a.name}" for a in spec.batch]),
-        "lse_head": "head.to(tl.int64)",
     }
 
 
@@ -357,7 +378,7 @@ def _arguments(spec: AttentionSpec, heavy_first: bool) -> dict[str, Any]:
         "arguments": [x.name for x in spec.inputs],
         "call_tensors": [x.name for x in spec.inputs] + ["out"] + (["lse"] if spec.lse else []),
         "call_strides": call_strides,
-        "unspecialised": repr([*sizes, "heads_per_group"] if heavy_first else [*sizes]),
+        "unspecialised": json.dumps([*sizes, "heads_per_group"] if heavy_first else [*sizes]),
         "size_lines": [f"{name} = {extent}" for name, extent in sizes.items()],
         "out_shape": _tuple([shape[a] for a in spec.output]),
         "out_dtype": str(spec.out_dtype),

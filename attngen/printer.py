@@ -81,7 +81,7 @@ class Printer:
         if isinstance(expr, Load):
             return self._load(expr, masked)
         assert isinstance(expr, Op), expr
-        if expr.name == "mul":
+        if len(_factors(expr)) > 1:
             return self._product(expr, masked, top)
         return self._operation(expr, masked)
 
@@ -98,14 +98,14 @@ class Printer:
         if expr.name not in _CALLS:
             raise Unprintable(f"a kernel has no {expr.name}")
         self.uses_tanh |= expr.name == "tanh"
-        return f"{_CALLS[expr.name]}({', '.join(args)})"
+        return f"{_CALLS[expr.name]}({', '.join(map(bare, args))})"
 
     def _product(self, expr: Op, masked: bool, top: bool) -> str:
-        """Factors that do not change over the keys are multiplied before the loop."""
+        """Numbers become one number; factors that do not change over the keys are multiplied before the loop."""
         factors = _factors(expr)
         fixed = [f for f in factors if KEY not in f.axes]
         moving = [f for f in factors if KEY in f.axes]
-        if top or len(fixed) < 2 or all(number(f) is not None for f in fixed):
+        if top or len(fixed) < 2:
             return "(" + " * ".join(self._show(f, masked) for f in factors) + ")"
         product = fixed[0]
         for factor in fixed[1:]:
@@ -197,8 +197,19 @@ def bare(text: str) -> str:
 
 
 def _factors(expr: Expr) -> list[Expr]:
-    if isinstance(expr, Op) and expr.name == "mul":
-        return [f for a in expr.args for f in _factors(a)]
+    """What a float product multiplies, its numbers (and divisions by numbers) as one number at the end."""
+    factors = _split(expr)
+    values = [v for f in factors if (v := number(f)) is not None]
+    if len(factors) == 1 or not values:
+        return factors
+    return [*(f for f in factors if number(f) is None), Const(math.prod(values))]
+
+
+def _split(expr: Expr) -> list[Expr]:
+    if isinstance(expr, Op) and expr.name == "mul" and expr.kind == "float":
+        return [f for a in expr.args for f in _split(a)]
+    if isinstance(expr, Op) and expr.name == "div" and number(expr.args[1]):
+        return [*_split(expr.args[0]), Const(1 / number(expr.args[1]))]  # type: ignore[operator]
     return [expr]
 
 

@@ -5,7 +5,6 @@ Kernels run where they can: on a GPU directly, anywhere else in Triton's interpr
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from attngen import blockwise
+from attngen import blockwise, compat
 from attngen.algebra import TRUE
 from attngen.emit import Kernel
 from attngen.errors import AttngenError, Unavailable, VerificationFailed
@@ -199,23 +198,50 @@ def verify_all_interpreted(
     bfloat16 becomes float16 on the way: the interpreter's bfloat16 product is wrong. Raises ``Unavailable`` where there is
     no interpreter.
     """
-    _refuse_without_interpreter()
-    specs = [_in_half(kernel.spec) for kernel, _ in jobs]
+    specs = [in_half(kernel.spec) for kernel, _ in jobs]
     samples = [sample_inputs(spec, problem, seed=seed) for spec, (_, problem) in zip(specs, jobs, strict=True)]
+    results = run_interpreted([(kernel, inputs) for (kernel, _), inputs in zip(jobs, samples, strict=True)], timeout)
+    return [_verdict(*each) for each in zip(results, specs, samples, strict=True)]
+
+
+def _verdict(
+    result: list[Tensor] | VerificationFailed, spec: AttentionSpec, inputs: list[Tensor]
+) -> Check | VerificationFailed:
+    if isinstance(result, VerificationFailed):
+        return result
+    try:
+        verdict = check(result, spec, inputs)
+    except VerificationFailed as failed:
+        return failed
+    return verdict if verdict.ok else VerificationFailed(f"the kernel's result is off: {verdict}")
+
+
+def run_interpreted(
+    jobs: Sequence[tuple[Kernel, Sequence[Tensor]]], timeout: float = INTERPRETER_SECONDS
+) -> list[list[Tensor] | VerificationFailed]:
+    """What each kernel returns for its inputs (with float16 in place of bfloat16), or why it returned nothing."""
+    _refuse_without_interpreter()
     with tempfile.TemporaryDirectory(prefix="attngen-") as name:
         folder = Path(name)
-        for number, ((kernel, _), inputs) in enumerate(zip(jobs, samples, strict=True)):
+        for number, (kernel, inputs) in enumerate(jobs):
             (folder / f"{number}.py").write_text(kernel.source.replace("torch.bfloat16", "torch.float16"))
-            torch.save(inputs, folder / f"{number}.in.pt")
+            torch.save(list(inputs), folder / f"{number}.in.pt")
         ending = _interpret(folder, timeout * len(jobs))
-        return [
-            _verdict(folder, number, spec, inputs, ending)
-            for number, (spec, inputs) in enumerate(zip(specs, samples, strict=True))
-        ]
+        return [_result(folder, number, ending) for number in range(len(jobs))]
+
+
+def _result(folder: Path, number: int, ending: str) -> list[Tensor] | VerificationFailed:
+    failure, result = folder / f"{number}.error", folder / f"{number}.out.pt"
+    if failure.exists():
+        return VerificationFailed(f"the kernel does not run in Triton's interpreter: {failure.read_text()}")
+    if not result.exists():
+        return VerificationFailed(ending)
+    outputs: list[Tensor] = torch.load(result, weights_only=True)
+    return outputs
 
 
 def _refuse_without_interpreter() -> None:
-    if importlib.util.find_spec("triton") is None:
+    if not compat.has_triton():
         raise Unavailable("kernels cannot be checked here: triton is not installed (pip install triton, Linux only)")
 
 
@@ -231,22 +257,9 @@ def _interpret(folder: Path, timeout: float) -> str:
     return f"the interpreter's process ended with code {child.returncode}: {lines[-1]}"
 
 
-def _verdict(
-    folder: Path, number: int, spec: AttentionSpec, inputs: list[Tensor], ending: str
-) -> Check | VerificationFailed:
-    failure, result = folder / f"{number}.error", folder / f"{number}.out.pt"
-    if failure.exists():
-        return VerificationFailed(f"the kernel does not run in Triton's interpreter: {failure.read_text()}")
-    if not result.exists():
-        return VerificationFailed(ending)
-    try:
-        verdict = check(torch.load(result, weights_only=True), spec, inputs)
-    except VerificationFailed as failed:
-        return failed
-    return verdict if verdict.ok else VerificationFailed(f"the kernel's result is off: {verdict}")
+def in_half(spec: AttentionSpec) -> AttentionSpec:
+    """``spec`` with float16 in place of bfloat16."""
 
-
-def _in_half(spec: AttentionSpec) -> AttentionSpec:
     def half(dtype: torch.dtype) -> torch.dtype:
         return torch.float16 if dtype == torch.bfloat16 else dtype
 

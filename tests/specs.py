@@ -19,6 +19,7 @@ from attngen.spec import FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input, 
 B, H = batch_axes(2)
 ZERO = sp.Integer(0)
 HALF = torch.float16
+LOWEST = torch.finfo(torch.float32).min
 
 CAUSAL = op("le", Int(KEY), Int(ROW))
 BOTTOM_RIGHT = op("le", Int(KEY), Int(ROW + KEY.extent - ROW.extent))
@@ -30,7 +31,7 @@ class Case:
     name: str
     spec: AttentionSpec
     tile: Tile = Tile(64, 32, 4, 2)
-    batch: tuple[int, ...] = (2, 4)
+    batch: tuple[int, ...] = (2, 2)
     cross: int = 0  # how many keys there are beyond the query length
 
     def problem(self, rows: int) -> Problem:
@@ -114,11 +115,17 @@ def _filled(score: Expr, mask: Expr, fill: float) -> dict[str, object]:
     return {"score": score, "mask": mask, "whole": where(mask, score, Const(fill)), "redo_below": fill + 104.0}
 
 
+def _added(score: Expr, mask: Expr, fill: float) -> dict[str, object]:
+    """The same for a fill value that is added to the score."""
+    whole = plus(score, where(mask, Const(0.0), Const(fill)))
+    return {"score": score, "mask": mask, "whole": whole, "redo_below": fill + 104.0}
+
+
 CASES = (
     Case("dense", attention()),
     Case("dense_lse", attention(lse=True)),
     Case("dense_bf16", attention(dtype=torch.bfloat16)),
-    Case("dense_fp32", attention(dtype=torch.float32)),
+    Case("dense_fp32", attention(dtype=torch.float32), tile=Tile(64, 32, 8, 2)),
     Case("unscaled", attention(score=SCORE)),
     Case("negative_scale", attention(score=scaled(-0.125))),
     Case("wide", attention(wide=True, mask=CAUSAL)),
@@ -137,11 +144,11 @@ CASES = (
     Case("causal_bf16", attention(mask=CAUSAL, dtype=torch.bfloat16, head_dim=128), tile=Tile(128, 64, 8, 3)),
     Case("causal_bottom_right", attention(mask=BOTTOM_RIGHT), cross=37),
     Case("cross", attention(), cross=61),
-    Case("grouped", attention(groups=4, mask=CAUSAL), batch=(2, 8)),
+    Case("grouped", attention(groups=4, mask=CAUSAL), batch=(1, 8)),
     Case("window", attention(mask=window(40))),
     Case("window_symmetric", attention(mask=op("le", op("abs", Int(ROW - KEY)), integer(24)))),
     Case("softcap_window", attention(mask=window(40), score=softcap(50.0, QK))),
-    Case("softcap_fp32", attention(dtype=torch.float32, score=softcap(30.0, QK))),
+    Case("softcap_fp32", attention(dtype=torch.float32, score=softcap(30.0, QK)), tile=Tile(64, 32, 8, 2)),
     Case("streaming", attention(mask=STREAMING)),
     Case("chunks", attention(mask=CHUNKS)),
     Case("prefix", attention(mask=PREFIX)),
@@ -159,6 +166,8 @@ CASES = (
     Case("empty_rows_nan", attention(mask=STRICTLY_CAUSAL)),
     Case("empty_rows_zero", attention(mask=STRICTLY_CAUSAL, empty="zero", lse=True)),
     Case("fill_shows", attention(**_filled(QK, STRICTLY_CAUSAL, -10000.0), lse=True)),
+    Case("fill_lowest", attention(**_filled(QK, STRICTLY_CAUSAL, LOWEST))),
+    Case("fill_added", attention(**_added(QK, STRICTLY_CAUSAL, LOWEST), lse=True)),
     Case("fill_shows_padding", attention(**_filled(QK, PADDING, -1e9), extras=BOOLEANS)),
     Case("multi_query", attention(batch=(H,), keys=Input("k", (KEY, INNER), HALF), mask=CAUSAL), batch=(3,)),
     Case(

@@ -1,0 +1,46 @@
+"""Shared fixtures: golden files, the GPU marker, and the error budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the golden files anew instead of comparing")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Compare a text with the file of this test under ``tests/golden/``; ``--update-golden`` accepts what is there now."""
+    name = re.sub(r"[^\w.-]+", "_", request.node.name.removeprefix("test_")).strip("_")
+    path = GOLDEN / f"{name}.txt"
+
+    def compare(text: str) -> None:
+        if request.config.getoption("--update-golden"):
+            GOLDEN.mkdir(exist_ok=True)
+            path.write_text(text)
+        elif not path.exists():
+            pytest.fail(f"{path} is missing: run this test with --update-golden, read what it wrote, and commit it")
+        assert text == path.read_text()
+
+    return compare

@@ -1,0 +1,186 @@
+"""Emitted kernels in Triton's interpreter, at ragged sizes, against float64: one child process for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from specs import BY_NAME, CASES, CAUSAL, LOWEST, QK, Case, attention, loaded, plus
+from test_emit import emitted
+
+from attngen.emit import Kernel, emit
+from attngen.errors import AttngenError, Unavailable, VerificationFailed
+from attngen.spec import KEY, ROW, AttentionSpec, Problem, Tile
+from attngen.verify import Check, check, in_half, reference, run_interpreted, sample_inputs, verify_all_interpreted
+from attngen.verify import verify_interpreted, within_budget
+
+pytest.importorskip("triton")
+
+ROWS = (1, 17, 130)
+# Head and tail, full blocks and masked ones all occur: the tile has fewer keys than the widest mask, and several tiles fit.
+SMALL_TILE = Tile(32, 16, 4, 1)
+
+
+def jobs_of(case: Case) -> list[tuple[str, Kernel, Problem]]:
+    small = emit(case.spec, SMALL_TILE)
+    assert isinstance(small, Kernel)
+    sizes = [(f"{case.name}-{rows}", emitted(case), case.problem(rows)) for rows in ROWS]
+    return [*sizes, (f"{case.name}-small_tile", small, case.problem(70))]
+
+
+JOBS = [job for case in CASES for job in jobs_of(case)]
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> dict[str, Check | VerificationFailed]:
+    results = verify_all_interpreted([(kernel, problem) for _, kernel, problem in JOBS])
+    return dict(zip((name for name, *_ in JOBS), results, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in JOBS])
+def test_kernel_is_within_budget(name: str, interpreted: dict[str, Check | VerificationFailed]) -> None:
+    result = interpreted[name]
+    assert isinstance(result, Check), str(result)
+    assert result.ok
+
+
+def run(spec: AttentionSpec, inputs: list[torch.Tensor], tile: Tile = SMALL_TILE) -> list[torch.Tensor]:
+    kernel = emit(spec, tile)
+    assert isinstance(kernel, Kernel)
+    (result,) = run_interpreted([(kernel, inputs)])
+    assert isinstance(result, list), str(result)
+    return result
+
+
+def test_rows_that_a_loaded_bias_masks_entirely_come_out_as_in_eager() -> None:
+    """Lowest-number rows give the mean of the values, minus-infinity rows NaN, and neither leaks into its neighbours."""
+    spec = attention(
+        score=plus(QK, loaded("t0", ROW, KEY)), extras={"t0": (torch.float32, (ROW, KEY))}, mask=CAUSAL, lse=False
+    )
+    spec = replace(spec, mask=attention().mask)
+    q, k, v, bias = sample_inputs(spec, Problem((1, 2), 40, 40))
+    bias[3], bias[5], bias[7, :20] = LOWEST, -torch.inf, LOWEST
+    (out,) = run(spec, [q, k, v, bias])
+    verdict = check(out, spec, [q, k, v, bias])
+    assert verdict.ok, verdict
+    assert out[:, :, 5].isnan().all() and not out[:, :, [4, 6]].isnan().any()
+    torch.testing.assert_close(out[:, :, 3].float(), v.float().mean(-2), atol=1e-3, rtol=1e-3)
+
+
+def test_strides_are_taken_as_they_are() -> None:
+    """Slices of one fused projection, an expanded key and a table with a step: no copy, no assumption."""
+    case = BY_NAME["causal"]
+    fused = torch.randn(2, 50, 3, 4, 64, generator=torch.Generator().manual_seed(1)).half()
+    q, k, v = (fused[:, :, n].transpose(1, 2) for n in range(3))
+    k = k[:, :1].expand(2, 4, 50, 64)
+    v = v.flip(-1)[..., ::1]
+    (out,) = run(case.spec, [q, k, v])
+    verdict = check(out, case.spec, [q, k, v])
+    assert verdict.ok, verdict
+
+
+def test_a_key_beyond_the_end_is_never_read() -> None:
+    """Memory behind the last key and query holds NaN; reading it, even under a mask, would show."""
+    case = BY_NAME["causal_lse"]
+    padded = [torch.full((2, 4, 96, 64), torch.nan).half() for _ in range(3)]
+    inputs = [x[:, :, :41] for x in padded]
+    for seed, x in enumerate(inputs):
+        x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+    verdict = check(run(case.spec, inputs), case.spec, inputs)
+    assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda text: text.replace("cols[None, :] <= rows", "cols[None, :] < rows"), "off"),
+        (lambda text: text.replace("row_sum * rescale", "row_sum"), "off"),
+        (lambda text: text.replace("tl.dot(q", "tl.dott(q"), "does not run"),
+        (lambda text: text.replace("return out", "return out[:, :, :1]"), "shape"),
+        (lambda text: text + "\nimport os\nos._exit(3)\n", "code 3"),
+        (lambda text: text + "\nwhile True:\n    pass\n", "stopped after"),
+    ],
+    ids=["mask", "rescale", "syntax", "shape", "crash", "hang"],
+)
+def test_a_wrong_kernel_is_refused(damage: Callable[[str], str], complaint: str) -> None:
+    kernel = emitted(BY_NAME["causal"])
+    broken = replace(kernel, source=damage(kernel.source))
+    assert broken.source != kernel.source
+    with pytest.raises(VerificationFailed, match=complaint):
+        verify_interpreted(broken, Problem((1, 1), 70, 70), timeout=6.0)
+
+
+def test_one_bad_kernel_does_not_hide_the_others() -> None:
+    kernel = emitted(BY_NAME["dense"])
+    broken = replace(kernel, source=kernel.source.replace("tl.exp2", "tl.exp3"))
+    problem = Problem((1, 1), 17, 17)
+    good, bad, again = verify_all_interpreted([(kernel, problem), (broken, problem), (kernel, problem)])
+    assert isinstance(bad, VerificationFailed) and good == again and isinstance(good, Check)
+
+
+def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attngen.compat.has_triton", lambda: False)
+    with pytest.raises(Unavailable, match="triton is not installed"):
+        verify_interpreted(emitted(BY_NAME["dense"]), Problem((1, 1), 8, 8))
+
+
+# ------------------------------------------------------------------------------------------------------------- budget
+
+
+def test_budget_is_what_eager_makes_and_one_rounding() -> None:
+    exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    eager = torch.tensor([1.0, 2.25])
+    half = torch.finfo(torch.float16).eps
+    verdict = within_budget(torch.tensor([1.5, 2.0]).half(), exact, eager)
+    assert verdict.error == 0.5 and verdict.budget == 0.5 + half * 2
+    assert verdict.ok
+    assert not within_budget(torch.tensor([1.0, 2.6]).half(), exact, eager).ok
+
+
+@pytest.mark.parametrize(
+    ("actual", "exact"),
+    [([1.0, torch.nan], [1.0, 2.0]), ([1.0, 2.0], [1.0, torch.nan]), ([1.0, torch.inf], [1.0, -torch.inf])],
+)
+def test_values_that_are_not_finite_must_agree(actual: list[float], exact: list[float]) -> None:
+    exact64 = torch.tensor(exact, dtype=torch.float64)
+    assert not within_budget(torch.tensor(actual), exact64, exact64.float()).ok
+    assert within_budget(exact64.float(), exact64, exact64.float()).ok
+
+
+def test_result_of_another_shape_is_an_error() -> None:
+    exact = torch.zeros(2, 3, dtype=torch.float64)
+    with pytest.raises(AttngenError, match="shape"):
+        within_budget(torch.zeros(3, 2), exact, exact)
+
+
+# ------------------------------------------------------------------------------------------------------ sample inputs
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_samples_fit_their_spec(case: Case) -> None:
+    problem = case.problem(20)
+    samples = sample_inputs(case.spec, problem)
+    assert [x.dtype for x in samples] == [source.dtype for source in case.spec.inputs]
+    again = sample_inputs(case.spec, problem)
+    assert all(torch.equal(a, b) for a, b in zip(samples, again, strict=True))
+    layouts = [(x.shape, x.stride(), x.dtype) for x in sample_inputs(case.spec, problem, device="meta")]
+    assert layouts == [(x.shape, x.stride(), x.dtype) for x in samples]
+    out, lse = reference(case.spec, samples)
+    extents = dict(zip((a.name for a in case.spec.batch), problem.batch, strict=True))
+    extents |= {"i": problem.rows, "e": case.spec.value_dim}
+    assert out.shape == tuple(extents[axis.name] for axis in case.spec.output)
+    assert lse.shape == (*problem.batch, problem.rows)
+
+
+def test_samples_lie_in_memory_as_the_output_does() -> None:
+    q, k, v = sample_inputs(BY_NAME["heads_last"].spec, Problem((2, 4), 10, 12))
+    assert q.shape == (2, 4, 10, 64) and q.stride() == (10 * 4 * 64, 64, 4 * 64, 1)
+    assert k.stride() == (12 * 4 * 64, 64, 4 * 64, 1)
+    assert v.transpose(1, 2).is_contiguous()
+
+
+def test_bfloat16_is_checked_in_float16() -> None:
+    spec = in_half(BY_NAME["dense_bf16"].spec)
+    assert {source.dtype for source in spec.inputs} == {torch.float16} and spec.out_dtype == torch.float16
