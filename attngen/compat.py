@@ -6,7 +6,9 @@ Tested on the oldest and the newest supported release of each.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import sympy as sp
@@ -19,6 +21,8 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.functions import Max as _TorchMax
+from torch.utils._sympy.functions import Min as _TorchMin
 
 __all__ = [
     "FakeTensor",
@@ -34,11 +38,14 @@ __all__ = [
     "get_proxy_mode",
     "has_triton",
     "hint",
+    "looking_at",
     "make_fx",
     "size_expr",
+    "specialised",
     "storage_of",
     "traced_node",
     "tracing",
+    "triton_build",
 ]
 
 enter_autocast, exit_autocast = _enter_autocast, _exit_autocast
@@ -53,7 +60,9 @@ INLINED_BODIES = tuple(
 
 def size_expr(size: Any) -> sp.Expr:
     """A size as a sympy expression: a number for an int, the symbol for a SymInt. Adds no guard."""
-    return size.node.expr if isinstance(size, torch.SymInt) else sp.Integer(size)
+    if not isinstance(size, torch.SymInt):
+        return sp.Integer(size)
+    return size.node.expr.replace(_TorchMax, sp.Max).replace(_TorchMin, sp.Min)
 
 
 def hint(size: Any) -> int:
@@ -73,6 +82,18 @@ def traced_node(value: Any) -> fx.Node | None:
     return getattr(proxy, "node", None)
 
 
+@contextmanager
+def looking_at(model: Callable[..., Any], backend: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """``model`` compiled by ``backend`` however often it or its class was compiled before, for exactly the sizes it is given.
+
+    Where torch can keep them apart (2.13), what is compiled here does not count against the user's own recompilations.
+    """
+    apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+    unlimited = 1 << 30
+    with torch._dynamo.config.patch(recompile_limit=unlimited, accumulated_recompile_limit=unlimited):
+        yield torch.compile(model, backend=backend, dynamic=False, **apart)
+
+
 def storage_of(value: torch.Tensor) -> int:
     """A number equal for tensors that share memory (fake tensors share storages as real ones do)."""
     return value.untyped_storage()._cdata
@@ -82,12 +103,19 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def compile_kernel(kernel: Any, args: Sequence[Any], options: Mapping[str, Any], arch: int) -> Any:
-    """The compiled form of ``kernel[grid](*args, **options)`` for sm_``arch``, as the launch itself would make it.
+def triton_build() -> str:
+    """Which Triton compiles, and where it keeps what it compiled."""
+    import triton
+    from triton import knobs
+
+    return f"{triton.__version__} {knobs.cache.dir}"
+
+
+def specialised(kernel: Any, args: Sequence[Any], options: Mapping[str, Any], arch: int) -> tuple[Any, Any, Any]:
+    """What ``kernel[grid](*args, **options)`` would compile for sm_``arch``: Triton's source, target and parsed options.
 
     Every option that a launch adds is added here too: they are part of the key under which Triton's disk cache keeps it.
     """
-    import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
@@ -102,7 +130,14 @@ def compile_kernel(kernel: Any, args: Sequence[Any], options: Mapping[str, Any],
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialisation, _ = bind(*args, **given)
     parsed, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialisation, given)
-    source = ASTSource(kernel, signature, constants, attributes)
+    return ASTSource(kernel, signature, constants, attributes), target, parsed
+
+
+def compile_kernel(kernel: Any, args: Sequence[Any], options: Mapping[str, Any], arch: int) -> Any:
+    """The compiled form of ``kernel[grid](*args, **options)`` for sm_``arch``, as the launch itself would make it."""
+    import triton
+
+    source, target, parsed = specialised(kernel, args, options, arch)
     return triton.compile(source, target=target, options=parsed.__dict__)
 
 

@@ -1,0 +1,147 @@
+"""Every kernel compiles ahead of time: all for sm_90, a few for sm_80 and sm_89, without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from specs import BY_NAME, CASES, CAUSAL, Case, attention
+from test_emit import emitted
+
+from attngen import aot, compat
+from attngen.aot import Binary, Job, Layout, compile_all, layout_of
+from attngen.emit import Kernel
+from attngen.errors import Unavailable, VerificationFailed
+from attngen.spec import Problem, Tile
+from attngen.verify import sample_inputs
+
+pytest.importorskip("triton")
+
+EVERY_ARCH = ("causal", "dense_bf16", "dense_fp32", "head_96", "softcap_window", "table_cross", "fill_shows", "sinks")
+# Tiles for large problems on Hopper: the largest that keep everything in registers.
+TYPICAL = (
+    Case("d64", attention(dtype=torch.bfloat16, mask=CAUSAL), Tile(128, 64, 4, 3)),
+    Case("d128", attention(dtype=torch.bfloat16, mask=CAUSAL, head_dim=128), Tile(128, 128, 8, 2)),
+    Case("d256", attention(dtype=torch.bfloat16, mask=CAUSAL, head_dim=256), Tile(128, 32, 8, 2)),
+)
+
+
+def compiled(cases: tuple[Case, ...], folder: Path, arch: int) -> dict[str, Binary | VerificationFailed]:
+    jobs = [job_of(emitted(case), case.problem(1024), folder / f"{case.name}.py") for case in cases]
+    return dict(zip((case.name for case in cases), compile_all(jobs, arch), strict=True))
+
+
+def job_of(kernel: Kernel, problem: Problem, path: Path) -> Job:
+    path.write_text(kernel.source)
+    return Job.of(path, sample_inputs(kernel.spec, problem, device="meta"))
+
+
+@pytest.fixture(scope="session")
+def binaries(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], Binary | VerificationFailed]:
+    """Everything this file compiles, by capability and name, compiled in parallel and from nothing."""
+    found: dict[tuple[int, str], Binary | VerificationFailed] = {}
+    some = tuple(BY_NAME[name] for name in EVERY_ARCH)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        for arch, cases in ((90, (*CASES, *TYPICAL)), (80, some), (89, some)):
+            results = compiled(cases, tmp_path_factory.mktemp(f"sm{arch}"), arch)
+            found |= {(arch, name): result for name, result in results.items()}
+    return found
+
+
+WANTED = [(90, case.name) for case in (*CASES, *TYPICAL)] + [(arch, name) for arch in (80, 89) for name in EVERY_ARCH]
+
+
+@pytest.mark.parametrize(("arch", "name"), WANTED)
+def test_kernel_compiles(arch: int, name: str, binaries: dict[tuple[int, str], Binary | VerificationFailed]) -> None:
+    binary = binaries[arch, name]
+    assert isinstance(binary, Binary), str(binary)
+    assert binary.arch == arch and 0 < binary.registers <= 255
+    assert binary.spills == 0
+    half = name not in ("dense_fp32", "head_8_fp32", "softcap_fp32")
+    assert binary.hgmma == (arch == 90 and half)
+
+
+def test_binary_says_what_the_tile_asks_for(binaries: dict[tuple[int, str], Binary | VerificationFailed]) -> None:
+    binary = binaries[90, "d128"]
+    assert isinstance(binary, Binary)
+    assert (binary.warps, binary.stages) == (8, 2)
+    stages = 2 * 2 * 128 * 128 * 2  # two blocks each of keys and values
+    assert stages <= binary.shared <= stages + 2 * 128 * 128 + 4096
+    assert binary.seconds > 0 and binary.cubin_bytes > 1000 and binary.ptx_bytes > 1000
+
+
+# ------------------------------------------------------------------------------------------------------ specialisation
+
+
+def test_launch_is_recorded_and_the_module_left_alone(tmp_path: Path) -> None:
+    case = BY_NAME["causal"]
+    job = job_of(emitted(case), Problem((2, 4), 100, 100), tmp_path / "kernel.py")
+    module = aot.import_file(job.source)
+    kernel = module.attention_forward
+    call = aot.launch_of(module, job.inputs)
+    assert module.attention_forward is kernel
+    assert call.grid == (2 * 8,)
+    assert call.options == {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    assert [x.shape for x in call.args[:3]] == [(2, 4, 100, 64)] * 3
+
+
+def test_lengths_do_not_specialise_but_strides_do(tmp_path: Path) -> None:
+    """One binary serves all lengths; a stride of one, or one that is no multiple of 16, makes another."""
+    kernel = emitted(BY_NAME["causal"])
+
+    def source_of(inputs: list[torch.Tensor]) -> tuple[dict[str, str], dict[tuple[int, ...], int]]:
+        path = tmp_path / "kernel.py"
+        path.write_text(kernel.source)
+        module = aot.import_file(path)
+        call = aot.launch_of(module, [layout_of(x) for x in inputs])
+        source, *_ = compat.specialised(module.attention_forward, call.args, call.options, 90)
+        return source.signature, source.attrs
+
+    def sample(rows: int, features: int = 64) -> list[torch.Tensor]:
+        return [torch.empty(2, 4, rows, features, device="meta", dtype=torch.half)[..., :64] for _ in range(3)]
+
+    assert source_of(sample(1024)) == source_of(sample(1000)) == source_of(sample(1))
+    assert source_of(sample(1024)) != source_of(sample(1024, 65))
+    assert source_of(sample(1024))[0]["q_stride_3"] == "constexpr"
+
+
+def test_layouts_survive_the_journey() -> None:
+    tensor = torch.randn(2, 5, 3, 8)[:, 1:, 1].transpose(0, 1)
+    layout = layout_of(tensor)
+    assert layout == Layout((4, 2, 8), (24, 120, 1), 32, "float32")
+    meta = layout.meta()
+    assert (meta.shape, meta.stride(), meta.storage_offset()) == (tensor.shape, tensor.stride(), 32)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_what_does_not_compile_is_said_in_its_place(tmp_path: Path) -> None:
+    kernel = emitted(BY_NAME["dense"])
+    good = job_of(kernel, Problem((1, 1), 64, 64), tmp_path / "good.py")
+    (tmp_path / "bad.py").write_text(kernel.source.replace("tl.exp2", "tl.exp3"))
+    (tmp_path / "empty.py").write_text("import torch\n")
+    bad, empty = (Job(tmp_path / name, good.inputs) for name in ("bad.py", "empty.py"))
+    first, second, third = compile_all([bad, good, empty], 90, workers=1)
+    assert isinstance(first, VerificationFailed) and "bad.py does not compile for sm_90" in str(first)
+    assert isinstance(second, Binary)
+    assert isinstance(third, VerificationFailed) and "launch" in str(third)
+
+
+def test_compiler_that_dies_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "crash.py"
+    path.write_text("import os\nos._exit(4)\n")
+    (result,) = compile_all([Job(path, ())], 90)
+    assert isinstance(result, VerificationFailed) and "code 4" in str(result)
+
+
+def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("attngen.compat.has_triton", lambda: False)
+    with pytest.raises(Unavailable, match="triton is not installed"):
+        compile_all([Job(tmp_path / "kernel.py", ())], 90)
+
+
+def test_nothing_to_compile() -> None:
+    assert compile_all([], 90) == []
