@@ -174,8 +174,9 @@ def _random(source: Input, stored: list[int], order: list[int], problem: Problem
     if source.dtype == torch.bool:  # three of four pairs stay, and never none of a row
         kept = torch.rand(stored, generator=generator) < 0.75
         return kept if keys is None else kept.index_fill(keys, torch.tensor([0]), True)
-    if any(place.has(ROW, KEY) for place in source.index):  # segment numbers, in order
-        return torch.randint(0, 3, stored, generator=generator).sort(dim=-1).values.to(source.dtype)
+    if any(place.has(ROW, KEY) for place in source.index):  # segment numbers, in order; the same for queries and keys
+        numbers = torch.randint(0, 3, stored, generator=torch.Generator("cpu").manual_seed(problem.keys))
+        return numbers.sort(dim=-1).values.to(source.dtype)
     return torch.randint(1, problem.keys + 1, stored, generator=generator).to(source.dtype)  # lengths
 
 

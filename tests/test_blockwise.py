@@ -1,0 +1,174 @@
+"""The blockwise path against the naive spelling: values, gradients of every input, memory, and torch's own attention."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from specs import BY_NAME, CASES, QK, SLOPE, SLOPES, Case, attention, loaded, plus, softcap
+from torch import Tensor
+
+from attngen import blockwise
+from attngen.algebra import Const
+from attngen.spec import KEY, ROW, AttentionSpec, Problem
+from attngen.verify import check, eager, sample_inputs
+
+
+def doubled(case: Case, rows: int, *, seed: int = 0) -> tuple[AttentionSpec, list[Tensor]]:
+    """The case in float64 throughout."""
+    inputs = sample_inputs(case.spec, case.problem(rows), seed=seed)
+    spec = replace(case.spec, out_dtype=torch.float64)
+    return spec, [x.double() if x.is_floating_point() else x for x in inputs]
+
+
+@pytest.fixture
+def blocks_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small blocks, so that even small problems take several."""
+    monkeypatch.setattr(blockwise, "BLOCK_ELEMENTS", 700)
+
+
+@pytest.mark.usefixtures("blocks_of")
+@pytest.mark.parametrize("rows", [1, 23])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_forward_is_the_naive_spelling(case: Case, rows: int) -> None:
+    spec, inputs = doubled(case, rows)
+    (out, lse), (expected, expected_lse) = blockwise.forward(spec, inputs), eager(spec, inputs)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12, equal_nan=True)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_forward_is_within_budget(case: Case) -> None:
+    inputs = sample_inputs(case.spec, case.problem(70))
+    out, lse = blockwise.forward(case.spec, inputs)
+    assert out.dtype == case.spec.out_dtype and out.is_contiguous()
+    verdict = check((out, lse), case.spec, inputs)
+    assert verdict.ok, verdict
+
+
+# ---------------------------------------------------------------------------------------------------------- gradients
+
+DIFFERENTIABLE = [case for case in CASES if "nan" not in case.name]
+
+
+@pytest.mark.usefixtures("blocks_of")
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=lambda case: case.name)
+def test_backward_is_that_of_the_naive_spelling(case: Case) -> None:
+    spec, inputs = doubled(case, 19)
+    leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    out, _ = eager(spec, leaves)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    expected = iter(torch.autograd.grad(out, wanted, grad))
+    found = blockwise.backward(spec, inputs, grad, [True] * len(inputs))
+    for source, actual, leaf in zip(spec.inputs, found, leaves, strict=True):
+        if not leaf.requires_grad:
+            assert actual is None
+            continue
+        assert actual is not None and actual.abs().max() > 0, f"{source.name} has no gradient"
+        torch.testing.assert_close(actual, next(expected), rtol=1e-9, atol=1e-11, msg=lambda m: f"{source.name}: {m}")
+
+
+TINY = {
+    "bias": attention(
+        head_dim=3, value_dim=2, score=plus(QK, loaded("t0", ROW, KEY)), extras={"t0": (torch.float64, (ROW, KEY))}
+    ),
+    "table": replace(BY_NAME["table_cross"].spec, head_dim=3, value_dim=2),
+    "sinks": replace(BY_NAME["sinks"].spec, head_dim=3, value_dim=2),
+    "grouped": replace(BY_NAME["grouped"].spec, head_dim=3, value_dim=2),
+    "softcap": attention(head_dim=3, value_dim=2, score=softcap(2.0, QK)),
+    "temperature": attention(head_dim=3, value_dim=2, score=plus(QK, SLOPE, Const(0.5)), extras=SLOPES),
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_backward_is_the_derivative_of_forward(name: str) -> None:
+    """By finite differences, one random direction per input: nothing here relies on another spelling."""
+    spec = replace(TINY[name], out_dtype=torch.float64)
+    inputs = [x.double() for x in sample_inputs(spec, Problem((1, 4), 5, 6))]
+    grad = torch.randn_like(blockwise.forward(spec, inputs)[0])
+    gradients = blockwise.backward(spec, inputs, grad, [True] * len(inputs))
+    step = 1e-5
+    for place, gradient in enumerate(gradients):
+        assert gradient is not None
+        direction = torch.randn_like(inputs[place])
+
+        def loss(distance: float, place: int = place, direction: Tensor = direction) -> Tensor:
+            moved = [x + distance * direction if n == place else x for n, x in enumerate(inputs)]
+            return (blockwise.forward(spec, moved)[0] * grad).sum()
+
+        slope = (loss(step) - loss(-step)) / (2 * step)
+        torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-6, atol=1e-8)
+
+
+def test_only_what_is_needed_gets_a_gradient() -> None:
+    spec, inputs = doubled(BY_NAME["bias"], 9)
+    grad = torch.ones_like(blockwise.forward(spec, inputs)[0])
+    found = blockwise.backward(spec, inputs, grad, [False, True, False, True])
+    assert [g is not None for g in found] == [False, True, False, True]
+
+
+def test_gradients_come_in_the_dtype_and_shape_of_their_inputs() -> None:
+    case = BY_NAME["grouped"]
+    inputs = sample_inputs(case.spec, case.problem(20))
+    grad = torch.randn(blockwise.forward(case.spec, inputs)[0].shape).half()
+    for x, g in zip(inputs, blockwise.backward(case.spec, inputs, grad, [True] * 3), strict=True):
+        assert g is not None and (g.dtype, g.shape) == (x.dtype, x.shape)
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_no_tensor_ever_holds_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of 600 x 600 pairs: the largest tensor made is one block of scores."""
+    monkeypatch.setattr(blockwise, "BLOCK_ELEMENTS", 40 * 600)
+    spec, inputs = doubled(Case("causal", attention(mask=BY_NAME["causal"].spec.mask, head_dim=8), batch=(1, 1)), 600)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for value in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(value, Tensor):
+                    largest = max(largest, value.numel())
+            return result
+
+    with Watch():
+        out, _ = blockwise.forward(spec, inputs)
+        blockwise.backward(spec, inputs, torch.ones_like(out), [True] * 3)
+    assert 0 < largest <= 40 * 600
+
+
+# ------------------------------------------------------------------------------------------------------ library route
+
+PLAIN = [
+    "dense",
+    "dense_fp32",
+    "unscaled",
+    "negative_scale",
+    "heads_last",
+    "no_batch",
+    "causal",
+    "grouped",
+    "cross",
+    "value_24",
+    "multi_query",
+]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_library_computes_the_same(name: str) -> None:
+    spec, inputs = doubled(BY_NAME[name], 21)
+    how = blockwise.plain(spec)
+    assert how is not None
+    expected = blockwise.forward(spec, inputs)[0]
+    torch.testing.assert_close(blockwise.library(spec, how, inputs), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", ["window", "alibi", "softcap_window", "sinks", "padding", "fill_shows", "causal_bottom_right"]
+)
+def test_library_is_not_asked_for_more(name: str) -> None:
+    assert blockwise.plain(BY_NAME[name].spec) is None

@@ -1,0 +1,104 @@
+"""Every kernel on a GPU, at sizes where bounds, swizzles and pipelines matter. Run with ``pytest -m gpu``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from specs import BY_NAME, CASES, CAUSAL, Case, attention, window
+from test_emit import emitted
+
+from attngen import aot
+from attngen.interpret import import_file
+from attngen.spec import AttentionSpec, Input, Problem, Tile
+from attngen.verify import check, sample_inputs
+
+pytestmark = pytest.mark.gpu
+
+ROWS = (1, 77, 1024)
+LARGE = (
+    Case("causal_d128", attention(dtype=torch.bfloat16, head_dim=128, mask=CAUSAL), Tile(128, 128, 8, 2), (2, 4)),
+    Case("window_d64", attention(dtype=torch.bfloat16, mask=window(512), lse=True), Tile(128, 64, 4, 3), (2, 4)),
+    Case("dense_d256", attention(head_dim=256), Tile(128, 32, 8, 2), (1, 4)),
+    Case("ragged_d96", attention(head_dim=96, mask=CAUSAL), Tile(64, 64, 4, 2), (1, 4)),
+    Case("fp32_d128", attention(dtype=torch.float32, head_dim=128, mask=CAUSAL), Tile(32, 16, 8, 2), (1, 2)),
+)
+
+
+def in_bfloat16(spec: AttentionSpec) -> AttentionSpec:
+    """``spec`` with bfloat16 in place of float16, which the interpreter cannot check."""
+
+    def wider(dtype: torch.dtype) -> torch.dtype:
+        return torch.bfloat16 if dtype == torch.float16 else dtype
+
+    def converted(source: Input) -> Input:
+        return replace(source, dtype=wider(source.dtype))
+
+    query, keys, values = map(converted, (spec.query, spec.keys, spec.values))
+    extras = tuple(map(converted, spec.extras))
+    return replace(spec, query=query, keys=keys, values=values, extras=extras, out_dtype=wider(spec.out_dtype))
+
+
+def launched(case: Case, problem: Problem, folder: Path) -> None:
+    kernel = emitted(case)
+    path = folder / f"{kernel.name}.py"
+    path.write_text(kernel.source)
+    inputs = sample_inputs(case.spec, problem, device="cuda")
+    verdict = check(import_file(path).launch(*inputs), case.spec, inputs)
+    assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_kernel(case: Case, rows: int, tmp_path: Path) -> None:
+    launched(case, case.problem(rows), tmp_path)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_kernel_in_bfloat16(case: Case, tmp_path: Path) -> None:
+    launched(replace(case, spec=in_bfloat16(case.spec)), case.problem(500), tmp_path)
+
+
+@pytest.mark.parametrize("rows", [4000, 4096])
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+def test_large_problem(case: Case, rows: int, tmp_path: Path) -> None:
+    launched(case, case.problem(rows), tmp_path)
+
+
+def test_more_programs_than_a_grid_dimension_of_65535(tmp_path: Path) -> None:
+    case = Case("many", attention(mask=CAUSAL), Tile(16, 16, 4, 1), (70000, 1))
+    launched(case, Problem(case.batch, 17, 17), tmp_path)
+
+
+def test_a_tensor_of_more_than_two_billion_elements(tmp_path: Path) -> None:
+    """The last head begins beyond 2^31 elements: base offsets are 64-bit in every kernel."""
+    case = BY_NAME["causal"]
+    kernel = emitted(case)
+    path = tmp_path / "kernel.py"
+    path.write_text(kernel.source)
+    q = torch.zeros(2, 2**30 // 64 + 1, 1, 64, dtype=torch.half, device="cuda")
+    heads = slice(q.shape[1] - 2, q.shape[1])
+    small = sample_inputs(case.spec, Problem((2, 2), 1, 1), device="cuda")
+    for x in small:
+        q[:, heads].copy_(x)
+    inputs = [q[:, heads] for _ in range(3)]
+    verdict = check(import_file(path).launch(*inputs), case.spec, inputs)
+    assert verdict.ok, verdict
+
+
+def test_launch_finds_what_was_compiled_ahead_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Child processes fill Triton's disk cache under the very key that the launch looks up."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    case = BY_NAME["window"]
+    path = tmp_path / "kernel.py"
+    path.write_text(emitted(case).source)
+    inputs = sample_inputs(case.spec, case.problem(300), device="cuda")
+    major, minor = torch.cuda.get_device_capability()
+    (binary,) = aot.compile_all([aot.Job.of(path, inputs)], 10 * major + minor)
+    assert isinstance(binary, aot.Binary), str(binary)
+    built = {file.parent.name for file in (tmp_path / "cache").rglob("*.cubin")}
+    assert len(built) == 1
+    import_file(path).launch(*inputs)
+    assert {file.parent.name for file in (tmp_path / "cache").rglob("*.cubin")} == built
