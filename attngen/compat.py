@@ -19,7 +19,7 @@ from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.functions import Max as _TorchMax
 from torch.utils._sympy.functions import Min as _TorchMin
@@ -28,6 +28,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "FloorDiv",
+    "GuardOnDataDependentSymNode",
     "INLINED_BODIES",
     "ShapeEnv",
     "compile_kernel",

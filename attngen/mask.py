@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import sympy as sp
 
-from attngen.algebra import FALSE, TRUE, Const, Expr, Int, Op, negate, substitute
+from attngen.algebra import COMPARISONS, FALSE, TRUE, Expr, Int, Load, Op, negate, substitute
 from attngen.compat import FloorDiv
 from attngen.index import Axis
 from attngen.spec import KEY, ROW
@@ -280,23 +280,45 @@ def _band(atom: sp.Expr) -> tuple[str, sp.Expr] | None:
 def _band_names(low: sp.Expr | None, high: sp.Expr | None) -> list[str]:
     if low is not None and high is not None and sp.expand(low + high) == 0 and high != 0:
         return [f"window(±{index_text(high)})"]
+    if low is not None and high is None:
+        return [f"anticausal{'' if low == 0 else f'(offset {index_text(low)})'}"]
     names = []
     if high is not None:
         names.append("causal" if high == 0 else f"causal(offset {index_text(high)})")
-    if low is not None:
-        width = 1 - low + (high if high is not None else 0)
-        names.append(f"window({index_text(width)})")
+    if low is not None and high is not None:
+        names.append(f"window({index_text(1 - low + high)})")
     return names
 
 
 def _named(part: Expr) -> str | None:
-    if isinstance(part, Const):
+    """A part that is no band: by what it looks at."""
+    if isinstance(part, Op) and part.name == "or":
+        names = [describe(choice) for choice in part.args]
+        return None if None in names else f"({' | '.join(map(str, names))})"
+    loads = [node for node in part.walk() if isinstance(node, Load)]
+    if not loads:
+        return _named_position(part)
+    if any(ROW in load.axes and KEY in load.axes for load in loads):
         return None
-    loads = part.axes
-    if ROW not in loads and KEY in loads:
-        return "padding"
-    if isinstance(part, Op) and part.name == "eq" and all(isinstance(a, Int) for a in part.args):
-        left, right = (a.value for a in part.args)  # type: ignore[attr-defined]
-        if isinstance(left, FloorDiv) and isinstance(right, FloorDiv) and left.args[1] == right.args[1]:
-            return f"chunks({left.args[1]})"
+    row, key = (any(axis in load.axes for load in loads) for axis in (ROW, KEY))
+    if KEY not in part.axes:
+        return "query padding"
+    if isinstance(part, Op) and part.name in COMPARISONS and row and key:
+        return "documents" if part.name == "eq" else "causal(loaded positions)"
+    if isinstance(part, Op) and part.name in COMPARISONS and not key:
+        return "causal(loaded positions)"
+    return "padding" if ROW not in part.axes else None
+
+
+def _named_position(part: Expr) -> str | None:
+    if not (isinstance(part, Op) and all(isinstance(a, Int) for a in part.args)):
+        return None
+    left, right = (a.value for a in part.args)  # type: ignore[attr-defined]
+    if part.name == "eq" and isinstance(left, FloorDiv) and isinstance(right, FloorDiv):
+        return f"chunks({left.args[1]})" if left.args[1] == right.args[1] else None
+    conjunctions = _atom(part)
+    atoms = conjunctions[0][0] if len(conjunctions) == 1 else []
+    if len(atoms) == 1 and atoms[0].has(KEY) and not atoms[0].has(ROW):
+        side, bound = _solve(atoms[0], KEY)
+        return {"high": f"prefix({index_text(bound + 1)})", "low": f"from({index_text(bound)})"}.get(str(side))
     return None

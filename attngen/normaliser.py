@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import sympy as sp
+
 from attngen.algebra import Const, Expr, Op, Reduce, number, op, substitute, terms, total
 from attngen.index import Axis
+
+MAX_COLUMNS = 4  # of extra logits (sinks) joined to the scores
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,11 @@ def softmax(weight: Expr, key: Axis) -> Softmax | str:
     if len(below) != 1:
         return "the weights are not divided by one sum"
     summands = terms(below[0])
-    sums = [t for t in summands if isinstance(t, Reduce) and t.name == "sum" and _is_sum_of(t, power, key)]
-    if len(sums) != 1:
+    found = [(t, columns) for t in summands if (columns := _other_columns(t, power, key)) is not None]
+    if len(found) != 1:
         return _why_not(summands, power, key)
-    extras = [_logarithm(t) for t in summands if t is not sums[0]]
+    ((whole, columns),) = found
+    extras = [_logarithm(t) for t in (*columns, *(t for t in summands if t is not whole))]
     if any(extra is None or key in extra.axes for extra in extras):
         return "the sum that normalises the weights has a term that is not a plain sink"
     score, sinks = _without_common_shift(power.args[0], [e for e in extras if e is not None], key)
@@ -69,8 +74,18 @@ def _negated_log(part: Expr) -> Expr | None:
     return None
 
 
-def _is_sum_of(reduction: Reduce, power: Expr, key: Axis) -> bool:
-    return reduction.axis.extent == key.extent and substitute(reduction.body, {reduction.axis: key}) == power
+def _other_columns(summand: Expr, power: Expr, key: Axis) -> list[Expr] | None:
+    """None unless ``summand`` sums ``power`` over the keys; then what else it sums: columns joined before or after."""
+    if not (isinstance(summand, Reduce) and summand.name == "sum"):
+        return None
+    extra = sp.expand(summand.axis.extent - key.extent)
+    if not (extra.is_Integer and 0 <= extra <= MAX_COLUMNS):
+        return None
+    for before in range(int(extra) + 1):
+        if substitute(summand.body, {summand.axis: key + before}) == power:
+            places = [*range(before), *(key.extent + n for n in range(before, int(extra)))]
+            return [substitute(summand.body, {summand.axis: sp.sympify(place)}) for place in places]
+    return None
 
 
 def _why_not(summands: list[Expr], power: Expr, key: Axis) -> str:

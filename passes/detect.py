@@ -8,12 +8,14 @@ axes, and an axis either is the key axis everywhere or the match fails.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sympy as sp
+import torch
 from torch import fx
 
-from attngen.algebra import Access, Dot, Expr, op, transform
+from attngen import compat
+from attngen.algebra import Access, Dot, Expr, Load, op, transform
 from attngen.compat import FloorDiv
 from attngen.errors import Miss
 from attngen.index import Axis
@@ -22,7 +24,7 @@ from attngen.passes import effects
 from attngen.passes.lower import Lowered
 from attngen.passes.operands import Operand, peel
 from attngen.passes.pointwise import POINTWISE
-from attngen.passes.semantics import Reader, dtype_of, op_name, shape_of
+from attngen.passes.semantics import Reader, bind, dtype_of, op_name, shape_of
 from attngen.passes.values import is_contraction
 from attngen.passes.views import VIEWS
 
@@ -67,8 +69,11 @@ def run(lowered: Lowered) -> list[Site | Miss]:
 # -------------------------------------------------------------------------------------------------------- candidates
 
 _SOFTMAX = frozenset(["softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "logsumexp"])
-_JOINS = frozenset(["cat", "amax", "max", "constant_pad_nd"])
+_JOINS = frozenset(["cat", "amax", "max", "constant_pad_nd", "tril", "triu"])
+# What people put between softmax and values, or scores and softmax, and no kernel computes: worth a ``Miss``.
+_CHANGES = frozenset(["layer_norm", "rms_norm", "nan_to_num", "roll", "cumsum", "scatter", "gather", "topk"])
 _ATTENTION = "scaled_dot_product_attention"
+_DROPOUT = "the attention weights are dropped at random"
 
 
 def _mark(graph: fx.Graph) -> dict[fx.Node, int]:
@@ -87,7 +92,7 @@ def _mark(graph: fx.Graph) -> dict[fx.Node, int]:
             level[node] = max(before, 2)
         elif name == "sum":
             level[node] = 3 if before >= 2 else 1
-        elif name in VIEWS or name in POINTWISE or name in _JOINS or node.target is operator.getitem:
+        elif name in VIEWS or name in POINTWISE or name in _JOINS | _CHANGES or node.target is operator.getitem:
             level[node] = before
     return level
 
@@ -95,6 +100,8 @@ def _mark(graph: fx.Graph) -> dict[fx.Node, int]:
 def _is_candidate(node: fx.Node, marks: dict[fx.Node, int]) -> bool:
     if op_name(node) == _ATTENTION:
         return True
+    if op_name(node) == "sum" and not any(op_name(n) == "mul" for n in node.all_input_nodes):
+        return False
     return is_contraction(node) and any(marks.get(n, 0) == 3 for n in node.all_input_nodes)
 
 
@@ -102,18 +109,52 @@ def _is_candidate(node: fx.Node, marks: dict[fx.Node, int]) -> bool:
 
 
 def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects) -> Site | Miss:
+    if op_name(node) == _ATTENTION and bind(node)["dropout_p"]:
+        return Miss(_DROPOUT, node.name, depth=1)
     reader = Reader(lowered.graph, facts.stale)
-    output, axes = _sink(node, lowered, reader)
+    misses = []
+    for output, axes in _sinks(node, lowered, reader):
+        proof = _prove_output(reader, node, output, axes)
+        if isinstance(proof, Site):
+            if _fix_head_sizes(proof):
+                return _prove(node, lowered, facts)
+            disturbed = effects.undisturbed(proof, node, facts)
+            return proof if disturbed is None else disturbed
+        misses.append(proof)
+    deepest = max(misses, key=lambda miss: miss.depth)
+    return deepest if deepest.node else replace(deepest, node=node.name)
+
+
+def _prove_output(reader: Reader, node: fx.Node, output: fx.Node, axes: tuple[Axis, ...]) -> Site | Miss:
     result = reader.at(output, axes)
     if not isinstance(result, Dot):
-        return Miss("the product with the values has something added to it", node.name)
+        if any(isinstance(n, Dot) for n in result.walk()):
+            return Miss("the product with the values has something added to it", node.name)
+        return Miss("the product with the values is not one sum of products", node.name)
     misses = []
     for weights, values in ((result.lhs, result.rhs), (result.rhs, result.lhs)):
         proof = _prove_sides(reader, node, output, axes, result.axis, weights, values)
         if isinstance(proof, Site):
-            return effects.undisturbed(proof, node, facts) or proof
+            return proof
         misses.append(proof)
     return max(misses, key=lambda miss: miss.depth)
+
+
+def _fix_head_sizes(site: Site) -> bool:
+    """Guard on head sizes that the program could be called with others of: kernels are made for one. True if any."""
+    found = False
+    for operand, axis in ((site.query, site.inner), (site.values, site.feature)):
+        sizes = operand.node.meta["val"].shape
+        for place, size in zip(operand.index, sizes, strict=True):
+            if place == axis and isinstance(size, torch.SymInt) and not compat.size_expr(size).is_Integer:
+                int(size)
+                found = found or bool(compat.size_expr(size).is_Integer)
+    return found
+
+
+def _drops(expr: Expr) -> bool:
+    """Some of ``expr`` is set to zero at random."""
+    return any(isinstance(n, Load) and op_name(n.source) == "dropout" for n in expr.walk())  # type: ignore[arg-type]
 
 
 def _prove_sides(
@@ -128,7 +169,8 @@ def _prove_sides(
     weight = reader.at(weights.source, _plain(weights))  # type: ignore[arg-type]
     normalised = softmax(weight, key)
     if isinstance(normalised, str):
-        return Miss(normalised, node.name, depth=1 if any(isinstance(n, Dot) for n in weight.walk()) else 0)
+        reason = _DROPOUT if _drops(weight) else normalised
+        return Miss(reason, node.name, depth=1 if any(isinstance(n, Dot) for n in weight.walk()) else 0)
     dot = _score_dot(normalised, key)
     if isinstance(dot, Miss):
         return dot
@@ -142,10 +184,13 @@ def _prove_sides(
         return operands
     q, k, v = operands
     score = transform(normalised.score, lambda e: _scaled(dot, q, k) if e == dot else None)
+    interior = _interior(dot, node)
+    if any(operand.node in interior for operand in operands):
+        return Miss("an operand is computed from the scores", node.name, depth=5)
     batch = tuple(a for a in axes if a not in (row, feature))
     return Site(
         output, axes, batch, row, key, dot.axis, feature, q, k, v, dot, score,
-        normalised.sinks, normalised.zero_if_empty, reader, _interior(dot, node),
+        normalised.sinks, normalised.zero_if_empty, reader, interior,
     )  # fmt: skip
 
 
@@ -164,9 +209,10 @@ def _scaled(dot: Dot, *operands: Operand) -> Expr:
 def _score_dot(normalised: Softmax, key: Axis) -> Dot | Miss:
     """The contraction of query and key: exactly one side of it moves with the key axis."""
     dots = [e for e in normalised.score.walk() if isinstance(e, Dot) and (key in e.lhs.axes) != (key in e.rhs.axes)]
-    dots = [e for e in dots if _other_side(e, key).axes - {e.axis}]
+    dots = [e for e in dots if _other_side(e, key).axes - {e.axis}] or dots
     if not dots:
-        return Miss("the softmax is not over a product of queries and keys", depth=2)
+        reason = "the softmax is not over a product of queries and keys"
+        return Miss(_DROPOUT if _drops(normalised.score) else reason, depth=2)
     if len(dots) > 1:
         return Miss(f"the scores are made of {len(dots)} products", str(dots[1].node), depth=3)
     return dots[0]
@@ -199,8 +245,8 @@ def _operands(
     reader: Reader, node: fx.Node, output: fx.Node, dot: Dot, query: Access, keys: Access, values: Access,
     row: Axis, key: Axis, feature: Axis,
 ) -> tuple[Operand, Operand, Operand] | Miss:  # fmt: skip
-    score_dtype = dtype_of(dot.node) if dot.node.graph is node.graph else dtype_of(output)  # type: ignore[union-attr,attr-defined,arg-type]
-    q = peel(reader, query, (row, dot.axis), score_dtype)
+    score_dtype = dtype_of(dot.node)  # type: ignore[arg-type]
+    q = peel(reader, query, (row, dot.axis), score_dtype, direct=True)
     k = peel(reader, keys, (key, dot.axis), score_dtype)
     v = peel(reader, values, (key, feature), dtype_of(output))
     for operand in (q, k, v):
@@ -212,22 +258,24 @@ def _operands(
     return (q, k, v) if isinstance(v, Operand) else v
 
 
-def _sink(node: fx.Node, lowered: Lowered, reader: Reader) -> tuple[fx.Node, tuple[Axis, ...]]:
-    """Follow the result through the views and copies that only it feeds, as long as its dimensions stay whole.
+def _sinks(node: fx.Node, lowered: Lowered, reader: Reader) -> list[tuple[fx.Node, tuple[Axis, ...]]]:
+    """The result, and the views and copies of it that only it feeds, as long as its dimensions stay whole; last first.
 
     So the kernel writes the layout the model wants next, and the copies in between disappear.
     """
-    output, axes = node, _fresh(node)
+    sinks = [(node, _fresh(node))]
+    output = node
     while len(output.users) == 1:
         (user,) = output.users
         if op_name(user) not in VIEWS or not _same_size(user, node) or not lowered.origins.get(user):
             break
-        new_axes = _fresh(user)
-        place = _trace_back(reader, user, new_axes, node)
-        if place is None or not _whole(place, new_axes):
+        axes = _fresh(user)
+        place = _trace_back(reader, user, axes, node)
+        if place is None or not _whole(place, axes):
             break
-        output, axes = user, new_axes
-    return output, axes
+        output = user
+        sinks.append((output, axes))
+    return sinks[::-1]
 
 
 def _fresh(node: fx.Node) -> tuple[Axis, ...]:
@@ -261,8 +309,7 @@ def _whole(place: tuple[sp.Expr, ...], axes: tuple[Axis, ...]) -> bool:
 def _interior(dot: Dot, node: fx.Node) -> frozenset[fx.Node]:
     """Nodes on a path from the score contraction to the value contraction."""
     start = dot.node
-    if not isinstance(start, fx.Node) or start.graph is not node.graph:
-        return frozenset()
+    assert isinstance(start, fx.Node)
     below = {start}
     current = start
     while current is not node:

@@ -36,12 +36,12 @@ def run(graph: fx.Graph) -> Effects:
     order = {node: k for k, node in enumerate(graph.nodes)}
     writes: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
-        for target in _written(node):
+        for target in written(node):
             writes.setdefault(_storage(target), []).append(node)
     return Effects(_live(graph), _stale(graph, writes, order), writes, order)
 
 
-def _written(node: fx.Node) -> list[fx.Node]:
+def written(node: fx.Node) -> list[fx.Node]:
     """The arguments that the node writes to."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return []
@@ -65,7 +65,7 @@ def _storage(node: fx.Node) -> int:
 def _live(graph: fx.Graph) -> frozenset[fx.Node]:
     live: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if node.op == "output" or node in live or _written(node):
+        if node.op == "output" or node in live or written(node):
             live.add(node)
             live.update(node.all_input_nodes)
     return frozenset(live)

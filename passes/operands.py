@@ -17,6 +17,7 @@ from torch import fx
 from attngen.algebra import Access, Const, Expr, op, to_float
 from attngen.errors import Miss
 from attngen.index import Axis
+from attngen.passes.effects import written
 from attngen.passes.semantics import Index, Reader, bind, broadcast, dtype_of, is_tensor, op_name, shape_of
 from attngen.passes.views import FREE
 
@@ -34,14 +35,25 @@ class Operand:
 
 
 def peel(
-    reader: Reader, access: Access, whole: tuple[Axis, Axis], dtype: torch.dtype, *, scaled: bool = True
+    reader: Reader,
+    access: Access,
+    whole: tuple[Axis, Axis],
+    dtype: torch.dtype,
+    *,
+    scaled: bool = True,
+    direct: bool = False,
 ) -> Operand | Miss:
-    """The tensor to pass for ``access``, whose two ``whole`` axes must each be one full dimension of it."""
+    """The tensor to pass for ``access``, whose two ``whole`` axes must each be one full dimension of it.
+
+    ``direct``: every dimension of it is one axis, or read at one place.
+    """
     node: fx.Node = access.source  # type: ignore[assignment]
     index: Index = tuple(place.value for place in access.index)  # type: ignore[attr-defined]
     candidates = [(node, index, Operand.ONE)] if node.graph is reader.graph else []
     factor, below = Operand.ONE, False
     while True:
+        if written(node):
+            break  # what is below is overwritten
         if (view := reader.view(node, index)) is not None:
             below = below or op_name(node) not in FREE
             source, place = view
@@ -57,7 +69,7 @@ def peel(
         if (below or not candidates) and node.graph is reader.graph and indexable(node, index, whole):
             candidates.append((node, index, factor))
             below = False
-    fitting = [c for c in candidates if indexable(c[0], c[1], whole)]
+    fitting = [c for c in candidates if indexable(c[0], c[1], whole) and (not direct or _direct(c[1]))]
     if not fitting:
         return Miss("an operand is not indexed by whole dimensions", str(access.source), depth=5)
     node, index, factor = fitting[-1]
@@ -89,9 +101,16 @@ def _keeps(index: Index, place: Index, inner: Axis) -> bool:
     return inner not in lost and not any(isinstance(s, Axis) and s.extent != 1 for s in lost)
 
 
+def _direct(index: Index) -> bool:
+    return all(place.is_Integer or isinstance(place, Axis) for place in index)
+
+
 def indexable(node: fx.Node, index: Index, whole: tuple[Axis, Axis]) -> bool:
-    """Each ``whole`` axis is exactly one full dimension, and the rest is simple arithmetic on batch axes."""
+    """Each ``whole`` axis is exactly one full dimension, and every other one moves with one batch axis of its own."""
     shape = shape_of(node)
+    moving = [axis for place in index for axis in place.atoms(Axis)]
+    if len(moving) > len(set(moving)) or any(len(place.atoms(Axis)) > 1 for place in index):
+        return False
     for axis in whole:
         dims = [d for d, place in enumerate(index) if axis in place.free_symbols]
         if not dims and axis.extent == 1:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import fx
 
 from attngen.algebra import COMPARISONS, Const, Expr, integer, negate, op, to_bool, to_float, to_int, where
-from attngen.passes.semantics import Bound, Index, Reader, Row, Unknown, dtype_of, kind_of
+from attngen.passes.semantics import Bound, Index, Reader, Row, Unknown, coarsens, dtype_of, kind_of
 
 
 def _plain(name: str, *names: str) -> Row:
@@ -49,7 +49,7 @@ def _divide(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
 
 
 def _floor_divide(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
-    return _divide(reader, node, {**args, "rounding_mode": "floor"}, index)
+    return _divide(reader, node, Bound(args, rounding_mode="floor"), index)
 
 
 def _remainder(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
@@ -61,6 +61,8 @@ def _remainder(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr
 
 def _cast(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
     value = reader.operand(args["self"], index)
+    if coarsens(args["self"], node):
+        raise Unknown("a cast that changes values")
     return {"bool": to_bool, "int": to_int, "float": to_float}[kind_of(dtype_of(node))](value)
 
 

@@ -20,17 +20,26 @@ from torch import fx
 
 from attngen import compat
 from attngen.algebra import Access, Const, Dot, Expr, Int, Kind, Load
+from attngen.compat import GuardOnDataDependentSymNode
 from attngen.index import ZERO, Axis
 from attngen.passes.decompose import decompose
 
 Index = tuple[sp.Expr, ...]
-Bound = dict[str, Any]
-Row = Callable[["Reader", fx.Node, Bound, Index], Expr]
-ViewRow = Callable[["Reader", fx.Node, Bound, Index], "tuple[fx.Node, Index]"]
 
 
 class Unknown(Exception):
     """A row cannot say what this element is; the reader then loads it."""
+
+
+class Bound(dict[str, Any]):
+    """The arguments of one operator by name. A row that asks for another one was not written for this overload."""
+
+    def __missing__(self, name: str) -> Any:
+        raise Unknown(f"an overload without {name}")
+
+
+Row = Callable[["Reader", fx.Node, Bound, Index], Expr]
+ViewRow = Callable[["Reader", fx.Node, Bound, Index], "tuple[fx.Node, Index]"]
 
 
 def kind_of(dtype: torch.dtype) -> Kind:
@@ -50,9 +59,14 @@ def dtype_of(node: fx.Node) -> torch.dtype:
     return dtype
 
 
+def coarsens(source: fx.Node, node: fx.Node) -> bool:
+    """A cast to an 8-bit float is there for what it loses."""
+    return dtype_of(node).is_floating_point and dtype_of(node).itemsize < 2 <= dtype_of(source).itemsize
+
+
 def op_name(node: fx.Node) -> str:
     """``aten.add.Tensor -> add``; in-place variants lose their underscore (tracing already versions their results)."""
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace not in ("aten", "prims"):
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
         return ""
     name = node.target._schema.name.split("::")[1]
     return name[:-1] if name.endswith("_") and not name.endswith("__") and node.target._schema.is_mutable else name
@@ -61,9 +75,10 @@ def op_name(node: fx.Node) -> str:
 def bind(node: fx.Node) -> Bound:
     """The node's arguments by the names of the operator's schema, defaults included."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
-    bound = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    bound = Bound({argument.name: argument.default_value for argument in schema if argument.has_default_value()})
     bound.update(zip((argument.name for argument in schema), node.args, strict=False))
-    return {**bound, **node.kwargs}
+    bound.update(node.kwargs)
+    return bound
 
 
 def is_tensor(value: object) -> bool:
@@ -79,6 +94,7 @@ class Reader:
         self._memo: dict[tuple[fx.Node, Index], Expr] = {}
         self._inlined: dict[fx.Node, fx.Node | None] = {}
         self._outer: dict[fx.Node, fx.Node] = {}
+        self._home: dict[fx.Graph, fx.Node] = {}
         self._bound: dict[tuple[fx.Node, str], Axis] = {}
         self.provenance: dict[Expr, tuple[fx.Node, Index]] = {}
 
@@ -101,8 +117,8 @@ class Reader:
         What exists only inside a decomposition cannot be loaded: then the operator as a whole is.
         """
         node = self.resolve(node)
-        if node.graph is not self.graph:
-            raise Unknown("an inner value of a decomposition")
+        if node.graph is not self.graph or not is_tensor(node):
+            raise Unknown("an inner value of a decomposition, or not a tensor")
         shape = shape_of(node)
         places = tuple(Int(ZERO if size == 1 else place) for size, place in zip(shape, index, strict=True))
         return Load(node, places, kind_of(dtype_of(node)))
@@ -114,6 +130,12 @@ class Reader:
         """The node of the graph itself that a placeholder inside a decomposition stands for."""
         while node in self._outer:
             node = self._outer[node]
+        return node
+
+    def whole(self, node: fx.Node) -> fx.Node:
+        """The node of the graph itself whose decomposition ``node`` is part of."""
+        while node.graph is not self.graph:
+            node = self._home[node.graph]
         return node
 
     def view(self, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
@@ -143,8 +165,10 @@ class Reader:
         from attngen.passes.values import PART_VALUES, VALUES
 
         node = self.resolve(node)
-        if isinstance(node.meta.get("val"), torch.SymInt):
-            return Int(compat.size_expr(node.meta["val"]))
+        if isinstance(value := node.meta.get("val"), torch.SymInt):
+            return Int(compat.size_expr(value))
+        if isinstance(value, torch.SymFloat):
+            return Const(_fixed(value))
         if node.op != "call_function" or node in self._stale:
             return self.load(node, index)
         if (source := self.view(node, index)) is not None:
@@ -167,6 +191,7 @@ class Reader:
             inner = decompose(node)
             if inner is not None:
                 self._outer.update(inner.arguments)
+                self._home[inner.result.graph] = node
             self._inlined[node] = None if inner is None else inner.result
         result = self._inlined[node]
         if result is None:
@@ -196,7 +221,15 @@ class Reader:
         return Access(self.resolve(node), tuple(map(Int, index)))
 
     def dot(self, node: fx.Node, lhs: tuple[fx.Node, Index], rhs: tuple[fx.Node, Index], axis: Axis) -> Dot:
-        return Dot(self.access(*lhs), self.access(*rhs), axis, node)
+        return Dot(self.access(*lhs), self.access(*rhs), axis, self.whole(node))
+
+
+def _fixed(value: torch.SymFloat) -> float:
+    """A number that the program could be called with another value of: guarded, so that then it is compiled again."""
+    try:
+        return float(value)
+    except GuardOnDataDependentSymNode:
+        raise Unknown("a number that depends on data") from None
 
 
 def broadcast(index: Index, shape: Index) -> Index:

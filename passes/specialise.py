@@ -11,43 +11,24 @@ Rules for what is loaded, each kept general:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import sympy as sp
 import torch
 from torch import fx
 
-from attngen.algebra import (
-    COMPARISONS,
-    TRUE,
-    Const,
-    Dot,
-    Expr,
-    Int,
-    Load,
-    Op,
-    negate,
-    number,
-    op,
-    substitute,
-    terms,
-    total,
-    transform,
-)
+from attngen.algebra import Const, Dot, Expr, Int, Load, Op, op, substitute, transform
 from attngen.errors import Miss
 from attngen.index import Axis, always_less, never_negative
-from attngen.mask import no_row_is_empty
+from attngen.passes import masking
 from attngen.passes.detect import Site
+from attngen.passes.masking import CHEAP
 from attngen.passes.operands import Operand
 from attngen.passes.semantics import Index, dtype_of, shape_of
 from attngen.spec import BATCH_NAMES, FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input, batch_axes
 
 MAX_HEAD_DIM = 256
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-NEGLIGIBLE = 104.0  # exp(-104) is zero in float32
-MASKING = -1e3  # a fill value below this is treated as a mask; rows where that could show are computed again
-HUGE = -1e30  # no score that means anything is below this
 
 
 @dataclass(frozen=True)
@@ -75,7 +56,7 @@ def run(site: Site) -> Specialised | Miss:
     refused = _refuse(site)
     if refused is not None:
         return refused
-    split = _split(site)
+    split = masking.split(site)
     loads = _Loads(site)
     exprs = [split.score, split.mask, *([split.whole] if split.whole is not None else []), *site.sinks]
     chosen = [loads.choose(e) for e in exprs]
@@ -128,77 +109,8 @@ def _refuse(site: Site) -> Miss | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------- mask and score
-
-
-@dataclass(frozen=True)
-class _Split:
-    score: Expr
-    mask: Expr
-    whole: Expr | None
-    redo_below: float | None
-
-
-def _split(site: Site) -> _Split:
-    """Take the mask out of the score: ``where(c, x, -big)`` and ``x + where(c, y, -big)`` in any nesting of sums."""
-    score, mask, fills = _unmask(site.score)
-    finite = [fill for fill in fills if math.isfinite(fill)]
-    whole, redo_below = None, None
-    if finite and not (max(finite) <= HUGE and no_row_is_empty(mask, site.row, site.key)):
-        whole, redo_below = site.score, max(finite) + NEGLIGIBLE
-    if whole is None and not site.sinks:
-        score = _without_row_terms(score, site.key)
-    return _Split(score, mask, whole, redo_below)
-
-
-def _unmask(score: Expr) -> tuple[Expr, Expr, list[float]]:
-    mask, fills = TRUE, []
-    kept = []
-    for term in _summands(score):
-        while (found := _masked(term)) is not None:
-            condition, term, fill = found
-            mask, fills = op("and", mask, condition), [*fills, fill]
-        if fills and len(_summands(term)) > 1:
-            inner, inner_mask, inner_fills = _unmask(term)
-            term, mask, fills = inner, op("and", mask, inner_mask), [*fills, *inner_fills]
-        kept.append(term)
-    return (total(kept) if fills else score), mask, fills
-
-
-def _summands(expr: Expr) -> list[Expr]:
-    if isinstance(expr, Op) and expr.name == "add":
-        return [t for a in expr.args for t in _summands(a)]
-    return [expr]
-
-
-def _masked(expr: Expr) -> tuple[Expr, Expr, float] | None:
-    if not (isinstance(expr, Op) and expr.name == "where"):
-        return None
-    condition, yes, no = expr.args
-    for keep, kept, fill in ((condition, yes, number(no)), (negate(condition), no, number(yes))):
-        if fill is not None and fill <= MASKING:
-            return keep, kept, fill
-    return None
-
-
-def _without_row_terms(score: Expr, key: Axis) -> Expr:
-    """Softmax ignores what is the same for all keys. Only terms that are finite whatever the data may be dropped."""
-    parts = terms(score)
-    kept = [t for t in parts if key in t.axes or not _surely_finite(t)]
-    return total(kept) if len(kept) < len(parts) else score
-
-
-def _surely_finite(expr: Expr) -> bool:
-    if isinstance(expr, Const):
-        return math.isfinite(expr.value) and abs(expr.value) < -HUGE
-    if isinstance(expr, Int):
-        return True
-    return isinstance(expr, Op) and expr.name in _CHEAP and all(_surely_finite(a) for a in expr.args)
-
-
 # ------------------------------------------------------------------------------------------------- computed or loaded
 
-_CHEAP = frozenset(["float", "add", "sub", "mul", "neg", "min", "max", "abs", "where", "and", "or", "not", *COMPARISONS])
 
 
 class _Loads:
@@ -206,6 +118,8 @@ class _Loads:
 
     def __init__(self, site: Site) -> None:
         self._site = site
+        self._held = site.reader.provenance
+        self._tables: dict[Expr, Load] = {}
         self.refused: Miss | None = None
 
     def choose(self, expr: Expr) -> Expr:
@@ -217,13 +131,25 @@ class _Loads:
         if isinstance(expr, (Int, Const)) or expr == self._site.dot:
             return expr
         if isinstance(expr, Load):
-            return expr if isinstance(expr.source, Table) or self._plain(expr) else self._loaded(expr)
+            if isinstance(expr.source, Table):
+                return expr
+            return expr if self._plain(expr) and expr.source not in self._site.interior else self._loaded(expr)
         if not isinstance(expr, Op):
             return self._loaded(expr)
         if self._depends_on_scores(expr):
             return None
         per_pair = [n for n in expr.walk() if isinstance(n, Load) and self._is_per_pair(n)]
-        return None if expr.name in _CHEAP and len(per_pair) < 2 else self._loaded(expr)
+        if expr.name in CHEAP and len(per_pair) < 2 and not self._reads_outside(expr):
+            return None
+        return self._loaded(expr)
+
+    def _reads_outside(self, expr: Expr) -> bool:
+        """A branch of ``expr`` reads at places only valid where it is chosen, and the graph has no tensor for it."""
+        return any(
+            not self._plain(part) if isinstance(part, Load) else part not in self._held and self._reads_outside(part)
+            for part in expr.children
+            if not (isinstance(part, Load) and isinstance(part.source, Table))
+        )
 
     def _is_per_pair(self, expr: Expr) -> bool:
         return self._site.row in expr.axes and self._site.key in expr.axes
@@ -244,25 +170,30 @@ class _Loads:
         """The element of the graph's own tensor for ``expr``; where it has none, of the tensors for its parts."""
         if self._depends_on_scores(expr):
             return self._refuse("the score is made of more than pointwise arithmetic")
-        found = self._site.reader.provenance.get(expr)
+        found = self._held.get(expr)
         if found is None:
             if isinstance(expr, Op):
                 return op(expr.name, *(transform(arg, self._rule) for arg in expr.args))
             return self._refuse("a value the graph has no tensor for")
         load = self._site.reader.load(*found)
         assert isinstance(load, Load)
+        if load.source in self._site.interior:
+            return self._refuse("the score is made of more than pointwise arithmetic")
         return load if self._plain(load) else self._refuse("a position that is computed from data")
 
     def _refuse(self, reason: str) -> Expr:
-        self.refused = self.refused or Miss(reason, self._site.output.name, depth=7)
+        if self.refused is None:
+            self.refused = Miss(reason, self._site.output.name, depth=7)
         return Const(0.0)
 
     def _table(self, expr: Expr) -> Expr | None:
         """A costly per-pair value that moves only with ``j - i``."""
         row, key = self._site.row, self._site.key
+        if expr in self._tables:
+            return self._tables[expr]
         if not self._is_per_pair(expr) or expr.kind != "float" or self._depends_on_scores(expr):
             return None
-        if not any(isinstance(n, Load) or isinstance(n, Op) and n.name not in _CHEAP for n in expr.walk()):
+        if not any(isinstance(n, Load) or isinstance(n, Op) and n.name not in CHEAP for n in expr.walk()):
             return None
         diagonal = Axis("r", row.extent + key.extent - 1)
         moved = substitute(expr, {key: row + diagonal - (row.extent - 1)})
@@ -270,7 +201,7 @@ class _Loads:
             return None
         batch = tuple(a for a in self._site.batch if a in moved.axes)
         index = (*(Int(a) for a in batch), Int(key - row + ROW.extent - 1))
-        return Load(Table(moved, batch, diagonal), index)
+        return self._tables.setdefault(expr, Load(Table(moved, batch, diagonal), index))
 
 
 # ------------------------------------------------------------------------------------------------------- fixed names

@@ -9,7 +9,7 @@ import sympy as sp
 import torch
 from torch import fx
 
-from attngen.algebra import Const, Expr, Int, Load, Op, Reduce, integer, op, substitute, to_float, where
+from attngen.algebra import Const, Expr, Int, Load, Reduce, integer, op, to_float, where
 from attngen.index import ZERO, Axis, always_less, never_negative
 from attngen.passes.semantics import (
     Bound,
@@ -202,24 +202,6 @@ def _over(reader: Reader, node: fx.Node, args: Bound, index: Index, source: fx.N
     return axis, (*index[:dim], axis, *kept)
 
 
-def _sum_of(reader: Reader, node: fx.Node, body: Expr, axis: Axis) -> Expr:
-    """A sum over a joined axis is the sum of the sums: the last element of a cat becomes a term of its own."""
-    for part in body.walk():
-        if isinstance(part, Op) and part.name == "lt" and part.args[0] == Int(axis) and isinstance(part.args[1], Int):
-            cut = part.args[1].value
-            if axis not in cut.free_symbols and never_negative(axis.extent - cut):
-                head = reader.bound(node, cut, "head")
-                return _split_sum(body, axis, head, Axis("tail", sp.expand(axis.extent - cut)))
-    return Reduce("sum", axis, body)
-
-
-def _split_sum(body: Expr, axis: Axis, head: Axis, tail: Axis) -> Expr:
-    first = Reduce("sum", head, substitute(body, {axis: head}))
-    rest = substitute(body, {axis: tail + head.extent})
-    second = substitute(rest, {tail: ZERO}) if tail.extent == 1 else Reduce("sum", tail, rest)
-    return op("add", first, second)
-
-
 def _softmax(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
     """``exp(x) / sum(exp(x))``; the library's shift by the maximum cancels."""
     return op("div", *_exp_and_sum(reader, node, args, index))
@@ -232,20 +214,20 @@ def _safe_softmax(reader: Reader, node: fx.Node, args: Bound, index: Index) -> E
 
 def _exp_and_sum(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[Expr, Expr]:
     source = args["self"]
-    axis, inner = _over(reader, node, {"dim": args["dim"]}, index, source)
+    axis, inner = _over(reader, node, Bound(dim=args["dim"]), index, source)
     power = op("exp", to_float(reader.at(source, index)))
-    return power, _sum_of(reader, node, op("exp", to_float(reader.at(source, inner))), axis)
+    return power, Reduce("sum", axis, op("exp", to_float(reader.at(source, inner))))
 
 
 def _log_softmax(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
-    axis, inner = _over(reader, node, {"dim": args["dim"]}, index, args["self"])
-    denominator = _sum_of(reader, node, op("exp", to_float(reader.at(args["self"], inner))), axis)
+    axis, inner = _over(reader, node, Bound(dim=args["dim"]), index, args["self"])
+    denominator = Reduce("sum", axis, op("exp", to_float(reader.at(args["self"], inner))))
     return op("sub", to_float(reader.at(args["self"], index)), op("log", denominator))
 
 
 def _logsumexp(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
     axis, inner = _over(reader, node, args, index, args["self"])
-    return op("log", _sum_of(reader, node, op("exp", to_float(reader.at(args["self"], inner))), axis))
+    return op("log", Reduce("sum", axis, op("exp", to_float(reader.at(args["self"], inner)))))
 
 
 def _sum(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
@@ -257,7 +239,7 @@ def _sum(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
         if axis in _symbols(left_index) and axis in _symbols(right_index):
             return reader.dot(node, (left, left_index), (right, right_index), axis)
     body = reader.at(source, inner)
-    return _sum_of(reader, node, to_float(body) if kind_of(dtype_of(node)) == "float" else body, axis)
+    return Reduce("sum", axis, to_float(body) if kind_of(dtype_of(node)) == "float" else body)
 
 
 def _product(reader: Reader, node: fx.Node, index: Index) -> tuple[tuple[fx.Node, Index], tuple[fx.Node, Index]] | None:
@@ -272,6 +254,11 @@ def _product(reader: Reader, node: fx.Node, index: Index) -> tuple[tuple[fx.Node
 
 def _symbols(index: Index) -> set[sp.Basic]:
     return set().union(*(place.free_symbols for place in index))
+
+
+def _dropout(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+    """Dropout that drops: not looked into, so that it can be told by its name."""
+    raise Unknown("random numbers")
 
 
 def _max(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
@@ -316,7 +303,7 @@ VALUES: dict[str, Row] = {
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _filled(0)),
     **dict.fromkeys(("ones", "ones_like", "new_ones"), _filled(1)),
     **dict.fromkeys(("full", "full_like", "new_full", "scalar_tensor"), _full),
-    "fill": lambda reader, node, args, index: _full(reader, node, {"fill_value": args["value"]}, index),
+    "fill": lambda reader, node, args, index: _full(reader, node, Bound(fill_value=args["value"]), index),
     "tril": _triangle("tril"),
     "triu": _triangle("triu"),
     "eye": _eye,
@@ -333,6 +320,7 @@ VALUES: dict[str, Row] = {
     "_safe_softmax": _safe_softmax,
     **dict.fromkeys(("log_softmax", "_log_softmax"), _log_softmax),
     "logsumexp": _logsumexp,
+    "dropout": _dropout,
     "sum": _sum,
     "amax": _max,
     **dict.fromkeys(("matmul", "bmm", "mm"), _matmul),

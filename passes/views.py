@@ -16,6 +16,7 @@ from attngen.passes.semantics import (
     Unknown,
     ViewRow,
     broadcast,
+    coarsens,
     dtype_of,
     is_tensor,
     kind_of,
@@ -35,8 +36,8 @@ def _regrouped(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tupl
 def _same_place(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[fx.Node, Index]:
     """A copy, or a cast that keeps numbers numbers and truth values truth values."""
     source = args["self"]
-    if kind_of(dtype_of(source)) != kind_of(dtype_of(node)):
-        raise Unknown("a cast between kinds")
+    if kind_of(dtype_of(source)) != kind_of(dtype_of(node)) or coarsens(source, node):
+        raise Unknown("a cast that changes values")
     return source, index
 
 
@@ -95,7 +96,7 @@ def _clamped_start(start: sp.Expr, size: sp.Expr) -> sp.Expr:
 
 
 def _narrow(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[fx.Node, Index]:
-    return _slice(reader, node, {**args, "step": 1}, index)
+    return _slice(reader, node, Bound(args, step=1), index)
 
 
 def _repeat(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[fx.Node, Index]:

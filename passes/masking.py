@@ -1,0 +1,109 @@
+"""Take the mask out of a score: which pairs count, and what the score is where they do.
+
+Models mask by adding or filling in a number that no score reaches. Where that number is finite, a row without any pair
+left is still something (the mean of the values, usually), and the spec says how to compute such a row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from attngen.algebra import COMPARISONS, TRUE, Const, Expr, Int, Op, negate, number, op, terms, total
+from attngen.index import Axis
+from attngen.mask import no_row_is_empty
+from attngen.passes.detect import Site
+from attngen.passes.semantics import dtype_of
+
+NEGLIGIBLE = 104.0  # exp(-104) is zero in float32
+MASKING = -1e3  # a score set to less than this is masked; rows where that could show are computed again
+COARSE = 8.0  # scores that far apart from their neighbours carry no information
+HUGE = 1e30  # no score that means anything is above this
+
+# Operations that cost no more than the load they replace.
+CHEAP = frozenset(["float", "add", "sub", "mul", "neg", "min", "max", "abs", "where", "and", "or", "not", *COMPARISONS])
+
+
+@dataclass(frozen=True)
+class Split:
+    score: Expr
+    mask: Expr
+    whole: Expr | None
+    redo_below: float | None
+
+
+def split(site: Site) -> Split:
+    """Take the mask out of the score: ``where(c, x, -big)`` and ``x + where(c, y, -big)`` in any nesting of sums."""
+    dtype = dtype_of(site.dot.node)  # type: ignore[arg-type]
+    score, mask, fills = _unmask(site.score, dtype)
+    whole, redo_below = None, None
+    certain = no_row_is_empty(mask, site.row, site.key) and all(_drowns(fill.value, dtype) for fill in fills)
+    finite = [fill for fill in fills if math.isfinite(fill.value)]
+    if finite and not certain:
+        whole, redo_below = site.score, max(fill.highest for fill in finite) + NEGLIGIBLE
+    if whole is None and not site.sinks:
+        score = _without_row_terms(score, site.key)
+    return Split(score, mask, whole, redo_below)
+
+
+@dataclass(frozen=True)
+class _Fill:
+    """What a masked score is made of: ``value``, and never more than ``highest`` with whatever is added to it."""
+
+    value: float
+    highest: float
+
+
+def _drowns(fill: float, dtype: torch.dtype) -> bool:
+    """Scores of this type have no digits left at a quarter of ``fill``: what they hold there cannot be meant."""
+    return not math.isfinite(fill) or -fill / 4 * torch.finfo(dtype).eps >= COARSE
+
+
+def _unmask(score: Expr, dtype: torch.dtype, *, alone: bool = True) -> tuple[Expr, Expr, list[_Fill]]:
+    """The score without its mask, the mask, and the fills. Not ``alone``: something is added to the score later."""
+    mask, fills = TRUE, []
+    kept = []
+    parts = _summands(score)
+    alone = alone and len(parts) == 1
+    for term in parts:
+        while (found := _masked(term)) is not None and (alone or _drowns(found[2], dtype)):
+            condition, term, fill = found
+            mask, fills = op("and", mask, condition), [*fills, _Fill(fill, fill if alone else fill / 2)]
+        if fills and len(_summands(term)) > 1:
+            inner, inner_mask, inner_fills = _unmask(term, dtype, alone=alone)
+            term, mask, fills = inner, op("and", mask, inner_mask), [*fills, *inner_fills]
+        kept.append(term)
+    return (total(kept) if fills else score), mask, fills
+
+
+def _summands(expr: Expr) -> list[Expr]:
+    if isinstance(expr, Op) and expr.name == "add":
+        return [t for a in expr.args for t in _summands(a)]
+    return [expr]
+
+
+def _masked(expr: Expr) -> tuple[Expr, Expr, float] | None:
+    if not (isinstance(expr, Op) and expr.name == "where"):
+        return None
+    condition, yes, no = expr.args
+    for keep, kept, fill in ((condition, yes, number(no)), (negate(condition), no, number(yes))):
+        if fill is not None and fill <= MASKING:
+            return keep, kept, fill
+    return None
+
+
+def _without_row_terms(score: Expr, key: Axis) -> Expr:
+    """Softmax ignores what is the same for all keys. Only terms that are finite whatever the data may be dropped."""
+    parts = terms(score)
+    kept = [t for t in parts if key in t.axes or not _surely_finite(t)]
+    return total(kept) if len(kept) < len(parts) else score
+
+
+def _surely_finite(expr: Expr) -> bool:
+    if isinstance(expr, Const):
+        return math.isfinite(expr.value) and abs(expr.value) < HUGE
+    if isinstance(expr, Int):
+        return True
+    return isinstance(expr, Op) and expr.name in CHEAP and all(_surely_finite(a) for a in expr.args)

@@ -1,0 +1,136 @@
+"""What detection and specialisation say about a module, beside what its graph really computes there.
+
+The module is compiled with a backend that analyses each captured graph and then runs the lowered one, keeping every
+value. So a spec is checked against the model's own numbers, and lowering against the module's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy as sp
+import torch
+from torch import Tensor, fx, nn
+
+from attngen import blockwise, compat
+from attngen.errors import Miss
+from attngen.evaluate import Evaluator
+from attngen.passes import detect, lower, specialise
+from attngen.passes.detect import Site
+from attngen.passes.specialise import Specialised, Table
+
+torch.set_num_threads(1)
+
+
+@dataclass
+class Analysis:
+    """One captured graph: its sites and misses in order; the value of each lowered node and the results when last run."""
+
+    lowered: lower.Lowered
+    found: list[tuple[Site, Specialised] | Miss]
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+    results: list[Tensor] = field(default_factory=list)
+
+    @property
+    def hits(self) -> list[tuple[Site, Specialised]]:
+        return [one for one in self.found if not isinstance(one, Miss)]
+
+    @property
+    def misses(self) -> list[Miss]:
+        return [one for one in self.found if isinstance(one, Miss)]
+
+    def errors(self, dtype: torch.dtype | None = None) -> list[float]:
+        """For each hit, the largest difference between the spec's value and the graph's, relative to the latter."""
+        return [self.error(site, special, dtype) for site, special in self.hits]
+
+    def error(self, site: Site, special: Specialised, dtype: torch.dtype | None = None) -> float:
+        ours, theirs = self.computed(site, special, dtype), self.values[site.output]
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        scale = float(theirs.nan_to_num().abs().max())
+        return float((ours.double() - theirs.double()).nan_to_num().abs().max()) / max(scale, 1e-30)
+
+    def sizes(self) -> dict[sp.Symbol, int]:
+        """The size symbols of the graph in the latest run."""
+        known = {}
+        for node, value in self.values.items():
+            size = node.meta.get("val")
+            if isinstance(size, torch.SymInt) and isinstance(compat.size_expr(size), sp.Symbol):
+                known[compat.size_expr(size)] = int(value)
+            if node.op == "placeholder" and isinstance(size, torch.Tensor):
+                pairs = zip(map(compat.size_expr, size.shape), value.shape, strict=True)
+                known.update({s: n for s, n in pairs if isinstance(s, sp.Symbol)})
+        return known
+
+    def bound(self, binding: fx.Node | Table) -> Tensor:
+        """The tensor that a replaced site would be given for ``binding``."""
+        if isinstance(binding, fx.Node):
+            value: Tensor = self.values[binding]
+            return value
+        sizes = self.sizes()
+        axes = (*binding.batch, binding.diagonal)
+        positions: dict[sp.Symbol, Any] = dict(sizes)
+        for place, axis in enumerate(axes):
+            shape = [1] * len(axes)
+            shape[place] = -1
+            positions[axis] = torch.arange(int(axis.extent.subs(sizes))).reshape(shape)
+        table = Evaluator(positions, self.values.__getitem__, dtype=torch.float32)(binding.expr)
+        return table.expand([int(axis.extent.subs(sizes)) for axis in axes])
+
+    def computed(self, site: Site, special: Specialised, dtype: torch.dtype | None = None) -> Tensor:
+        """The spec evaluated on the values that the graph had for its inputs."""
+        operands = [self.values[o.node] for o in (site.query, site.keys, site.values)]
+        inputs = [*operands, *(self.bound(b) for b in special.bindings)]
+        for tensor, declared in zip(inputs[3:], special.spec.extras, strict=True):
+            assert tensor.dtype == declared.dtype
+        return blockwise.forward(special.spec, inputs, dtype=dtype)[0]
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, graph: fx.Graph, values: dict[fx.Node, Any]) -> None:
+        super().__init__(graph.owning_module, garbage_collect_values=False)
+        self._values = values
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        # A later in-place operator may write to this memory: keep what the value is now.
+        self._values[n] = result.detach().clone() if isinstance(result, Tensor) else result
+        return result
+
+
+def analyse_graph(gm: fx.GraphModule, inputs: Any = ()) -> Analysis:
+    lowered = lower.run(gm, inputs)
+    found: list[tuple[Site, Specialised] | Miss] = []
+    for one in detect.run(lowered):
+        special = one if isinstance(one, Miss) else specialise.run(one)
+        found.append(special if isinstance(special, Miss) else (one, special))  # type: ignore[arg-type]
+    return Analysis(lowered, found)
+
+
+def analyse(
+    module: nn.Module, *calls: Mapping[str, Any], grad: bool = False, dynamic: bool | None = None
+) -> list[Analysis]:
+    """Compile ``module`` and run it on each of ``calls``; the graphs captured on the way, with their latest values."""
+    torch._dynamo.reset()
+    analyses: list[Analysis] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        analysis = analyse_graph(gm, example_inputs)
+        analyses.append(analysis)
+        constants = lower._tensor_attributes(gm)[1]
+
+        def run(*args: Any) -> Any:
+            analysis.values.clear()
+            out = _Recorder(analysis.lowered.graph, analysis.values).run(*args, *constants)
+            analysis.results = [value for value in out if isinstance(value, Tensor)]
+            return out
+
+        return run
+
+    with torch.set_grad_enabled(grad):
+        compiled = torch.compile(module, backend=backend, dynamic=dynamic)
+        for inputs in calls:
+            compiled(**inputs)
+    return analyses
