@@ -70,7 +70,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Binary:
-    """What came out for one kernel and GPU. ``spills``: bytes of stack per thread; ``hgmma``: Hopper's tensor cores are used."""
+    """What came out for one kernel and GPU.
+
+    ``spills`` are bytes of stack per thread; ``hgmma`` says that Hopper's own tensor-core instructions are used.
+    """
 
     arch: int
     registers: int

@@ -59,7 +59,7 @@ def forward(
 def backward(
     spec: AttentionSpec, inputs: Sequence[Tensor], grad: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The gradient of each needed input, for the gradient ``grad`` of the output. Forward is computed again per block."""
+    """The gradient of each needed input for ``grad``, that of the output. Forward is computed again per block."""
     leaves = [x.detach().requires_grad_(n and x.is_floating_point()) for x, n in zip(inputs, needed, strict=True)]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     with torch.enable_grad():
@@ -90,8 +90,8 @@ def _block(call: Call, first: int, last: int) -> tuple[Tensor, Tensor]:
     scores = evaluate(spec.score)
     if spec.mask != TRUE:
         scores = scores.masked_fill(~evaluate(spec.mask), -torch.inf)
-    scores = torch.broadcast_to(scores, torch.broadcast_shapes(scores.shape, qk.shape))
-    if spec.whole is not None:
+    scores = torch.broadcast_tensors(scores, qk)[0]  # type: ignore[no-untyped-call]
+    if spec.whole is not None and spec.redo_below is not None:
         again = scores.amax(-1, keepdim=True) < spec.redo_below
         if bool(again.any()):
             scores = torch.where(again, evaluate(spec.whole), scores)
@@ -123,7 +123,7 @@ def evaluator(call: Call, first: int, last: int, qk: Tensor) -> Evaluator:
         shape[place] = -1
         positions[axis] = torch.arange(call.sizes[axis], device=device).reshape(shape)
     positions.update({axis.extent: size for axis, size in call.sizes.items()})
-    known = {SCORE: qk}
+    known: dict[Expr, Tensor] = {SCORE: qk}
     return Evaluator(positions, call.extras.__getitem__, known=known, dtype=call.dtype, device=device)
 
 

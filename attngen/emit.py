@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from dataclasses import dataclass
 from functools import cache
@@ -15,10 +14,10 @@ import sympy as sp
 import attngen
 from attngen.algebra import TRUE, Const, Expr, Load, Op, number, op, terms, total
 from attngen.errors import Miss
-from attngen.index import Axis
+from attngen.layout import addresses, arguments
 from attngen.mask import Cover, Interval, derive
-from attngen.printer import LOG2E, Printer, Unprintable, bare, fixed_dims, moving_dims
-from attngen.spec import FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input, Tile, digest
+from attngen.printer import LOG2E, Printer, Unprintable, bare
+from attngen.spec import KEY, ROW, SCORE, AttentionSpec, Tile, digest
 
 TEMPLATE = "portable_fwd.py.jinja"
 MIN_DOT = 16  # the smallest side of a tensor-core product
@@ -96,7 +95,7 @@ def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     scale, shaped = (LOG2E, spec.score) if natural else scaled_score(spec.score)
     score = _score(printer, spec, scale, shaped, natural)
     sinks = [printer.hoisted(op("mul", s, Const(LOG2E / scale))) for s in _scalars(spec.sinks)]
-    whole = _whole(printer, spec)
+    keep, whole = _keep(printer, spec.mask), _whole(printer, spec)
     bounds, has_head, has_full = _bounds(printer, cover)
     heavy_first = any(i.high != KEY.extent for i in cover.visit)
     unit = [f"scale = {scale!r}  # scores are in units of it, base 2"] if score["times"] else []
@@ -105,7 +104,7 @@ def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "tile": tile,
         "helpers": {"tanh": _tanh(spec) if printer.uses_tanh else "", "floor_div": printer.uses_floor_div},
         "score": score,
-        "keep": _keep(printer, spec.mask),
+        "keep": keep,
         "whole": whole,
         "prologue": [*unit, *printer.prologue],
         "bounds": bounds,
@@ -124,8 +123,8 @@ def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "e_ragged": block_e != spec.value_dim,
         "head_dim": spec.head_dim,
         "value_dim": spec.value_dim,
-        **_layout(spec),
-        **_arguments(spec, heavy_first),
+        **addresses(spec),
+        **arguments(spec, heavy_first),
         "l2_half": l2_bytes // 2,
         "kv_bytes_per_key": spec.head_dim * spec.keys.dtype.itemsize + spec.value_dim * spec.values.dtype.itemsize,
     }
@@ -162,10 +161,10 @@ def _strip(part: Expr) -> Expr:
 
 
 def loads_over_keys(score: Expr) -> bool:
-    """Whether a float that changes from key to key is loaded. It may hold the lowest number of its type as a mask does.
+    """Whether a float that changes from key to key is loaded. It may hold the lowest number of its type, as masks do.
 
-    Such a score stays in natural units, where that number is still finite, and is scaled after the maximum is subtracted:
-    a row with nothing else must come out as the mean of the values, as it does in eager.
+    Such a score stays in natural units, where that number is still finite, and is scaled after the maximum is taken
+    off: a row with nothing else must come out as the mean of the values, as it does in eager.
     """
     return any(isinstance(n, Load) and n != SCORE and n.kind == "float" and KEY in n.axes for n in score.walk())
 
@@ -225,7 +224,7 @@ def _tanh(spec: AttentionSpec) -> str:
 
 
 def _bounds(printer: Printer, cover: Cover) -> tuple[list[str], bool, bool]:
-    """Lines that set start, full_start, full_stop and stop; whether a masked loop leads, and whether any block is full."""
+    """Lines that set start, full_start, full_stop, stop; whether a masked loop leads, whether a block can be full."""
     lines: list[str] = []
     low, high = _hull(printer, cover.visit, lines)
     heads = [i for i in cover.partial if i.low == 0 and i.high != KEY.extent]
@@ -283,7 +282,7 @@ def _innermost(printer: Printer, intervals: list[Interval], end: str, call: str,
 
 def _may_be_empty(interval: Interval) -> bool:
     """Worth a test: an interval that is empty for some tile must not end the full blocks there."""
-    return bool(interval.when) or interval.high != KEY.extent and interval.low != 0
+    return bool(interval.when) or (interval.high != KEY.extent and interval.low != 0)
 
 
 def _guards(printer: Printer, interval: Interval) -> str:
@@ -299,117 +298,3 @@ def _folded(call: str, parts: list[str]) -> str:
     for part in parts[1:]:
         text = f"{call}({bare(text)}, {bare(part)})"
     return text
-
-
-# ----------------------------------------------------------------------------------------------------- memory layout
-
-
-def _layout(spec: AttentionSpec) -> dict[str, Any]:
-    """Dimension numbers of the moving axes, base pointers, and how a head number unpacks into batch positions."""
-    wide = ".to(tl.int64)" if spec.wide else ""
-    return {
-        "stride": {
-            "q_row": _stride(spec.query, ROW),
-            "q_inner": _stride(spec.query, INNER),
-            "k_row": _stride(spec.keys, KEY),
-            "k_inner": _stride(spec.keys, INNER),
-            "v_row": _stride(spec.values, KEY),
-            "v_feature": _stride(spec.values, FEATURE),
-        },
-        "out_dims": {"row": spec.output.index(ROW), "feature": spec.output.index(FEATURE)},
-        "wide_rows": f"rows{wide}",
-        "wide_cols": f"block_cols{wide}",
-        "unpack_head": _unpack(spec),
-        "bases": _bases(spec),
-        "heads": _product([f"size_{a.name}" for a in spec.batch]),
-    }
-
-
-def _stride(source: Input, axis: Axis) -> str:
-    """What separates neighbours along ``axis``; nothing where the input is the same all along it."""
-    dim = source.dim_of(axis)
-    if dim is not None:
-        return f"{source.name}_stride_{dim}"
-    if any(place.has(axis) for place in source.index):
-        raise Unprintable(f"{source.name} is read at more than plain positions along {axis.name}")
-    return "0"
-
-
-def _unpack(spec: AttentionSpec) -> list[str]:
-    lines = []
-    rest = "head"
-    for axis in reversed(spec.batch[1:]):
-        lines.append(f"{axis.name} = {rest} % size_{axis.name}")
-        rest = f"{rest} // size_{axis.name}"
-    if spec.batch:
-        lines.append(f"{spec.batch[0].name} = {rest}")
-    return lines
-
-
-def _bases(spec: AttentionSpec) -> list[str]:
-    """Where each tensor's slice for this head begins; 64-bit, for a batch may be large even where a slice is not."""
-    printer = Printer(spec)
-    lines = []
-    for source in spec.inputs:
-        text = "".join(f" + {printer.base(p)} * {source.name}_stride_{d}" for d, p in fixed_dims(source))
-        lines.append(f"{source.name}_base = {source.name}_ptr{text}")
-    dims = [(d, a) for d, a in enumerate(spec.output) if a not in (ROW, FEATURE)]
-    text = "".join(f" + {a.name}.to(tl.int64) * out_stride_{d}" for d, a in dims)
-    return [*lines, f"out_base = out_ptr{text}"]
-
-
-def _arguments(spec: AttentionSpec, heavy_first: bool) -> dict[str, Any]:
-    tensors = [f"{x.name}_ptr" for x in spec.inputs] + ["out_ptr"] + (["lse_ptr"] if spec.lse else [])
-    strides, call_strides = [], []
-    for source in spec.inputs:
-        for dim in used_dims(source):
-            strides.append(f"{source.name}_stride_{dim}")
-            call_strides.append(f"{source.name}.stride({dim})")
-    for dim in range(len(spec.output)):
-        strides.append(f"out_stride_{dim}")
-        call_strides.append(f"out.stride({dim})")
-    axes = [*spec.batch, ROW, KEY]
-    sizes = {f"size_{a.name}": _extent(spec, a) for a in axes}
-    shape = {**{a: f"size_{a.name}" for a in axes}, FEATURE: str(spec.value_dim)}
-    return {
-        "tensors": tensors,
-        "strides": strides,
-        "sizes": [*sizes],
-        "arguments": [x.name for x in spec.inputs],
-        "call_tensors": [x.name for x in spec.inputs] + ["out"] + (["lse"] if spec.lse else []),
-        "call_strides": call_strides,
-        "unspecialised": json.dumps([*sizes, "heads_per_group"] if heavy_first else [*sizes]),
-        "size_lines": [f"{name} = {extent}" for name, extent in sizes.items()],
-        "out_shape": _tuple([shape[a] for a in spec.output]),
-        "out_dtype": str(spec.out_dtype),
-        "lse_shape": _tuple([f"size_{a.name}" for a in (*spec.batch, ROW)]),
-        "heads_python": _product([f"size_{a.name}" for a in spec.batch]),
-    }
-
-
-def used_dims(source: Input) -> list[int]:
-    """The dimensions of an input whose strides the kernel needs."""
-    moving = {d for d, _ in (*moving_dims(source), *fixed_dims(source))}
-    return sorted(moving | {d for d, p in enumerate(source.index) if p in (INNER, FEATURE)})
-
-
-def _extent(spec: AttentionSpec, axis: Axis) -> str:
-    """Where ``launch`` reads the extent of ``axis``: an input and its dimension that is exactly that axis.
-
-    An axis that no input has is one along which nothing changes; specialise lets it pass only if its extent is one.
-    """
-    for source in spec.inputs:
-        dim = source.dim_of(axis)
-        if dim is not None:
-            return f"{source.name}.shape[{dim}]"
-    if any(place.has(axis) for source in spec.inputs for place in source.index):
-        raise Unprintable(f"no operand has the size of {axis.name}")
-    return "1"
-
-
-def _product(names: list[str]) -> str:
-    return " * ".join(names) if names else "1"
-
-
-def _tuple(parts: list[str]) -> str:
-    return f"({', '.join(parts)})" if len(parts) > 1 else f"({parts[0]},)"

@@ -1,7 +1,7 @@
 """The child process that runs emitted kernels in Triton's interpreter: ``python -m attngen.interpret FOLDER``.
 
-For every ``N.py`` of the folder it calls ``launch`` on the tensors of ``N.in.pt`` and writes ``N.out.pt``, or ``N.error``
-with one line. A process of its own, because ``TRITON_INTERPRET=1`` decides what ``triton.jit`` makes when a kernel is
+For every ``N.py`` of the folder it calls ``launch`` on the tensors of ``N.in.pt`` and writes ``N.out.pt``, or one line
+in ``N.error``. A process of its own, because ``TRITON_INTERPRET=1`` decides what ``triton.jit`` makes when a kernel is
 imported, and because a parent can stop it.
 """
 

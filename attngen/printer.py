@@ -1,8 +1,8 @@
 """Expressions of a spec as lines of a Triton kernel.
 
-A kernel has four places where a value can be computed: once per program, once per query row, once per key block, or once
-per pair. ``Printer`` puts each subexpression at the outermost place it allows: values without the key axis become named
-variables before the loop, values without the row axis are vectors over the keys of the block.
+A kernel has four places where a value can be computed: once per program, once per query row, once per key block, or
+once per pair. ``Printer`` puts each subexpression at the outermost place it allows: values without the key axis become
+named variables before the loop, values without the row axis are vectors over the keys of the block.
 """
 
 from __future__ import annotations
@@ -136,16 +136,8 @@ class Printer:
             return "(" + " + ".join(parts).replace("+ -", "- ") + ")"
         if isinstance(expr, sp.Mul):
             return f"-{'*'.join(parts[1:])}" if parts[0] == "-1" and len(parts) == 2 else "(" + " * ".join(parts) + ")"
-        if isinstance(expr, FloorDiv):
-            if never_negative(expr.args[0]):
-                return f"({parts[0]} // {parts[1]})"
-            self.uses_floor_div = True
-            return f"floor_div({parts[0]}, {parts[1]})"
-        if isinstance(expr, sp.Mod):
-            if never_negative(expr.args[0]):
-                return f"({parts[0]} % {parts[1]})"
-            self.uses_floor_div = True
-            return f"({parts[0]} - floor_div({parts[0]}, {parts[1]}) * {parts[1]})"
+        if isinstance(expr, (FloorDiv, sp.Mod)):
+            return self._division(expr, *parts)
         if isinstance(expr, sp.Abs):
             return f"tl.abs({parts[0]})"
         if isinstance(expr, (sp.Max, sp.Min)):
@@ -155,6 +147,14 @@ class Printer:
                 text = f"{call}({bare(text)}, {bare(part)})"
             return text
         raise Unprintable(f"index arithmetic {type(expr).__name__}")
+
+    def _division(self, expr: sp.Expr, left: str, right: str) -> str:
+        """Triton's own division truncates, so it serves only where nothing is negative."""
+        if never_negative(expr.args[0]):
+            return f"({left} {'//' if isinstance(expr, FloorDiv) else '%'} {right})"
+        self.uses_floor_div = True
+        quotient = f"floor_div({bare(left)}, {right})"
+        return quotient if isinstance(expr, FloorDiv) else f"({left} - {quotient} * {right})"
 
     # --------------------------------------------------------------------------------------------------------- loads
 

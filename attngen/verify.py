@@ -1,6 +1,6 @@
-"""Is a kernel right? Its error against float64 may be at most a small multiple of what eager makes in the same dtype.
+"""Is a kernel right? Its error against float64 may be at most twice what eager makes in the same dtype.
 
-Kernels run where they can: on a GPU directly, anywhere else in Triton's interpreter, in a child process, at small sizes.
+Kernels run where they can: on a GPU, or in Triton's interpreter in a child process at small sizes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ INTERPRETER_SECONDS = 120.0  # for one kernel at a small size
 
 @dataclass(frozen=True)
 class Check:
-    """Largest and root-mean-square error against float64, and what each may be. ``lse`` is the check of the second output."""
+    """Largest and root-mean-square error against float64, and what each may be; ``lse`` checks the second output."""
 
     error: float
     budget: float
@@ -51,7 +51,7 @@ class Check:
 
 
 def within_budget(actual: Tensor, exact: Tensor, eager: Tensor, *, slack: float = SLACK) -> Check:
-    """Compare with ``exact`` (float64): at most ``slack`` times the error of ``eager``, plus one rounding of the result.
+    """Compare with ``exact`` (float64): at most ``slack`` times the error of ``eager`` and one rounding of the result.
 
     Infinities and NaN must stand exactly where they stand in ``exact``.
     """
@@ -108,7 +108,7 @@ def eager(spec: AttentionSpec, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor
     scores = evaluate(spec.score if spec.whole is None else spec.whole)
     if spec.whole is None and spec.mask != TRUE:
         scores = scores.masked_fill(~evaluate(spec.mask), -torch.inf)
-    scores = torch.broadcast_to(scores, torch.broadcast_shapes(scores.shape, qk.shape))
+    scores = torch.broadcast_tensors(scores, qk)[0]  # type: ignore[no-untyped-call]
     sinks = [evaluate(sink).expand(*scores.shape[:-1], 1) for sink in spec.sinks]
     logits = torch.cat([scores, *sinks], -1)
     weights = torch.softmax(logits, -1)[..., : call.sizes[KEY]]
@@ -196,8 +196,8 @@ def verify_all_interpreted(
 ) -> list[Check | VerificationFailed]:
     """Check each kernel at its problem size, all in one child process of at most ``timeout`` seconds per kernel.
 
-    bfloat16 becomes float16 on the way: the interpreter's bfloat16 product is wrong. Raises ``Unavailable`` where there is
-    no interpreter.
+    bfloat16 becomes float16 on the way: the interpreter's bfloat16 product is wrong. Raises ``Unavailable`` where there
+    is no interpreter.
     """
     specs = [in_half(kernel.spec) for kernel, _ in jobs]
     samples = [sample_inputs(spec, problem, seed=seed) for spec, (_, problem) in zip(specs, jobs, strict=True)]

@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Compare a text with the file of this test under ``tests/golden/``; ``--update-golden`` accepts what is there now."""
+    """Compare a text with this test's file under ``tests/golden/``; ``--update-golden`` accepts the text."""
     name = re.sub(r"[^\w.-]+", "_", request.node.name.removeprefix("test_")).strip("_")
     path = GOLDEN / f"{name}.txt"
 

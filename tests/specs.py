@@ -1,7 +1,7 @@
 """Attention specs by name, built straight from the records: what every kernel test runs on.
 
-A ``Case`` is a spec, the sizes it is tried at, and the tile a test uses. ``CASES`` holds one for each thing that a kernel
-can be asked to do; the names are the ids of the tests.
+A ``Case`` is a spec, the sizes it is tried at, and the tile that tests use. ``CASES`` holds one for each thing that a
+kernel can be asked to do; the names are the ids of the tests.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from attngen.spec import FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input, 
 B, H = batch_axes(2)
 ZERO = sp.Integer(0)
 HALF = torch.float16
+TILE = Tile(64, 32, 4, 2)
 LOWEST = torch.finfo(torch.float32).min
 
 CAUSAL = op("le", Int(KEY), Int(ROW))
@@ -30,7 +31,7 @@ STRICTLY_CAUSAL = op("lt", Int(KEY), Int(ROW))  # the first row sees no key
 class Case:
     name: str
     spec: AttentionSpec
-    tile: Tile = Tile(64, 32, 4, 2)
+    tile: Tile = TILE
     batch: tuple[int, ...] = (2, 2)
     cross: int = 0  # how many keys there are beyond the query length
 
@@ -107,6 +108,8 @@ ALIBI = plus(QK, op("mul", SLOPE, to_float(Int(KEY))))
 ALIBI_DISTANCE = plus(QK, op("mul", SLOPE, to_float(op("neg", op("abs", Int(ROW - KEY))))))
 STREAMING = op("or", window(32), op("and", CAUSAL, op("lt", Int(KEY), integer(4))))
 CHUNKS = op("and", CAUSAL, op("eq", Int(FloorDiv(ROW, 48)), Int(FloorDiv(KEY, 48))))
+DILATED = op("and", CAUSAL, op("eq", Int(sp.Mod(ROW - KEY, 3)), integer(0)))
+BESIDE = op("ge", Int(FloorDiv(ROW - KEY, 32)), integer(-1))  # keys up to the end of the next block of 32
 PREFIX = op("or", CAUSAL, op("lt", Int(KEY), integer(40)))
 
 
@@ -138,7 +141,7 @@ CASES = (
     Case("head_256", attention(head_dim=256, mask=CAUSAL), tile=Tile(64, 32, 8, 2)),
     Case("head_192_value_128", attention(head_dim=192, value_dim=128, mask=CAUSAL), tile=Tile(64, 32, 8, 2)),
     Case("value_24", attention(value_dim=24)),
-    Case("head_8_fp32", attention(head_dim=8, dtype=torch.float32)),
+    Case("head_8_fp32", attention(head_dim=8, dtype=torch.float32), tile=Tile(64, 32, 8, 2)),
     Case("causal", attention(mask=CAUSAL)),
     Case("causal_lse", attention(mask=CAUSAL, lse=True)),
     Case("causal_bf16", attention(mask=CAUSAL, dtype=torch.bfloat16, head_dim=128), tile=Tile(128, 64, 8, 3)),
@@ -151,6 +154,8 @@ CASES = (
     Case("softcap_fp32", attention(dtype=torch.float32, score=softcap(30.0, QK)), tile=Tile(64, 32, 8, 2)),
     Case("streaming", attention(mask=STREAMING)),
     Case("chunks", attention(mask=CHUNKS)),
+    Case("dilated", attention(mask=DILATED)),
+    Case("blocks_beside", attention(mask=BESIDE)),
     Case("prefix", attention(mask=PREFIX)),
     Case("alibi", attention(mask=CAUSAL, score=ALIBI, extras=SLOPES)),
     Case("alibi_distance", attention(score=ALIBI_DISTANCE, extras=SLOPES)),

@@ -39,14 +39,14 @@ from attngen.compat import FloorDiv
 from attngen.evaluate import FUNCTIONS, Evaluator
 from attngen.index import Axis
 
-I, J = Axis("i", 7), Axis("j", 5)
-POSITIONS = {I: torch.arange(7).reshape(-1, 1), J: torch.arange(5)}
+R, C = Axis("i", 7), Axis("j", 5)
+POSITIONS = {R: torch.arange(7).reshape(-1, 1), C: torch.arange(5)}
 TENSORS = {
     "x": torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
     "m": torch.rand(7, 5, generator=torch.Generator().manual_seed(1)) < 0.5,
     "n": torch.randint(-3, 4, (7, 5), generator=torch.Generator().manual_seed(2)),
 }
-LEAVES = {name: Load(name, (Int(I), Int(J)), kind) for name, kind in (("x", "float"), ("m", "bool"), ("n", "int"))}
+LEAVES = {name: Load(name, (Int(R), Int(C)), kind) for name, kind in (("x", "float"), ("m", "bool"), ("n", "int"))}
 
 
 def value(expr: Expr) -> torch.Tensor:
@@ -78,7 +78,7 @@ def literal(name: str, *args: Expr) -> torch.Tensor:
 NUMBERS = st.sampled_from([0.0, 1.0, -1.0, 2.0, 0.5, -0.125, 3.0])
 INTEGERS = st.one_of(
     st.integers(-4, 8).map(integer),
-    st.sampled_from([Int(I), Int(J), Int(I - J), Int(2 * I + J), Int(FloorDiv(I, 2)), Int(sp.Mod(J, 3)), LEAVES["n"]]),
+    st.sampled_from([Int(R), Int(C), Int(R - C), Int(2 * R + C), Int(FloorDiv(R, 2)), Int(sp.Mod(C, 3)), LEAVES["n"]]),
 )
 
 
@@ -103,7 +103,7 @@ def arithmetic(floats: st.SearchStrategy[Expr], truths: st.SearchStrategy[Expr])
     )
 
 
-BOOL_LEAVES = st.sampled_from([TRUE, FALSE, LEAVES["m"], op("le", Int(J), Int(I)), op("lt", Int(I), integer(1))])
+BOOL_LEAVES = st.sampled_from([TRUE, FALSE, LEAVES["m"], op("le", Int(C), Int(R)), op("lt", Int(R), integer(1))])
 FLOAT_LEAVES = st.one_of(NUMBERS.map(Const), st.just(LEAVES["x"]), INTEGERS.map(to_float))
 FLOATS_1 = st.one_of(FLOAT_LEAVES, arithmetic(FLOAT_LEAVES, BOOL_LEAVES))
 BOOLS_1 = st.one_of(BOOL_LEAVES, booleans(BOOL_LEAVES, FLOATS_1))
@@ -171,12 +171,12 @@ def test_scaled_terms_add_up(expr: Expr, sign: float) -> None:
 
 
 @MANY
-@given(ANY, st.sampled_from([I // 1, 6 - I, sp.Integer(0), sp.Integer(6), FloorDiv(I, 2), I - sp.Min(I, J)]))
+@given(ANY, st.sampled_from([R // 1, 6 - R, sp.Integer(0), sp.Integer(6), FloorDiv(R, 2), R - sp.Min(R, C)]))
 def test_substitution_reads_elsewhere(expr: Expr, place: sp.Expr) -> None:
     """Substituting a row and evaluating is evaluating at that row."""
     moved = Evaluator(POSITIONS, TENSORS.__getitem__).integer(place)
-    there = Evaluator({I: torch.as_tensor(moved), J: POSITIONS[J]}, TENSORS.__getitem__)
-    same(value(substitute(expr, {I: place})), torch.broadcast_to(there(expr), (7, 5)).double())
+    there = Evaluator({R: torch.as_tensor(moved), C: POSITIONS[C]}, TENSORS.__getitem__)
+    same(value(substitute(expr, {R: place})), torch.broadcast_to(there(expr), (7, 5)).double())
 
 
 @MANY
@@ -186,7 +186,7 @@ def test_equal_expressions_have_equal_hashes_and_kinds_hold(expr: Expr) -> None:
     assert again == expr and hash(again) == hash(expr)
     dtype = Evaluator(POSITIONS, TENSORS.__getitem__)(expr).dtype
     assert expr.kind == ("bool" if dtype == torch.bool else "float" if dtype.is_floating_point else "int")
-    assert expr.axes <= {I, J}
+    assert expr.axes <= {R, C}
 
 
 # ----------------------------------------------------------------------------------------------------- single folds
@@ -195,10 +195,10 @@ def test_equal_expressions_have_equal_hashes_and_kinds_hold(expr: Expr) -> None:
 @pytest.mark.parametrize(
     ("built", "expected"),
     [
-        (lambda: op("le", Int(J), Int(J + I)), TRUE),
-        (lambda: op("lt", Int(I), integer(7)), TRUE),
-        (lambda: op("ge", Int(I), integer(7)), FALSE),
-        (lambda: op("eq", Int(I + 1), Int(I)), FALSE),
+        (lambda: op("le", Int(C), Int(C + R)), TRUE),
+        (lambda: op("lt", Int(R), integer(7)), TRUE),
+        (lambda: op("ge", Int(R), integer(7)), FALSE),
+        (lambda: op("eq", Int(R + 1), Int(R)), FALSE),
         (lambda: op("and", LEAVES["m"], negate(LEAVES["m"])), FALSE),
         (lambda: op("or", LEAVES["m"], negate(LEAVES["m"])), TRUE),
         (lambda: op("and", LEAVES["m"], TRUE, LEAVES["m"]), LEAVES["m"]),
@@ -206,8 +206,8 @@ def test_equal_expressions_have_equal_hashes_and_kinds_hold(expr: Expr) -> None:
         (lambda: op("mul", Const(1.0), LEAVES["x"]), LEAVES["x"]),
         (lambda: op("mul", Const(2.0), Const(3.0)), Const(6.0)),
         (lambda: op("exp", Const(0.0)), Const(1.0)),
-        (lambda: op("floordiv", Int(7 * J + I), integer(7)), Int(J)),
-        (lambda: op("mod", Int(7 * J + I), integer(7)), Int(I)),
+        (lambda: op("floordiv", Int(7 * C + R), integer(7)), Int(C)),
+        (lambda: op("mod", Int(7 * C + R), integer(7)), Int(R)),
         (lambda: where(LEAVES["m"], LEAVES["x"], LEAVES["x"]), LEAVES["x"]),
         (lambda: op("eq", where(LEAVES["m"], integer(1), integer(0)), integer(0)), negate(LEAVES["m"])),
         (lambda: op("mul", where(LEAVES["m"], Const(0.0), Const(NEG_INF)), Const(2.0)).args[0], LEAVES["m"]),
@@ -227,7 +227,7 @@ def test_fold(built: Callable[[], Expr], expected: Expr) -> None:
         lambda: op("div", Const(1.0), Const(0.0)),
         lambda: op("sub", LEAVES["x"], LEAVES["x"]),
         lambda: op("log", Const(-1.0)),
-        lambda: op("floordiv", Int(I), LEAVES["n"]),
+        lambda: op("floordiv", Int(R), LEAVES["n"]),
     ],
 )
 def test_what_cannot_be_proved_is_not_folded(kept: Callable[[], Expr]) -> None:
@@ -241,16 +241,16 @@ def test_comparison_of_floats_is_not_flipped() -> None:
 
 
 def test_reduction_binds_its_axis() -> None:
-    row_sum = Reduce("sum", J, LEAVES["x"])
-    assert row_sum.axes == {I}
+    row_sum = Reduce("sum", C, LEAVES["x"])
+    assert row_sum.axes == {R}
     same(value(row_sum), TENSORS["x"].sum(1, keepdim=True).expand(7, 5))
-    same(value(Reduce("max", J, LEAVES["x"])), TENSORS["x"].amax(1, keepdim=True).expand(7, 5))
-    same(value(Reduce("sum", J, Const(2.0))), torch.full((7, 5), 10.0, dtype=torch.float64))
+    same(value(Reduce("max", C, LEAVES["x"])), TENSORS["x"].amax(1, keepdim=True).expand(7, 5))
+    same(value(Reduce("sum", C, Const(2.0))), torch.full((7, 5), 10.0, dtype=torch.float64))
 
 
 def test_number_reads_literals_only() -> None:
     assert number(Const(2.5)) == 2.5 and number(integer(3)) == 3.0
-    assert number(TRUE) is None and number(Int(I)) is None and number(LEAVES["x"]) is None
+    assert number(TRUE) is None and number(Int(R)) is None and number(LEAVES["x"]) is None
 
 
 def test_walk_visits_each_node_once() -> None:

@@ -22,7 +22,7 @@ EVERY_ARCH = ("causal", "dense_bf16", "dense_fp32", "head_96", "softcap_window",
 # Tiles for large problems on Hopper: the largest that keep everything in registers.
 TYPICAL = (
     Case("d64", attention(dtype=torch.bfloat16, mask=CAUSAL), Tile(128, 64, 4, 3)),
-    Case("d128", attention(dtype=torch.bfloat16, mask=CAUSAL, head_dim=128), Tile(128, 128, 8, 2)),
+    Case("d128", attention(dtype=torch.bfloat16, mask=CAUSAL, head_dim=128), Tile(128, 64, 8, 3)),
     Case("d256", attention(dtype=torch.bfloat16, mask=CAUSAL, head_dim=256), Tile(128, 32, 8, 2)),
 )
 
@@ -66,9 +66,9 @@ def test_kernel_compiles(arch: int, name: str, binaries: dict[tuple[int, str], B
 def test_binary_says_what_the_tile_asks_for(binaries: dict[tuple[int, str], Binary | VerificationFailed]) -> None:
     binary = binaries[90, "d128"]
     assert isinstance(binary, Binary)
-    assert (binary.warps, binary.stages) == (8, 2)
-    stages = 2 * 2 * 128 * 128 * 2  # two blocks each of keys and values
-    assert stages <= binary.shared <= stages + 2 * 128 * 128 + 4096
+    assert (binary.warps, binary.stages) == (8, 3)
+    blocks = 3 * 2 * 64 * 128 * 2  # three stages of keys and values, in bytes
+    assert blocks <= binary.shared <= blocks + 2 * 128 * 128
     assert binary.seconds > 0 and binary.cubin_bytes > 1000 and binary.ptx_bytes > 1000
 
 

@@ -13,13 +13,22 @@ from test_emit import emitted
 from attngen.emit import Kernel, emit
 from attngen.errors import AttngenError, Unavailable, VerificationFailed
 from attngen.spec import KEY, ROW, AttentionSpec, Problem, Tile
-from attngen.verify import Check, check, in_half, reference, run_interpreted, sample_inputs, verify_all_interpreted
-from attngen.verify import verify_interpreted, within_budget
+from attngen.verify import (
+    Check,
+    check,
+    in_half,
+    reference,
+    run_interpreted,
+    sample_inputs,
+    verify_all_interpreted,
+    verify_interpreted,
+    within_budget,
+)
 
 pytest.importorskip("triton")
 
 ROWS = (1, 17, 130)
-# Head and tail, full blocks and masked ones all occur: the tile has fewer keys than the widest mask, and several tiles fit.
+# So small that every loop runs: several tiles of rows, and blocks narrower than the windows.
 SMALL_TILE = Tile(32, 16, 4, 1)
 
 
@@ -55,7 +64,7 @@ def run(spec: AttentionSpec, inputs: list[torch.Tensor], tile: Tile = SMALL_TILE
 
 
 def test_rows_that_a_loaded_bias_masks_entirely_come_out_as_in_eager() -> None:
-    """Lowest-number rows give the mean of the values, minus-infinity rows NaN, and neither leaks into its neighbours."""
+    """Rows of the lowest number give the mean of the values, rows of minus infinity NaN; others are untouched."""
     spec = attention(
         score=plus(QK, loaded("t0", ROW, KEY)), extras={"t0": (torch.float32, (ROW, KEY))}, mask=CAUSAL, lse=False
     )

@@ -1,4 +1,4 @@
-"""The covers of a mask against the mask itself: no key that counts is skipped, no key that needs masking is left unmasked."""
+"""The covers of a mask against the mask itself: no key that counts is skipped, none that needs masking goes without."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Read = Callable[[int, int, int, int], np.ndarray]
 
 
 def reader(intervals: tuple[Interval, ...]) -> Read:
-    """Which keys the intervals contain, for the tile of rows ``first .. last`` of a problem of ``rows`` and ``keys``."""
+    """Which keys the intervals contain, given a tile (first and last row) and a problem (rows and keys)."""
     names = (FIRST, LAST, ROW.extent, KEY.extent)
     python = [{"FloorDiv": lambda a, b: a // b, "Min": min, "Max": max, "Abs": abs}]
     ends = [sp.lambdify(names, (i.low, i.high, *i.when), modules=python) for i in intervals]
@@ -143,7 +143,7 @@ def test_covers_of_every_spec_are_sound(case: Case) -> None:
         (LOADED, False),
         (op("and", CAUSAL, SAME_DOCUMENT), False),
     ],
-    ids="all none causal bottom_right strict window prefix streaming chunks band loaded document".split(),
+    ids=["all", "none", "causal", "right", "strict", "window", "prefix", "sink", "chunk", "band", "loaded", "document"],
 )
 def test_usual_masks_are_solved(mask: Expr, exact: bool) -> None:
     cover = derive(mask)

@@ -158,7 +158,7 @@ def test_look_alike_is_refused_with_its_reason(name: str) -> None:
 
 
 def test_a_shift_on_one_side_only_is_kept() -> None:
-    """``exp(x - max) / (sum(exp(x - max)) + exp(sink))`` is not what a shifted sink would give: the maximum must stay."""
+    """In ``exp(x - max) / (sum(exp(x - max)) + exp(sink))`` the sink is not shifted: the maximum must stay."""
     power = exp(stable(SCORE))
     weight = op("div", power, op("add", over("sum", power), exp(SINK)))
     found = softmax(weight, KEY)

@@ -1,0 +1,124 @@
+"""Where a kernel finds its elements: base pointers, strides and sizes, and the arguments that carry them.
+
+Strides are taken as they are at every call; what is fixed in the text is only which dimension an axis runs over.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from attngen.index import Axis
+from attngen.printer import Printer, Unprintable, fixed_dims, moving_dims
+from attngen.spec import FEATURE, INNER, KEY, ROW, AttentionSpec, Input
+
+
+def addresses(spec: AttentionSpec) -> dict[str, Any]:
+    """Dimension numbers of the moving axes, base pointers, and how a head number unpacks into batch positions."""
+    wide = ".to(tl.int64)" if spec.wide else ""
+    return {
+        "stride": {
+            "q_row": _stride(spec.query, ROW),
+            "q_inner": _stride(spec.query, INNER),
+            "k_row": _stride(spec.keys, KEY),
+            "k_inner": _stride(spec.keys, INNER),
+            "v_row": _stride(spec.values, KEY),
+            "v_feature": _stride(spec.values, FEATURE),
+        },
+        "out_dims": {"row": spec.output.index(ROW), "feature": spec.output.index(FEATURE)},
+        "wide_rows": f"rows{wide}",
+        "wide_cols": f"block_cols{wide}",
+        "unpack_head": _unpack(spec),
+        "bases": _bases(spec),
+        "heads": _product([f"size_{a.name}" for a in spec.batch]),
+    }
+
+
+def _stride(source: Input, axis: Axis) -> str:
+    """What separates neighbours along ``axis``; nothing where the input is the same all along it."""
+    dim = source.dim_of(axis)
+    if dim is not None:
+        return f"{source.name}_stride_{dim}"
+    if any(place.has(axis) for place in source.index):
+        raise Unprintable(f"{source.name} is read at more than plain positions along {axis.name}")
+    return "0"
+
+
+def _unpack(spec: AttentionSpec) -> list[str]:
+    lines = []
+    rest = "head"
+    for axis in reversed(spec.batch[1:]):
+        lines.append(f"{axis.name} = {rest} % size_{axis.name}")
+        rest = f"{rest} // size_{axis.name}"
+    if spec.batch:
+        lines.append(f"{spec.batch[0].name} = {rest}")
+    return lines
+
+
+def _bases(spec: AttentionSpec) -> list[str]:
+    """Where each tensor's slice for this head begins; 64-bit, for a batch may be large even where a slice is not."""
+    printer = Printer(spec)
+    lines = []
+    for source in spec.inputs:
+        text = "".join(f" + {printer.base(p)} * {source.name}_stride_{d}" for d, p in fixed_dims(source))
+        lines.append(f"{source.name}_base = {source.name}_ptr{text}")
+    dims = [(d, a) for d, a in enumerate(spec.output) if a not in (ROW, FEATURE)]
+    text = "".join(f" + {a.name}.to(tl.int64) * out_stride_{d}" for d, a in dims)
+    return [*lines, f"out_base = out_ptr{text}"]
+
+
+def arguments(spec: AttentionSpec, heavy_first: bool) -> dict[str, Any]:
+    tensors = [f"{x.name}_ptr" for x in spec.inputs] + ["out_ptr"] + (["lse_ptr"] if spec.lse else [])
+    strides, call_strides = [], []
+    for source in spec.inputs:
+        for dim in used_dims(source):
+            strides.append(f"{source.name}_stride_{dim}")
+            call_strides.append(f"{source.name}.stride({dim})")
+    for dim in range(len(spec.output)):
+        strides.append(f"out_stride_{dim}")
+        call_strides.append(f"out.stride({dim})")
+    axes = [*spec.batch, ROW, KEY]
+    sizes = {f"size_{a.name}": _extent(spec, a) for a in axes}
+    shape = {**{a: f"size_{a.name}" for a in axes}, FEATURE: str(spec.value_dim)}
+    return {
+        "tensors": tensors,
+        "strides": strides,
+        "sizes": [*sizes],
+        "arguments": [x.name for x in spec.inputs],
+        "call_tensors": [x.name for x in spec.inputs] + ["out"] + (["lse"] if spec.lse else []),
+        "call_strides": call_strides,
+        "unspecialised": json.dumps([*sizes, "heads_per_group"] if heavy_first else [*sizes]),
+        "size_lines": [f"{name} = {extent}" for name, extent in sizes.items()],
+        "out_shape": _tuple([shape[a] for a in spec.output]),
+        "out_dtype": str(spec.out_dtype),
+        "lse_shape": _tuple([f"size_{a.name}" for a in (*spec.batch, ROW)]),
+        "heads_python": _product([f"size_{a.name}" for a in spec.batch]),
+    }
+
+
+def used_dims(source: Input) -> list[int]:
+    """The dimensions of an input whose strides the kernel needs."""
+    moving = {d for d, _ in (*moving_dims(source), *fixed_dims(source))}
+    return sorted(moving | {d for d, p in enumerate(source.index) if p in (INNER, FEATURE)})
+
+
+def _extent(spec: AttentionSpec, axis: Axis) -> str:
+    """Where ``launch`` reads the extent of ``axis``: an input and its dimension that is exactly that axis.
+
+    An axis that no input has is one along which nothing changes; specialise lets it pass only if its extent is one.
+    """
+    for source in spec.inputs:
+        dim = source.dim_of(axis)
+        if dim is not None:
+            return f"{source.name}.shape[{dim}]"
+    if any(place.has(axis) for source in spec.inputs for place in source.index):
+        raise Unprintable(f"no operand has the size of {axis.name}")
+    return "1"
+
+
+def _product(names: list[str]) -> str:
+    return " * ".join(names) if names else "1"
+
+
+def _tuple(parts: list[str]) -> str:
+    return f"({', '.join(parts)})" if len(parts) > 1 else f"({parts[0]},)"
