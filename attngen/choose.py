@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from attngen.cost import REGISTER_LIMIT, Cost, costs
+from attngen.cost import MIN_DOT, REGISTER_LIMIT, Cost, costs
 from attngen.device import Device
 from attngen.errors import Miss
 from attngen.spec import AttentionSpec, Problem, Tile
@@ -49,7 +49,7 @@ def choose(spec: AttentionSpec, problem: Problem, device: Device, tile: Tile | N
         return Miss(f"the head size {widest} is over the limit of {MAX_HEAD}")
     candidates = TILES if tile is None or tile in TILES else (*TILES, tile)
     predicted = dict(zip(candidates, costs(spec, problem, device, candidates), strict=True))
-    refused = tuple(Refusal(t, reason) for t, c in predicted.items() if (reason := refusal(c, device)))
+    refused = tuple(Refusal(t, reason) for t, c in predicted.items() if (reason := refusal(t, c, problem, device)))
     ranked = _ranked(predicted, {r.tile for r in refused})
     if not ranked:
         return Miss(f"no tile fits {device.label}: {refused[0].tile} {refused[0].reason}")
@@ -58,14 +58,16 @@ def choose(spec: AttentionSpec, problem: Problem, device: Device, tile: Tile | N
     return Plan(spec, problem, device.name, best, predicted[best], refused, ranked, source="file" if given else "model")
 
 
-def refusal(cost: Cost, device: Device) -> str | None:
-    """Why a kernel of that cost cannot run well, if so."""
+def refusal(tile: Tile, cost: Cost, problem: Problem, device: Device) -> str | None:
+    """Why a kernel with that tile cannot run, or cannot run well, if so."""
     if cost.smem_bytes > device.smem_block:
         return (
             f"needs {_kib(cost.smem_bytes)} of shared memory; {device.label} has {_kib(device.smem_block)} for a block"
         )
     if cost.registers > REGISTER_LIMIT:
         return f"needs about {cost.registers} registers per thread; there are 255, the rest would spill"
+    if tile.rows > MIN_DOT and tile.rows >= 2 * problem.rows and not problem.dynamic:
+        return f"at least half of its rows would be empty with queries of length {problem.rows}"
     return None
 
 

@@ -26,7 +26,7 @@ MIN_DOT = 16  # the smallest side of a tensor-core product
 MASK_INSTRUCTIONS = 3  # per pair of a masked block: bounds test, and, select
 MMA_SYNC_FRACTION = 0.62  # of Hopper's rate, for products too small for its warp groups
 FMA_FRACTION = 0.5  # of the fp32 rate, for products without tensor cores: operands come from shared memory
-REGISTER_LIMIT = 287  # estimated; up to there compiled kernels spilled at most a few words per thread
+REGISTER_LIMIT = 286  # estimated; up to there compiled kernels spilled at most a few words per thread
 
 
 # ------------------------------------------------------------------------------------------------------------- records

@@ -68,7 +68,7 @@ _fragments = (  # fitted to 285 kernels compiled for sm_90 and sm_80
     15
     + 12 * (1 - wgmma)
     + 34 * split
-    + rows * (1.4 * e_pad + 0.475 * (1 - wgmma) * q_width * d_pad) / threads
+    + rows * ((0.9 + 0.25 * kv_width) * e_pad + 0.475 * (1 - wgmma) * q_width * d_pad) / threads
     + rows * keys * (0.8 + 0.4 * kv_width + (0.48 - 0.3 * wgmma) * pair_width) / threads
     + keys * (0.16 * (d_pad + e_pad) + 0.09 * unstaged * d_pad) * kv_width / threads
 )

@@ -1,0 +1,136 @@
+"""The choice: always a tile that can run, for the reasons it gives, near what is known to be good, and quick."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from specs import CASES, CAUSAL, Case, H, attention, loaded, plus, scaled, window
+
+from attngen.choose import TILES, Plan, choose
+from attngen.cost import REGISTER_LIMIT, costs
+from attngen.device import DEVICES
+from attngen.errors import Miss
+from attngen.spec import KEY, ROW, AttentionSpec, Problem, Tile
+
+H200 = DEVICES["h200"]
+BF16 = torch.bfloat16
+
+
+def plan_for(spec: AttentionSpec, problem: Problem, device: str = "h200", tile: Tile | None = None) -> Plan:
+    plan = choose(spec, problem, DEVICES[device], tile)
+    assert isinstance(plan, Plan), plan
+    return plan
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("d", [16, 40, 64, 80, 96, 128, 192, 256])
+def test_the_pick_fits_everywhere(device: str, dtype: torch.dtype, d: int) -> None:
+    bias = {"bias": (torch.float32, (H, ROW, KEY))}
+    specs = (
+        attention(dtype=dtype, head_dim=d, mask=CAUSAL),
+        attention(dtype=dtype, head_dim=d, score=plus(scaled(0.1), loaded("bias", H, ROW, KEY)), extras=bias),
+    )
+    for spec in specs:
+        for length in (1, 17, 197, 4000):
+            plan = plan_for(spec, Problem((2, 16), length, length), device)
+            assert 0 < plan.cost.smem_bytes <= DEVICES[device].smem_block
+            assert plan.cost.registers <= REGISTER_LIMIT
+            assert plan.tile.warps * DEVICES[device].warp_size <= 1024
+            if length == 1:
+                assert plan.tile.rows == 16
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_kind_of_spec_gets_a_plan(case: Case) -> None:
+    for length in (1, 17, 2048):
+        plan = plan_for(case.spec, case.problem(length))
+        assert plan.cost.seconds >= H200.launch and plan.cost.hbm_bytes > 0
+
+
+def test_every_candidate_is_ranked_or_refused_with_a_reason() -> None:
+    plan = plan_for(attention(dtype=BF16, head_dim=256), Problem((1, 16), 4096, 4096), "a100")
+    ranked, refused = [t for t, _ in plan.ranked], [r.tile for r in plan.refused]
+    assert sorted(map(str, ranked + refused)) == sorted(map(str, TILES))
+    seconds = [s for _, s in plan.ranked]
+    assert seconds == sorted(seconds) and plan.ranked[0] == (plan.tile, plan.cost.seconds)
+    reasons = {r.tile: r.reason for r in plan.refused}
+    assert reasons[Tile(128, 128, 8, 4)] == "needs 481 KiB of shared memory; NVIDIA A100 80GB has 163 KiB for a block"
+    assert "registers per thread" in reasons[Tile(64, 64, 4, 2)]
+    short = plan_for(attention(dtype=BF16), Problem((1, 16), 3, 4096))
+    empty = {r.tile: r.reason for r in short.refused}
+    assert empty[Tile(64, 64, 4, 2)] == "at least half of its rows would be empty with queries of length 3"
+
+
+def test_lengths_that_will_change_do_not_rule_out_tiles() -> None:
+    problem = Problem((1, 16), 3, 4096, dynamic=True)
+    assert Tile(64, 64, 4, 2) in [t for t, _ in plan_for(attention(dtype=BF16), problem).ranked]
+
+
+@pytest.mark.parametrize(
+    ("d", "good"),
+    [
+        (64, {(128, 64, 4), (128, 64, 8)}),
+        (128, {(128, 64, 8), (128, 128, 8)}),
+        (256, {(128, 64, 8), (128, 32, 8)}),
+    ],
+)
+@pytest.mark.parametrize("mask", [{}, {"mask": CAUSAL}], ids=["full", "causal"])
+def test_long_sequences_on_an_h200_get_tiles_known_to_be_fast(d: int, good: set[tuple[int, ...]], mask: dict) -> None:
+    for length in (4096, 16384):
+        tile = plan_for(attention(dtype=BF16, head_dim=d, **mask), Problem((1, 2048 // d), length, length)).tile
+        assert (tile.rows, tile.keys, tile.warps) in good and tile.stages >= 2
+
+
+def test_small_problems_get_smaller_tiles_so_that_more_programs_run() -> None:
+    spec = attention(dtype=BF16, head_dim=128)
+    small, large = (plan_for(spec, Problem((1, 16), n, n)).tile for n in (512, 8192))
+    assert small.rows < large.rows
+    assert 16 * 512 / small.rows <= 132  # and still one wave
+
+
+def test_a_narrow_window_does_not_get_wide_key_blocks() -> None:
+    near, far = (plan_for(attention(dtype=BF16, mask=m), Problem((4, 32), 8192, 8192)) for m in (window(32), CAUSAL))
+    assert near.tile.rows + near.tile.keys < far.tile.rows + far.tile.keys
+    assert near.cost.seconds < far.cost.seconds / 10
+
+
+def test_choice_is_deterministic() -> None:
+    spec, problem = attention(dtype=BF16, mask=window(512), groups=4), Problem((2, 32), 8192, 8192)
+    assert plan_for(spec, problem) == plan_for(replace(spec), problem)
+
+
+def test_choice_is_quick() -> None:
+    """A user waits for it, once per distinct site."""
+    spec, problem = attention(dtype=BF16, mask=window(512), groups=4), Problem((2, 32), 32768, 32768)
+    plan_for(spec, problem)
+    taken = []
+    for _ in range(5):
+        started = time.perf_counter()
+        plan_for(spec, problem)
+        taken.append(time.perf_counter() - started)
+    assert min(taken) < 0.05
+
+
+def test_a_given_tile_is_taken_if_it_can_run() -> None:
+    spec, problem = attention(dtype=BF16, head_dim=128), Problem((1, 16), 4096, 4096)
+    odd = Tile(64, 128, 8, 2)
+    given = plan_for(spec, problem, tile=odd)
+    assert (given.tile, given.source) == (odd, "file")
+    assert given.cost == costs(spec, problem, H200, [odd])[0]
+    unlisted = plan_for(spec, problem, tile=Tile(256, 32, 8, 2), device="mi300x")
+    assert unlisted.source == "model" and Tile(256, 32, 8, 2) in [r.tile for r in unlisted.refused]
+
+
+def test_a_head_size_over_the_limit_is_a_miss() -> None:
+    miss = choose(attention(dtype=BF16, head_dim=64, value_dim=320), Problem((1, 1), 64, 64), H200)
+    assert isinstance(miss, Miss) and miss.reason == "the head size 320 is over the limit of 256"
+
+
+def test_a_device_too_small_for_any_tile_is_a_miss_with_the_reason() -> None:
+    tiny = replace(H200, label="Tiny", smem_block=1 << 10)
+    miss = choose(attention(dtype=BF16, head_dim=256), Problem((1, 1), 64, 64), tiny)
+    assert isinstance(miss, Miss) and miss.reason.startswith("no tile fits Tiny: ")
