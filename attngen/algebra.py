@@ -491,10 +491,13 @@ def transform(expr: Expr, rule: Callable[[Expr], Expr | None]) -> Expr:
 
 
 def substitute(expr: Expr, values: Mapping[Any, sp.Expr]) -> Expr:
-    """Replace axes or size symbols by other integer expressions, everywhere and at once."""
+    """Replace axes or size symbols by other integer expressions, everywhere that they are free and at once."""
     plain = dict(values)
 
     def rule(node: Expr) -> Expr | None:
+        if isinstance(node, (Dot, Reduce)) and node.axis in plain:
+            others = {symbol: value for symbol, value in plain.items() if symbol != node.axis}
+            return rebuild(node, tuple(substitute(child, others) for child in node.children))
         if isinstance(node, Int):
             return Int(node.value.xreplace(plain)) if node.value.free_symbols & plain.keys() else node
         return None

@@ -6,6 +6,7 @@ A weight is read as a quotient of products. Library softmax, ``exp(x - max) / su
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import sympy as sp
@@ -82,10 +83,17 @@ def _other_columns(summand: Expr, power: Expr, key: Axis) -> list[Expr] | None:
     if not (extra.is_Integer and 0 <= extra <= MAX_COLUMNS):
         return None
     for before in range(int(extra) + 1):
-        if substitute(summand.body, {summand.axis: key + before}) == power:
+        if _same_power(substitute(summand.body, {summand.axis: key + before}), power):
             places = [*range(before), *(key.extent + n for n in range(before, int(extra)))]
             return [substitute(summand.body, {summand.axis: sp.sympify(place)}) for place in places]
     return None
+
+
+def _same_power(left: Expr, right: Expr) -> bool:
+    """Equal exponentials, in whatever order the terms of the exponent were added up."""
+    if left == right or not (isinstance(left, Op) and left.name == "exp" and isinstance(right, Op)):
+        return left == right
+    return right.name == "exp" and Counter(terms(left.args[0])) == Counter(terms(right.args[0]))
 
 
 def _why_not(summands: list[Expr], power: Expr, key: Axis) -> str:
