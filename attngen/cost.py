@@ -15,15 +15,15 @@ import sympy as sp
 
 from attngen import formulas as f
 from attngen.device import Device
+from attngen.index import Axis
 from attngen.mask import derive
-from attngen.spec import KEY, ROW, AttentionSpec, Problem, Tile
+from attngen.spec import KEY, ROW, AttentionSpec, Input, Problem, Tile
 from attngen.work import bindings, bytes_of, count_blocks, evaluate, operations, score_passes
 
 if TYPE_CHECKING:
     from attngen.choose import Plan
 
 MIN_DOT = 16  # the smallest side of a tensor-core product
-MASK_INSTRUCTIONS = 3  # per pair of a masked block: bounds test, and, select
 MMA_SYNC_FRACTION = 0.62  # of Hopper's rate, for products too small for its warp groups
 FMA_FRACTION = 0.5  # of the fp32 rate, for products without tensor cores: operands come from shared memory
 REGISTER_LIMIT = 286  # estimated; up to there compiled kernels spilled at most a few words per thread
@@ -115,7 +115,8 @@ def padded(count: int) -> int:
 def _of_spec(spec: AttentionSpec, problem: Problem) -> Values:
     in_score, in_mask = operations(spec, spec.score), operations(spec, spec.mask)
     q_once, k_once, v_once = (float(bytes_of(spec, problem, x)) for x in (spec.query, spec.keys, spec.values))
-    pairs = [x for x in spec.extras if any(place.has(ROW) for place in x.index) and any(p.has(KEY) for p in x.index)]
+    pairs = [x for x in spec.extras if _varies(x, ROW) and _varies(x, KEY)]
+    vectors = [x for x in spec.extras if _varies(x, KEY) and x not in pairs]
     others = sum(bytes_of(spec, problem, x) for x in spec.extras if x not in pairs)
     lines = problem.heads * problem.rows
     return {
@@ -128,13 +129,20 @@ def _of_spec(spec: AttentionSpec, problem: Problem) -> Values:
         f.q_width: spec.query.dtype.itemsize,
         f.kv_width: spec.keys.dtype.itemsize,
         f.pair_width: in_score.loaded + in_mask.loaded,
+        f.plane_width: sum(x.dtype.itemsize for x in pairs if x.dim_of(KEY) is not None),
+        f.vector_width: sum(x.dtype.itemsize for x in vectors),
+        f.pair_loads: len(pairs),
         f.pair_ops: in_score.arithmetic,
-        f.mask_ops: in_mask.arithmetic + MASK_INSTRUCTIONS,
+        f.mask_ops: in_mask.arithmetic,
         f.pair_specials: in_score.special,
         f.once: q_once + others + lines * (spec.value_dim * spec.out_dtype.itemsize + 4 * spec.lse),
         f.kv_once: k_once + v_once,
         f.pairs_once: float(sum(bytes_of(spec, problem, x) for x in pairs)),
     }
+
+
+def _varies(source: Input, axis: Axis) -> bool:
+    return any(place.has(axis) for place in source.index)
 
 
 def _of_tiles(spec: AttentionSpec, problem: Problem, device: Device, tiles: Sequence[Tile]) -> Values:

@@ -18,6 +18,7 @@ import sympy as sp
 
 SOFTMAX_INSTRUCTIONS = 5  # per pair: maximum, scale and shift, sum, conversion, and moving them
 EXCHANGE_CYCLES = 150  # a row's maximum and sum cross warps through shared memory
+MASK_INSTRUCTIONS = 3  # per pair of a masked block, besides the mask itself: bounds test, and, select
 STEP_CYCLES = 40  # barriers and addresses of one step
 JITTER = 0.05  # of the latency that stages hide on average, what still shows
 START_LATENCIES = 3  # of a program: its queries, its first keys, its results
@@ -25,10 +26,12 @@ START_LATENCIES = 3  # of a program: its queries, its first keys, its results
 
 # ---------------------------------------------------------------------------------------------------------- the symbols
 
-# The problem and the spec: lengths, head sizes (d of queries and keys, e of values; padded), bytes per element, work
-# per pair, distinct bytes, and key blocks per query tile (on average, at most, in the last program; share masked).
+# The problem and the spec: lengths, head sizes (d of queries and keys, e of values; padded); bytes per element, per
+# pair (of all loads, and of inputs with a row and a key dimension) and per key; work per pair; distinct bytes; key
+# blocks per query tile (on average, at most, in the program that starts last; share masked).
 queries, heads, d, e, d_pad, e_pad = sp.symbols("queries heads d e d_pad e_pad", positive=True)
 q_width, kv_width, pair_width = sp.symbols("q_width kv_width pair_width", nonnegative=True)
+plane_width, vector_width, pair_loads = sp.symbols("plane_width vector_width pair_loads", nonnegative=True)
 pair_ops, mask_ops, pair_specials = sp.symbols("pair_ops mask_ops pair_specials", nonnegative=True)
 once, kv_once, pairs_once = sp.symbols("once kv_once pairs_once", nonnegative=True)
 live, most, last, masked = sp.symbols("live most last masked", nonnegative=True)
@@ -69,7 +72,7 @@ _fragments = (  # fitted to 285 kernels compiled for sm_90 and sm_80
     + 12 * (1 - wgmma)
     + 34 * split
     + rows * ((0.9 + 0.25 * kv_width) * e_pad + 0.475 * (1 - wgmma) * q_width * d_pad) / threads
-    + rows * keys * (0.8 + 0.4 * kv_width + (0.48 - 0.3 * wgmma) * pair_width) / threads
+    + rows * keys * (0.8 + 0.4 * kv_width + (2.2 - wgmma) * pair_loads + 0.15 * sp.Max(0, mask_ops - 1)) / threads
     + keys * (0.16 * (d_pad + e_pad) + 0.09 * unstaged * d_pad) * kv_width / threads
 )
 _work = rows * keys * sp.Max(d_pad, e_pad) / threads  # multiplications of one product without tensor cores
@@ -82,10 +85,12 @@ FORMULAS = (
     Formula(
         smem,
         "B",
-        "shared memory: queries, weights or loaded pairs on their way between layouts, key and value blocks",
+        "shared memory: queries, weights between layouts, keys and values, inputs per pair and per key",
         rows * d_pad * q_width
-        + sp.Max((1 - wgmma) * (rows * keys * sp.Max(kv_width, 4 * split) + 1024), rows * keys * pair_width)
-        + sp.Max(copies * keys * (d_pad + e_pad), keys * sp.Max(d_pad, e_pad)) * kv_width,
+        + (1 - wgmma) * (rows * keys * sp.Max(kv_width, 4 * split) + 1024)
+        + sp.Max(copies * keys * (d_pad + e_pad), keys * sp.Max(d_pad, e_pad)) * kv_width
+        + rows * keys * (pair_width - plane_width)
+        + sp.Max(1, stages - 1) * keys * (rows * plane_width + vector_width),
     ),
     Formula(
         registers,
@@ -124,7 +129,8 @@ FORMULAS = (
         t_alu,
         "s",
         "other arithmetic of one step: softmax, score, mask, rescaling the result",
-        (rows * keys * (SOFTMAX_INSTRUCTIONS + pair_ops + mask_ops * masked) + rows * e_pad) / (lanes * clock),
+        (rows * keys * (SOFTMAX_INSTRUCTIONS + pair_ops + (MASK_INSTRUCTIONS + mask_ops) * masked) + rows * e_pad)
+        / (lanes * clock),
     ),
     Formula(
         t_load,
