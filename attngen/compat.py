@@ -5,6 +5,7 @@ Tested on the oldest and the newest supported release of each.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,11 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import tracing
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
@@ -25,6 +30,7 @@ from torch.utils._sympy.functions import Max as _TorchMax
 from torch.utils._sympy.functions import Min as _TorchMin
 
 __all__ = [
+    "DataDependentOutputException",
     "FakeTensor",
     "FakeTensorMode",
     "FloorDiv",
@@ -39,6 +45,7 @@ __all__ = [
     "get_proxy_mode",
     "has_triton",
     "hint",
+    "interpreter_problem",
     "looking_at",
     "make_fx",
     "size_expr",
@@ -89,10 +96,11 @@ def looking_at(model: Callable[..., Any], backend: Callable[..., Any]) -> Iterat
 
     Where torch can keep them apart (2.13), what is compiled here does not count against the user's own recompilations.
     """
-    apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+    compiling: Any = torch.compile
+    apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(compiling).parameters else {}
     unlimited = 1 << 30
     with torch._dynamo.config.patch(recompile_limit=unlimited, accumulated_recompile_limit=unlimited):
-        yield torch.compile(model, backend=backend, dynamic=False, **apart)
+        yield compiling(model, backend=backend, dynamic=False, **apart)
 
 
 def storage_of(value: torch.Tensor) -> int:
@@ -140,6 +148,20 @@ def compile_kernel(kernel: Any, args: Sequence[Any], options: Mapping[str, Any],
 
     source, target, parsed = specialised(kernel, args, options, arch)
     return triton.compile(source, target=target, options=parsed.__dict__)
+
+
+def interpreter_problem() -> str | None:
+    """Why Triton's interpreter cannot run here, or None if it can."""
+    if not has_triton():
+        return "triton is not installed (pip install triton, Linux only)"
+    if _release("triton") < (3, 7) and _release("numpy") >= (2, 4):
+        return "the interpreter of Triton 3.6 needs an older numpy (pip install 'numpy<2.4', or a newer triton)"
+    return None
+
+
+def _release(package: str) -> tuple[int, int]:
+    major, minor = importlib.metadata.version(package).split(".")[:2]
+    return int(major), int(minor)
 
 
 def cuobjdump() -> str:

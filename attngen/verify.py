@@ -221,7 +221,8 @@ def run_interpreted(
     jobs: Sequence[tuple[Kernel, Sequence[Tensor]]], timeout: float = INTERPRETER_SECONDS
 ) -> list[list[Tensor] | VerificationFailed]:
     """What each kernel returns for its inputs (with float16 in place of bfloat16), or why it returned nothing."""
-    _refuse_without_interpreter()
+    if problem := compat.interpreter_problem():
+        raise Unavailable(f"kernels cannot be checked in Triton's interpreter here: {problem}")
     with tempfile.TemporaryDirectory(prefix="attngen-") as name:
         folder = Path(name)
         for number, (kernel, inputs) in enumerate(jobs):
@@ -239,11 +240,6 @@ def _result(folder: Path, number: int, ending: str) -> list[Tensor] | Verificati
         return VerificationFailed(ending)
     outputs: list[Tensor] = torch.load(result, weights_only=True)
     return outputs
-
-
-def _refuse_without_interpreter() -> None:
-    if not compat.has_triton():
-        raise Unavailable("kernels cannot be checked here: triton is not installed (pip install triton, Linux only)")
 
 
 def _interpret(folder: Path, timeout: float) -> str:

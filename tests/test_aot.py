@@ -107,6 +107,18 @@ def test_lengths_do_not_specialise_but_strides_do(tmp_path: Path) -> None:
     assert source_of(sample(1024))[0]["q_stride_3"] == "constexpr"
 
 
+@pytest.mark.parametrize(("offset", "aligned"), [(0, True), (8, True), (1, False)])
+def test_alignment_is_that_of_the_view(offset: int, aligned: bool, tmp_path: Path) -> None:
+    """A slice of a fused projection may begin anywhere; only multiples of 16 bytes load in whole vectors."""
+    path = tmp_path / "kernel.py"
+    path.write_text(emitted(BY_NAME["causal"]).source)
+    module = aot.import_file(path)
+    q = torch.empty(2 * 4 * 64 * 64 + 16, dtype=torch.half)[offset : offset + 2 * 4 * 64 * 64].view(2, 4, 64, 64)
+    call = aot.launch_of(module, [layout_of(q)] * 3)
+    source, *_ = compat.specialised(module.attention_forward, call.args, call.options, 90)
+    assert bool(source.attrs.get((0,))) == aligned
+
+
 def test_layouts_survive_the_journey() -> None:
     tensor = torch.randn(2, 5, 3, 8)[:, 1:, 1].transpose(0, 1)
     layout = layout_of(tensor)

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pytest import MonkeyPatch
 from specs import BY_NAME, CASES, CAUSAL, LOWEST, QK, Case, attention, loaded, plus
 from test_emit import emitted
 
+from attngen import compat
 from attngen.emit import Kernel, emit
 from attngen.errors import AttngenError, Unavailable, VerificationFailed
 from attngen.spec import KEY, ROW, AttentionSpec, Problem, Tile
@@ -129,10 +131,20 @@ def test_one_bad_kernel_does_not_hide_the_others() -> None:
     assert isinstance(bad, VerificationFailed) and good == again and isinstance(good, Check)
 
 
-def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_it_says_so(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr("attngen.compat.has_triton", lambda: False)
     with pytest.raises(Unavailable, match="triton is not installed"):
         verify_interpreted(emitted(BY_NAME["dense"]), Problem((1, 1), 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "usable"), [("3.6.0", "2.3.5", True), ("3.6.0", "2.4.1", False), ("3.9.0", "2.4.1", True)]
+)
+def test_old_interpreter_needs_an_old_numpy(triton: str, numpy: str, usable: bool, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", {"triton": triton, "numpy": numpy}.__getitem__)
+    problem = compat.interpreter_problem()
+    assert (problem is None) == usable
+    assert usable or "numpy<2.4" in str(problem)
 
 
 # ------------------------------------------------------------------------------------------------------------- budget
