@@ -5,7 +5,6 @@ Tested on the oldest and the newest supported release of each.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,9 +120,9 @@ def triton_build() -> str:
 
 
 def specialised(kernel: Any, args: Sequence[Any], options: Mapping[str, Any], arch: int) -> tuple[Any, Any, Any]:
-    """What ``kernel[grid](*args, **options)`` would compile for sm_``arch``: Triton's source, target and parsed options.
+    """What ``kernel[grid](*args, **options)`` would compile for sm_``arch``: Triton's source, target, parsed options.
 
-    Every option that a launch adds is added here too: they are part of the key under which Triton's disk cache keeps it.
+    Every option that a launch adds is added here too: they are part of the key of Triton's disk cache.
     """
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -154,13 +153,16 @@ def interpreter_problem() -> str | None:
     """Why Triton's interpreter cannot run here, or None if it can."""
     if not has_triton():
         return "triton is not installed (pip install triton, Linux only)"
-    if _release("triton") < (3, 7) and _release("numpy") >= (2, 4):
+    import numpy
+    import triton
+
+    if _release(triton.__version__) < (3, 7) and _release(numpy.__version__) >= (2, 4):
         return "the interpreter of Triton 3.6 needs an older numpy (pip install 'numpy<2.4', or a newer triton)"
     return None
 
 
-def _release(package: str) -> tuple[int, int]:
-    major, minor = importlib.metadata.version(package).split(".")[:2]
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
     return int(major), int(minor)
 
 

@@ -141,7 +141,8 @@ def test_without_triton_it_says_so(monkeypatch: MonkeyPatch) -> None:
     ("triton", "numpy", "usable"), [("3.6.0", "2.3.5", True), ("3.6.0", "2.4.1", False), ("3.9.0", "2.4.1", True)]
 )
 def test_old_interpreter_needs_an_old_numpy(triton: str, numpy: str, usable: bool, monkeypatch: MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.metadata.version", {"triton": triton, "numpy": numpy}.__getitem__)
+    monkeypatch.setattr("triton.__version__", triton)
+    monkeypatch.setattr("numpy.__version__", numpy)
     problem = compat.interpreter_problem()
     assert (problem is None) == usable
     assert usable or "numpy<2.4" in str(problem)
