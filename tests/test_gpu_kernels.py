@@ -42,12 +42,7 @@ def in_bfloat16(spec: AttentionSpec) -> AttentionSpec:
 
 
 def launched(case: Case, problem: Problem, folder: Path) -> None:
-    kernel = emitted(case)
-    path = folder / f"{kernel.name}.py"
-    path.write_text(kernel.source)
-    inputs = sample_inputs(case.spec, problem, device="cuda")
-    verdict = check(import_file(path).launch(*inputs), case.spec, inputs)
-    assert verdict.ok, verdict
+    _launched_on(case, sample_inputs(case.spec, problem, device="cuda"), folder)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -72,18 +67,26 @@ def test_more_programs_than_a_grid_dimension_of_65535(tmp_path: Path) -> None:
     launched(case, Problem(case.batch, 17, 17), tmp_path)
 
 
-def test_a_tensor_of_more_than_two_billion_elements(tmp_path: Path) -> None:
-    """The last head begins beyond 2^31 elements: base offsets are 64-bit in every kernel."""
-    case = BY_NAME["causal"]
-    kernel = emitted(case)
-    path = tmp_path / "kernel.py"
-    path.write_text(kernel.source)
-    q = torch.zeros(2, 2**30 // 64 + 1, 1, 64, dtype=torch.half, device="cuda")
-    heads = slice(q.shape[1] - 2, q.shape[1])
-    small = sample_inputs(case.spec, Problem((2, 2), 1, 1), device="cuda")
-    for x in small:
-        q[:, heads].copy_(x)
-    inputs = [q[:, heads] for _ in range(3)]
+def test_heads_beyond_two_billion_elements(tmp_path: Path) -> None:
+    """The last batch begins beyond 2^31 elements: base offsets are 64-bit in every kernel."""
+    whole = torch.zeros(3, 2**24 + 1, 1, 64, dtype=torch.half, device="cuda")
+    q = whole[:, -2:]
+    q.copy_(torch.randn(q.shape, device="cuda"))
+    _launched_on(BY_NAME["causal"], [q, q, q], tmp_path)
+
+
+def test_rows_beyond_two_billion_elements(tmp_path: Path) -> None:
+    """A ``wide`` kernel: within one head, rows lie so far apart that 32 bits do not count their elements."""
+    whole = torch.zeros(600 * 2**22, dtype=torch.half, device="cuda")
+    inputs = [whole.as_strided((1, 1, 600, 64), (0, 0, 2**22, 1), 64 * n) for n in range(3)]
+    for x in inputs:
+        x.copy_(torch.randn(x.shape, device="cuda"))
+    _launched_on(BY_NAME["wide"], inputs, tmp_path)
+
+
+def _launched_on(case: Case, inputs: list[torch.Tensor], folder: Path) -> None:
+    path = folder / "kernel.py"
+    path.write_text(emitted(case).source)
     verdict = check(import_file(path).launch(*inputs), case.spec, inputs)
     assert verdict.ok, verdict
 
