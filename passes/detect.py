@@ -168,9 +168,10 @@ def _prove_sides(
 ) -> Site | Miss:
     weight = reader.at(weights.source, _plain(weights))  # type: ignore[arg-type]
     normalised = softmax(weight, key)
+    if isinstance(normalised, str) and _drops(weight):
+        return Miss(_DROPOUT, node.name, depth=2)
     if isinstance(normalised, str):
-        reason = _DROPOUT if _drops(weight) else normalised
-        return Miss(reason, node.name, depth=1 if any(isinstance(n, Dot) for n in weight.walk()) else 0)
+        return Miss(normalised, node.name, depth=1 if any(isinstance(n, Dot) for n in weight.walk()) else 0)
     dot = _score_dot(normalised, key)
     if isinstance(dot, Miss):
         return dot

@@ -146,7 +146,7 @@ class _Loads:
     def _reads_outside(self, expr: Expr) -> bool:
         """A branch of ``expr`` reads at places only valid where it is chosen, and the graph has no tensor for it."""
         return any(
-            not self._plain(part) if isinstance(part, Load) else part not in self._held and self._reads_outside(part)
+            not self._plain(part) if isinstance(part, Load) else (part not in self._held and self._reads_outside(part))
             for part in expr.children
             if not (isinstance(part, Load) and isinstance(part.source, Table))
         )

@@ -6,8 +6,8 @@ value. So a spec is checked against the model's own numbers, and lowering agains
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy as sp
@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 
 @dataclass
 class Analysis:
-    """One captured graph: its sites and misses in order; the value of each lowered node and the results when last run."""
+    """One captured graph: its sites and misses in order; what each node and the graph were when last run."""
 
     lowered: lower.Lowered
     found: list[tuple[Site, Specialised] | Miss]
@@ -79,13 +79,16 @@ class Analysis:
         table = Evaluator(positions, self.values.__getitem__, dtype=torch.float32)(binding.expr)
         return table.expand([int(axis.extent.subs(sizes)) for axis in axes])
 
-    def computed(self, site: Site, special: Specialised, dtype: torch.dtype | None = None) -> Tensor:
-        """The spec evaluated on the values that the graph had for its inputs."""
+    def computed(
+        self, site: Site, special: Specialised, dtype: torch.dtype | None = None, *, rounded: bool = True
+    ) -> Tensor:
+        """The spec evaluated on the values that the graph had for its inputs; not ``rounded``: kept in ``dtype``."""
         operands = [self.values[o.node] for o in (site.query, site.keys, site.values)]
         inputs = [*operands, *(self.bound(b) for b in special.bindings)]
         for tensor, declared in zip(inputs[3:], special.spec.extras, strict=True):
             assert tensor.dtype == declared.dtype
-        return blockwise.forward(special.spec, inputs, dtype=dtype)[0]
+        spec = special.spec if rounded or dtype is None else replace(special.spec, out_dtype=dtype)
+        return blockwise.forward(spec, inputs, dtype=dtype)[0]
 
 
 class _Recorder(fx.Interpreter):
@@ -109,10 +112,8 @@ def analyse_graph(gm: fx.GraphModule, inputs: Any = ()) -> Analysis:
     return Analysis(lowered, found)
 
 
-def analyse(
-    module: nn.Module, *calls: Mapping[str, Any], grad: bool = False, dynamic: bool | None = None
-) -> list[Analysis]:
-    """Compile ``module`` and run it on each of ``calls``; the graphs captured on the way, with their latest values."""
+def watched(module: nn.Module, *, dynamic: bool | None = None) -> tuple[Callable[..., Any], list[Analysis]]:
+    """``module`` compiled, and the list to which each captured graph is added when it is first needed."""
     torch._dynamo.reset()
     analyses: list[Analysis] = []
 
@@ -129,8 +130,13 @@ def analyse(
 
         return run
 
+    return torch.compile(module, backend=backend, dynamic=dynamic), analyses
+
+
+def analyse(module: nn.Module, inputs: Mapping[str, Any], *, grad: bool = False) -> Analysis:
+    """The one graph that ``module`` is captured as."""
+    compiled, analyses = watched(module)
     with torch.set_grad_enabled(grad):
-        compiled = torch.compile(module, backend=backend, dynamic=dynamic)
-        for inputs in calls:
-            compiled(**inputs)
-    return analyses
+        compiled(**inputs)
+    (analysis,) = analyses
+    return analysis

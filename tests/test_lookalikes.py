@@ -54,8 +54,7 @@ def inputs_of(function: Function) -> dict[str, Tensor]:
 
 
 def analysed(function: Function) -> Analysis:
-    (found,) = analyse(Module(function), inputs_of(function))
-    return found
+    return analyse(Module(function), inputs_of(function))
 
 
 # ------------------------------------------------------------------------------------------------------ must be missed

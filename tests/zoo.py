@@ -19,7 +19,7 @@ Build = Callable[[], Example]
 LENGTH = 12
 
 
-def _ids(length: int = LENGTH, batch: int = 2) -> Tensor:
+def token_ids(length: int = LENGTH, batch: int = 2) -> Tensor:
     return torch.randint(0, 96, (batch, length), generator=torch.Generator().manual_seed(length))
 
 
@@ -50,18 +50,18 @@ _COMMON = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_at
 
 def gpt2(how: str, *, padded: bool = False) -> Example:
     config = hf.GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64, use_cache=False)
-    inputs = {"input_ids": _ids()}
+    inputs = {"input_ids": token_ids()}
     return _model("GPT2Model", config, how), inputs | ({"attention_mask": _left_padded()} if padded else {})
 
 
 def bert(how: str) -> Example:
     config = hf.BertConfig(**_COMMON, num_hidden_layers=2, max_position_embeddings=64)
-    return _model("BertModel", config, how), {"input_ids": _ids(), "attention_mask": _right_padded()}
+    return _model("BertModel", config, how), {"input_ids": token_ids(), "attention_mask": _right_padded()}
 
 
 def llama(how: str, *, padded: bool = False) -> Example:
     config = hf.LlamaConfig(**_COMMON, num_hidden_layers=2, num_key_value_heads=2, use_cache=False)
-    inputs = {"input_ids": _ids()}
+    inputs = {"input_ids": token_ids()}
     return _model("LlamaModel", config, how), inputs | ({"attention_mask": _left_padded()} if padded else {})
 
 
@@ -69,25 +69,25 @@ def mistral(how: str) -> Example:
     config = hf.MistralConfig(
         **_COMMON, num_hidden_layers=2, num_key_value_heads=2, sliding_window=4, use_cache=False
     )  # fmt: skip
-    return _model("MistralModel", config, how), {"input_ids": _ids()}
+    return _model("MistralModel", config, how), {"input_ids": token_ids()}
 
 
 def gemma2(how: str) -> Example:
     config = hf.Gemma2Config(
         **_COMMON, num_hidden_layers=2, num_key_value_heads=2, head_dim=256, sliding_window=4, use_cache=False
     )  # fmt: skip
-    return _model("Gemma2Model", config, how), {"input_ids": _ids()}
+    return _model("Gemma2Model", config, how), {"input_ids": token_ids()}
 
 
 def bloom(how: str, *, padded: bool = False) -> Example:
     config = hf.BloomConfig(vocab_size=96, hidden_size=64, n_layer=2, n_head=4, use_cache=False)
-    inputs = {"input_ids": _ids()}
+    inputs = {"input_ids": token_ids()}
     return _model("BloomModel", config, how), inputs | ({"attention_mask": _left_padded()} if padded else {})
 
 
 def mpt(how: str) -> Example:
     config = hf.MptConfig(vocab_size=96, d_model=64, n_layers=2, n_heads=4, max_seq_len=64, use_cache=False)
-    return _model("MptModel", config, how), {"input_ids": _ids()}
+    return _model("MptModel", config, how), {"input_ids": token_ids()}
 
 
 def _t5_config() -> Any:
@@ -98,11 +98,11 @@ def _t5_config() -> Any:
 
 
 def t5_encoder(how: str) -> Example:
-    return _model("T5EncoderModel", _t5_config(), how), {"input_ids": _ids(), "attention_mask": _right_padded()}
+    return _model("T5EncoderModel", _t5_config(), how), {"input_ids": token_ids(), "attention_mask": _right_padded()}
 
 
 def t5(how: str) -> Example:
-    inputs = {"input_ids": _ids(), "attention_mask": _right_padded(), "decoder_input_ids": _ids(7)}
+    inputs = {"input_ids": token_ids(), "attention_mask": _right_padded(), "decoder_input_ids": token_ids(7)}
     return _model("T5Model", _t5_config(), how), inputs
 
 
@@ -122,7 +122,7 @@ def whisper(how: str) -> Example:
     )  # fmt: skip
     return _model("WhisperModel", config, how), {
         "input_features": torch.randn(2, 8, 20),
-        "decoder_input_ids": _ids(7),
+        "decoder_input_ids": token_ids(7),
     }
 
 
@@ -131,7 +131,7 @@ def gpt_oss(how: str) -> Example:
         **_COMMON, num_hidden_layers=2, num_key_value_heads=2, head_dim=16, sliding_window=4, num_local_experts=2,
         num_experts_per_tok=1, use_cache=False,
     )  # fmt: skip
-    return _model("GptOssModel", config, how), {"input_ids": _ids()}
+    return _model("GptOssModel", config, how), {"input_ids": token_ids()}
 
 
 # ------------------------------------------------------------------------------------------------- plain torch modules
@@ -296,9 +296,20 @@ _LIBRARY: dict[str, tuple[dict[str, Any], Expected]] = {
 }
 
 ROWS: list[Row] = [
-    *(Row(f"{name}_{how}", partial(f, how), sites) for name, (f, sites) in _FAMILIES.items() for how in ("eager", "sdpa")),
+    *(
+        Row(f"{name}_{how}", partial(f, how), sites)
+        for name, (f, sites) in _FAMILIES.items()
+        for how in ("eager", "sdpa")
+    ),
     *(Row(f"{name}_eager", partial(f, "eager"), sites) for name, (f, sites) in _EAGER_ONLY.items()),
     Row("nanogpt", nanogpt, (Expected(None, _EIGHTH),)),
     *(Row(name, partial(mha, **options), (site,)) for name, (options, site) in _MHA.items()),
     *(Row(name, partial(library, **options), (site,)) for name, (options, site) in _LIBRARY.items()),
 ]
+
+MASKS = {name: [site.mask for site in sites] for name, (_, sites) in {**_FAMILIES, **_EAGER_ONLY}.items()}
+HOWS = {name: ("eager", "sdpa") if name in _FAMILIES else ("eager",) for name in MASKS}
+
+
+def build(name: str, how: str) -> Example:
+    return {**_FAMILIES, **_EAGER_ONLY}[name][0](how)
