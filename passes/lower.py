@@ -53,6 +53,7 @@ def run(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Lowered:
         lowered = compat.make_fx(
             tracer.lowered, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
         )(*inputs)
+    _write_out_constants(lowered)
     kept = set(lowered.graph.nodes)
     origins: dict[fx.Node, list[fx.Node]] = {}
     for captured, node in tracer.record.values.items():
@@ -60,6 +61,22 @@ def run(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Lowered:
             origins.setdefault(node, []).append(captured)
     emitted = {node: [n for n in new if n in kept] for node, new in tracer.record.emitted.items()}
     return Lowered(lowered.graph, origins, emitted)
+
+
+def _write_out_constants(lowered: fx.GraphModule) -> None:
+    """``torch.tensor(0.0)`` is traced as an attribute on some releases: write the number into the graph instead."""
+    for node in lowered.graph.find_nodes(op="get_attr"):
+        value = getattr(lowered, str(node.target), None)
+        if not isinstance(value, torch.Tensor) or isinstance(value, compat.FakeTensor) or value.numel() != 1:
+            continue
+        with torch.utils._python_dispatch._disable_current_modes():
+            number = value.item()
+        with lowered.graph.inserting_before(node):
+            options = {"dtype": value.dtype, "device": node.meta["val"].device}
+            written = lowered.graph.call_function(torch.ops.aten.full.default, (list(value.shape), number), options)
+        written.meta = dict(node.meta)
+        node.replace_all_uses_with(written)
+        lowered.graph.erase_node(node)
 
 
 @dataclass

@@ -1,0 +1,360 @@
+"""The backend as users meet it: every way of compiling gives the model's own numbers, and facts hold or recompile."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+
+import attngen
+from attngen import runtime, verify
+from attngen.backend import attngen as attngen_backend
+from attngen.errors import BadOption
+from attngen.options import Options, parse
+from attngen.report import Report
+from attngen.spec import Problem
+
+EAGER = {"inner": "eager", "strict": True}
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def run(
+    model: Callable[..., Any], *args: Any, options: dict[str, Any] = EAGER, **kwargs: Any
+) -> tuple[Any, list[Report]]:
+    """What the compiled model returns, and the reports of its graphs."""
+    with attngen.record() as reports:
+        result = torch.compile(model, backend="attngen", options=options)(*args, **kwargs)
+    return result, reports
+
+
+def replaced(reports: list[Report]) -> int:
+    return sum(len(report.replaced) for report in reports)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def test_unknown_option_names_the_known_ones() -> None:
+    with pytest.raises(BadOption, match="no option 'tile'") as wrong:
+        parse({"tile": 64})
+    assert all(name in str(wrong.value) for name in Options.model_fields)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"inner": "tvm"}, "inner"), ({"verify": 1}, "verify")])
+def test_wrong_value_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadOption, match=message):
+        parse(options)
+
+
+def test_bad_option_reaches_the_user_through_compile() -> None:
+    model, inputs = zoo.nanogpt()
+    with pytest.raises(Exception, match="Known options"):
+        run(model, options={"tile": 64}, **inputs)
+
+
+def test_mode_and_its_option_mean_the_same() -> None:
+    assert parse(None, "reduce-overhead") == parse({"mode": "reduce-overhead"})
+
+
+def test_only_and_skip_select_by_path() -> None:
+    model, inputs = zoo.llama("eager")
+    _, reports = run(model, options={**EAGER, "only": ["layers.0"]}, **inputs)
+    assert [s.status for s in reports[0].sites] == ["replaced", "missed"]
+    assert "only" in reports[0].sites[1].reason
+    torch._dynamo.reset()
+    _, reports = run(model, options={**EAGER, "skip": "*.0.self_attn"}, **inputs)
+    assert [s.status for s in reports[0].sites] == ["missed", "replaced"]
+
+
+# ------------------------------------------------------------------------------------------------- ways of compiling
+
+
+@pytest.mark.parametrize("row", zoo.ROWS, ids=str)
+def test_every_model_of_the_zoo(row: zoo.Row) -> None:
+    model, inputs = row.build()
+    with torch.no_grad():
+        expected = _first(model(**inputs))
+        actual, reports = run(model, **inputs)
+    assert replaced(reports) == len(row.sites)
+    torch.testing.assert_close(_first(actual), expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("row", zoo.ROWS, ids=str)
+def test_gradients_of_every_parameter(row: zoo.Row) -> None:
+    model, inputs = row.build()
+    leaves = [x.requires_grad_() for x in inputs.values() if x.is_floating_point()] + list(model.parameters())
+    _first(model(**inputs)).nan_to_num().square().sum().backward()
+    expected = [_taken(leaf) for leaf in leaves]
+    actual, reports = run(model, **inputs)
+    _first(actual).nan_to_num().square().sum().backward()
+    assert replaced(reports) == len(row.sites)
+    for leaf, grad in zip(leaves, expected, strict=True):
+        mine = _taken(leaf)
+        assert (mine is None) == (grad is None)
+        if grad is not None:
+            assert (mine - grad).norm() <= 1e-4 * grad.norm() + 1e-6
+
+
+def _taken(leaf: Tensor) -> Tensor | None:
+    grad, leaf.grad = leaf.grad, None
+    return grad
+
+
+def _first(result: Any) -> Tensor:
+    return result if isinstance(result, Tensor) else result[0]
+
+
+@pytest.mark.parametrize("spelling", ["eager", "sdpa"])
+def test_inductor_inference_and_training(spelling: str) -> None:
+    model, inputs = zoo.llama(spelling)
+    with torch.no_grad():
+        actual, reports = run(model, options={"strict": True}, **inputs)
+        close(actual[0], model(**inputs)[0])
+    assert replaced(reports) == 2
+    model(**inputs)[0].square().sum().backward()
+    expected = [_taken(p) for p in model.parameters()]
+    run(model, options={"strict": True}, **inputs)[0][0].square().sum().backward()
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-3, atol=1e-3)
+
+
+def test_fullgraph_and_dynamic_compile_once_for_several_lengths() -> None:
+    model, inputs = zoo.llama("eager")
+    graphs = []
+
+    def counted(gm: Any, example_inputs: Any) -> Any:
+        graphs.append(gm)
+        return attngen_backend(gm, example_inputs, options=EAGER)
+
+    compiled = torch.compile(model, backend=counted, fullgraph=True, dynamic=True)
+    with torch.no_grad(), attngen.record() as reports:
+        for length in (12, 9, 30):
+            ids = zoo.token_ids(length)
+            close(compiled(input_ids=ids)[0], model(input_ids=ids)[0])
+    assert len(graphs) == 1
+    assert replaced(reports) == 2
+
+
+@pytest.mark.parametrize("spelling", ["eager", "sdpa"])
+def test_outer_autocast(spelling: str) -> None:
+    model, inputs = zoo.llama(spelling)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(**inputs)[0]
+        actual, reports = run(model, **inputs)
+    exact = model(**inputs)[0]
+    assert replaced(reports) == 2 and actual[0].dtype == expected.dtype
+    assert (actual[0] - exact).abs().max() <= 2 * (expected - exact).abs().max()
+    assert "bfloat16" in reports[0].sites[0].computes
+
+
+def test_autocast_inside_the_model() -> None:
+    class Inner(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = torch.softmax(q @ k.transpose(-1, -2), -1) @ v
+            return y.float() + 1
+
+    q, k, v = (torch.randn(2, 3, 8, 16) for _ in range(3))
+    actual, reports = run(Inner(), q, k, v)
+    expected = Inner()(q, k, v)
+    exact = torch.softmax(q @ k.transpose(-1, -2), -1) @ v + 1
+    assert replaced(reports) == 1 and actual.dtype == torch.float32
+    assert (actual - exact).abs().max() <= 2 * (expected - exact).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_within_eagers_own_error(dtype: torch.dtype) -> None:
+    model, inputs = zoo.gemma2("eager")
+    with torch.no_grad():
+        exact = model(**inputs)[0]
+        half = model.to(dtype)
+        expected = half(**inputs)[0]
+        actual, reports = run(half, **inputs)
+    assert replaced(reports) == 2
+    assert (actual[0].float() - exact).abs().max() <= 2 * (expected.float() - exact).abs().max()
+
+
+def test_activation_checkpointing_keeps_numbers_and_gradients() -> None:
+    model, inputs = zoo.gpt2("eager")
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.h[0].attn.attn_dropout.p = 0.0  # type: ignore[union-attr]
+
+    def step(ids: Tensor) -> Tensor:
+        hidden = model.wte(ids)  # type: ignore[operator]
+        for block in model.h:  # type: ignore[union-attr]
+            hidden = torch.utils.checkpoint.checkpoint(lambda x, b=block: b(x), hidden, use_reentrant=False)
+            hidden = hidden if isinstance(hidden, Tensor) else hidden[0]
+        return hidden.square().sum()
+
+    step(inputs["input_ids"]).backward()
+    expected = [_taken(p) for p in model.parameters()]
+    value, reports = run(step, inputs["input_ids"], options={"strict": True})
+    value.backward()
+    assert replaced(reports) == 2
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        if grad is not None:
+            torch.testing.assert_close(parameter.grad, grad, rtol=1e-3, atol=1e-2)
+
+
+# --------------------------------------------------------------------------------- facts that may change after compiling
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float = 0.25, window: int = 4) -> Tensor:
+    scores = q @ k.transpose(-1, -2) * scale
+    rows = torch.arange(q.shape[-2]).unsqueeze(1)
+    columns = torch.arange(k.shape[-2])
+    scores = scores.masked_fill((columns > rows) | (columns <= rows - window), float("-inf"))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.softmax(scores, -1) @ v
+
+
+def qkv(rows: int = 8, keys: int = 8, heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(2, heads, rows, 16), torch.randn(2, heads, keys, 16), torch.randn(2, heads, keys, 16)
+
+
+def test_changed_facts_are_noticed() -> None:
+    """Lengths, equal lengths, head counts, scale, window and mask contents: each changed after compiling."""
+    compiled = torch.compile(attend, backend="attngen", options=EAGER)
+    mask = torch.rand(2, 1, 1, 8) > 0.3
+    mask[..., 0] = True
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        (qkv(), {}),
+        (qkv(9, 9), {}),
+        (qkv(9, 11), {}),
+        (qkv(heads=3), {}),
+        (qkv(), {"scale": 0.5}),
+        (qkv(), {"window": 2}),
+        (qkv(), {"mask": mask}),
+        (qkv(), {"mask": mask.roll(2, -1)}),
+        (qkv(), {"mask": torch.zeros_like(mask)}),
+    ]
+    for args, kwargs in calls:
+        torch.testing.assert_close(compiled(*args, **kwargs), attend(*args, **kwargs), equal_nan=True)
+
+
+def test_an_input_written_between_is_left_alone() -> None:
+    def overwritten(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-1, -2)
+        q.mul_(2)
+        return torch.softmax(scores, -1) @ v
+
+    args = qkv()
+    expected = overwritten(*(x.clone() for x in args))
+    actual, reports = run(overwritten, *(x.clone() for x in args))
+    close(actual, expected)
+    assert replaced(reports) == 0 and "written in place" in reports[0].missed[0].reason
+
+
+def test_a_cache_written_in_place_is_read_after_the_write() -> None:
+    def step(q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, at: Tensor) -> Tensor:
+        cache_k.index_copy_(2, at, k)
+        cache_v.index_copy_(2, at, v)
+        scores = q @ cache_k.transpose(-1, -2)
+        keep = torch.arange(cache_k.shape[2]) <= at.unsqueeze(-1)
+        return torch.softmax(scores.masked_fill(~keep, float("-inf")), -1) @ cache_v
+
+    q, k, v = qkv(3, 3)
+    caches = torch.randn(2, 2, 8, 16), torch.randn(2, 2, 8, 16)
+    compiled = torch.compile(step, backend="attngen", options=EAGER)
+    for at in (torch.tensor([2, 3, 4]), torch.tensor([0, 1, 2])):
+        mine, theirs = ([c.clone() for c in caches] for _ in range(2))
+        close(compiled(q, k, v, *mine, at), step(q, k, v, *theirs, at))
+        close(mine[0], theirs[0])
+
+
+# --------------------------------------------------------------------------------------------- when things go wrong
+
+
+def test_a_failure_of_ours_leaves_the_model_running(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError("planned for this test")
+
+    model, inputs = zoo.nanogpt()
+    for name in ("attngen.passes.lower.run", "attngen.pipeline.emitted"):
+        torch._dynamo.reset()
+        with monkeypatch.context() as patched, caplog.at_level(logging.WARNING, "attngen"):
+            patched.setattr(name, broken)
+            actual, reports = run(model, options={"inner": "eager"}, **inputs)
+        close(actual, model(**inputs))
+        assert replaced(reports) == 0
+        assert "planned for this test" in caplog.text
+        caplog.clear()
+
+
+def test_strict_raises_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError("planned for this test")
+
+    model, inputs = zoo.nanogpt()
+    monkeypatch.setattr("attngen.passes.lower.run", broken)
+    monkeypatch.setenv("ATTNGEN_STRICT", "1")
+    with pytest.raises(Exception, match="planned for this test"):
+        run(model, options={"inner": "eager"}, **inputs)
+
+
+def test_a_graph_break_between_two_sites_gives_two_reports() -> None:
+    def broken(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = attend(q, k, v)
+        torch._dynamo.graph_break()
+        return attend(y, k, v)
+
+    args = qkv()
+    actual, reports = run(broken, *args)
+    close(actual, broken(*args))
+    assert [len(report.replaced) for report in reports] == [1, 1]
+    assert len(attngen.explain(broken, *args).replaced) == 2
+
+
+# ------------------------------------------------------------------------------------------------------------ operators
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_opcheck(trains: bool) -> None:
+    _, reports = run(attend, *(x.requires_grad_(trains) for x in qkv()))
+    name = reports[0].sites[0].operator.split("::")[1]
+    known = runtime.registered(name)
+    assert known is not None and known[0].lse == trains
+    args = verify.sample_inputs(known[0], Problem((2, 2), 8, 8))
+    torch.library.opcheck(getattr(torch.ops.attngen, name).default, [x.requires_grad_(trains) for x in args])
+
+
+def test_identical_sites_share_one_operator() -> None:
+    model, inputs = zoo.llama("eager")
+    with torch.no_grad():
+        _, reports = run(model, **inputs)
+    first, second = reports[0].sites
+    assert first.operator == second.operator != ""
+
+
+def test_entry_point_needs_no_import() -> None:
+    code = (
+        "import sys, torch; x = torch.randn(2, 2, 8, 16)\n"
+        "f = lambda q: torch.softmax(q @ q.transpose(-1, -2), -1) @ q\n"
+        "y = torch.compile(f, backend='attngen', options={'inner': 'eager', 'strict': True})(x)\n"
+        "torch.testing.assert_close(y, f(x)); assert any('fwd_' in n for n in dir(torch.ops.attngen)); print('fine')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "fine", done.stderr
