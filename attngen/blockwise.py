@@ -180,8 +180,9 @@ def arranged(source: Input, tensor: Tensor, axes: tuple[Axis, ...], sizes: dict[
 
 def _along(tensor: Tensor, dim: int, place: sp.Expr, axis: Axis, sizes: dict[Axis, int]) -> Tensor:
     """``tensor`` read along ``dim`` at ``place``, an expression of ``axis``."""
-    if isinstance(place, FloorDiv) and place.args[0] == axis and place.args[1].is_Integer:
-        return tensor.repeat_interleave(int(place.args[1]), dim)
+    times, rest = divmod(sizes[axis], tensor.shape[dim])
+    if rest == 0 and place == FloorDiv(axis, times):
+        return tensor.repeat_interleave(times, dim)
     if place.atoms(Axis) != {axis}:
         raise NotImplementedError(f"an operand read at {place}")
     positions = Evaluator({axis: torch.arange(sizes[axis], device=tensor.device)}, lambda _: tensor).integer(place)

@@ -1,4 +1,4 @@
-"""Detection where sizes, types, modes and memory differ from plain inference: a spec still means what its graph does."""
+"""Detection where sizes, types, modes or memory differ from plain inference: a spec still means what the graph does."""
 
 from __future__ import annotations
 

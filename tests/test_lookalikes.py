@@ -314,6 +314,7 @@ EXACT: dict[str, Function] = {
     "documents": documents,
     "values of other heads": lambda q, k, v: weights(q, k) @ v.flip(1),
     "keys in reverse on both sides": lambda q, k, v: weights(q, k.flip(2)) @ v.flip(2),
+    "the first heads of more, grouped": lambda q, k, v: weights(q, k.clone()[:, :2].repeat_interleave(2, 1)) @ v,
     "groups by remainder": grouped_the_other_way,
     "keys of one batch": lambda q, k, v: weights(q, k[:1]) @ v,
     "values of one head": lambda q, k, v: weights(q, k) @ v[:, :1],
