@@ -18,7 +18,7 @@ from attngen.algebra import Load
 from attngen.evaluate import Evaluator
 from attngen.index import Axis
 from attngen.passes.lower import Lowered
-from attngen.passes.semantics import shape_of
+from attngen.passes.semantics import bind, shape_of
 from attngen.passes.specialise import Table
 
 
@@ -97,12 +97,45 @@ class Writer:
         raise NotHere("a table without a result")
 
 
+def opened(call: fx.Node, lowered: Lowered) -> None:
+    """Put the operators that a captured ``call`` was traced into in its place: ``f(x) --> op1; op2; ...``.
+
+    For calls that do more than one thing, of which a site is a part (``F.multi_head_attention_forward``). Raises
+    ``NotHere``, leaving the graph alone, where an operator is not pure.
+    """
+    writer = Writer(lowered, call)
+    held = {captured: node for node, origins in lowered.origins.items() for captured in origins}
+    try:
+        copies = {node: writer.value(node) for node in lowered.emitted[call]}
+    except NotHere:
+        writer.take_back()
+        raise
+    for node, copy in copies.items():
+        lowered.origins.setdefault(node, []).insert(0, copy)
+        lowered.emitted[copy] = [node]
+    for result in [call, *call.users]:
+        if result in held:
+            result.replace_all_uses_with(writer.value(held[result]), propagate_meta=False)
+    for result in [*call.users, call]:
+        if not result.users:
+            result.graph.erase_node(result)
+
+
 def is_pure(node: fx.Node) -> bool:
     """Neither writes memory nor draws random numbers."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return True
-    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+    return not target._schema.is_mutable and not _draws(node)
+
+
+def _draws(node: fx.Node) -> bool:
+    """Takes random numbers: tagged as able to, and not told to keep everything."""
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:  # type: ignore[union-attr]
+        return False
+    arguments = bind(node)
+    keeps_all = arguments.get("dropout_p", arguments.get("p")) == 0 or arguments.get("train") is False
+    return not keeps_all
 
 
 def _nodes_before(anchor: fx.Node) -> frozenset[fx.Node]:

@@ -35,6 +35,10 @@ class Lowered:
         """The first node of the captured graph ``within`` that holds the value of the lowered ``node``."""
         return next((found for found in self.origins.get(node, ()) if found.graph is within), None)
 
+    def parent(self, node: fx.Node) -> fx.Node | None:
+        """The captured node whose tracing made the lowered ``node``."""
+        return next((captured for captured, made in self.emitted.items() if node in made), None)
+
 
 def run(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Lowered:
     """Lower ``gm``. Placeholders are traced on their own fake tensors where they have them, else on ``example_inputs``.

@@ -14,14 +14,14 @@ from torch import fx
 from attngen.errors import Miss
 from attngen.passes import effects
 from attngen.passes.detect import Site
-from attngen.passes.graphs import NotHere, Writer, is_pure, sizes_of
+from attngen.passes.graphs import NotHere, Writer, is_pure, opened, sizes_of
 from attngen.passes.lower import Lowered
 from attngen.passes.specialise import Specialised, Table
 
 
 @dataclass(frozen=True)
 class Placed:
-    """Where a site can be replaced: the captured node whose value it computes."""
+    """A site that can be replaced. ``anchor`` is the captured node that computes it, alone or among other things."""
 
     site: Site
     specialised: Specialised
@@ -30,9 +30,9 @@ class Placed:
 
 def place(site: Site, specialised: Specialised, lowered: Lowered, facts: effects.Effects) -> Placed | Miss:
     """Find the captured node to replace, and check that the inputs still hold then what they held before."""
-    origins = lowered.origins.get(site.output, [])
-    if not origins:
-        return Miss("the attention is only part of a larger captured call", site.output.name, depth=8)
+    anchor = next(iter(lowered.origins.get(site.output, [])), None) or lowered.parent(site.output)
+    if anchor is None:
+        return Miss("no captured node computes the attention", site.output.name, depth=8)
     inputs = [site.query.node, site.keys.node, site.values.node]
     for binding in specialised.bindings:
         inputs += _sources(binding) if isinstance(binding, Table) else [binding]
@@ -40,7 +40,7 @@ def place(site: Site, specialised: Specialised, lowered: Lowered, facts: effects
         disturbed = effects.written_between([node], node, site.output, facts)
         if disturbed is not None:
             return disturbed
-    return Placed(site, specialised, origins[0])
+    return Placed(site, specialised, anchor)
 
 
 def _sources(table: Table) -> list[fx.Node]:
@@ -49,20 +49,27 @@ def _sources(table: Table) -> list[fx.Node]:
 
 def run(placed: Placed, lowered: Lowered, target: Any) -> Miss | None:
     """Replace the site by a call of ``target``, an operator over the inputs of the spec. None if that worked."""
-    writer = Writer(lowered, placed.anchor)
+    site = placed.site
+    try:
+        if not lowered.origins.get(site.output):
+            opened(placed.anchor, lowered)
+    except NotHere as reason:
+        return Miss(str(reason), site.output.name, depth=8)
+    anchor = lowered.origins[site.output][0]
+    writer = Writer(lowered, anchor)
     try:
         call = writer.call(target, tuple(_arguments(placed, writer)))
         if placed.specialised.spec.lse:
             call = writer.call(operator.getitem, (call, 0))
     except NotHere as reason:
         writer.take_back()
-        return Miss(str(reason), placed.site.output.name, depth=8)
+        return Miss(str(reason), site.output.name, depth=8)
     except BaseException:
         writer.take_back()
         raise
-    call.meta = dict(placed.anchor.meta)
-    placed.anchor.replace_all_uses_with(call, propagate_meta=False)
-    _erase(placed.anchor, lowered)
+    call.meta = dict(anchor.meta)
+    anchor.replace_all_uses_with(call, propagate_meta=False)
+    _erase(anchor, lowered)
     return None
 
 
@@ -80,15 +87,16 @@ def _arguments(placed: Placed, writer: Writer) -> list[fx.Node]:
 
 def _erase(node: fx.Node, lowered: Lowered) -> None:
     """Erase ``node`` and all that only it needed, as far as that has no effect but its value."""
-    stack = [node]
+    stack, erased = [node], set[fx.Node]()
     while stack:
         node = stack.pop()
-        if node.users or node.op in ("placeholder", "output") or node not in lowered.emitted:
+        if node in erased or node.users or node.op in ("placeholder", "output") or node not in lowered.emitted:
             continue
         if node.op != "get_attr" and not (_has_value(node) and all(map(is_pure, lowered.emitted[node]))):
             continue
         below = node.all_input_nodes
         node.graph.erase_node(node)
+        erased.add(node)
         stack.extend(below)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import subprocess
 import sys
@@ -98,18 +99,43 @@ def test_every_model_of_the_zoo(row: zoo.Row) -> None:
 
 @pytest.mark.parametrize("row", zoo.ROWS, ids=str)
 def test_gradients_of_every_parameter(row: zoo.Row) -> None:
+    """At most three times the error that eager makes against float64; close to eager where float64 cannot be had."""
     model, inputs = row.build()
-    leaves = [x.requires_grad_() for x in inputs.values() if x.is_floating_point()] + list(model.parameters())
-    _first(model(**inputs)).nan_to_num().square().sum().backward()
-    expected = [_taken(leaf) for leaf in leaves]
-    actual, reports = run(model, **inputs)
-    _first(actual).nan_to_num().square().sum().backward()
+    eager = _gradients(model, inputs)
+    exact = _exact_gradients(model, inputs)
+    with attngen.record() as reports:
+        mine = _gradients(torch.compile(model, backend="attngen", options=EAGER), inputs)
     assert replaced(reports) == len(row.sites)
-    for leaf, grad in zip(leaves, expected, strict=True):
-        mine = _taken(leaf)
-        assert (mine is None) == (grad is None)
-        if grad is not None:
-            assert (mine - grad).norm() <= 1e-4 * grad.norm() + 1e-6
+    for grad, theirs, reference in zip(mine, eager, exact or eager, strict=True):
+        assert (grad is None) == (reference is None)
+        if grad is not None and theirs is not None and reference is not None:
+            slack = 1e-6 if exact else 2e-4
+            assert (grad - reference).norm() <= 3 * (theirs - reference).norm() + slack * reference.norm()
+
+
+def _exact_gradients(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor | None] | None:
+    """In float64; None for models that cannot compute in it (grouped products), or whose fill values overflow there."""
+    try:
+        exact = _gradients(copy.deepcopy(model).double(), {name: _double(x) for name, x in inputs.items()})
+    except RuntimeError:
+        return None
+    return exact if all(grad is None or grad.isfinite().all() for grad in exact) else None
+
+
+def _gradients(model: Any, inputs: dict[str, Any]) -> list[Tensor | None]:
+    inputs = {name: _leaf(x) for name, x in inputs.items()}
+    out = _first(model(**inputs)).nan_to_num()
+    (out * torch.arange(out.numel()).cos().view_as(out)).sum().backward()  # a sum of squares is constant after a norm
+    leaves = [*(x for x in inputs.values() if x.requires_grad), *model.parameters()]
+    return [_taken(leaf) for leaf in leaves]
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_() if x.is_floating_point() else x
+
+
+def _double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
 
 
 def _taken(leaf: Tensor) -> Tensor | None:
