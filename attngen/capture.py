@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.utils._pytree import tree_map_only
 
 from attngen import backend, compat, pipeline, report
 from attngen import options as option_parsing
+from attngen import plan as plan_files
+from attngen.device import Device, resolve
 from attngen.errors import CannotTrace
+from attngen.options import Options
+from attngen.prepare import Use
 from attngen.report import Report
 
+Look = Callable[[fx.GraphModule, Sequence[Any]], Report]
 
-def optimize(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+
+def optimize(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
+) -> Any:
     """``model`` compiled for the given inputs, with its attention replaced. Raises ``BadOption`` or ``CannotTrace``."""
     option_parsing.parse(options)
     compiled = torch.compile(model, backend=backend.attngen, options=dict(options))
@@ -26,40 +36,138 @@ def optimize(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     return compiled
 
 
-def explain(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]) -> Report:
+def explain(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
+) -> Report:
     """What would be done to ``model``, over all of its graphs. Traced on fake tensors, so nothing is computed."""
     chosen = option_parsing.parse(options)
-    reports: list[Report] = []
+    device = _named(chosen)
 
-    def inspect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        reports.append(pipeline.explain(gm, example_inputs, chosen))
-        return gm.forward
+    def look(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Report:
+        return pipeline.explain(gm, example_inputs, chosen, device)
 
-    traced = torch.compile(model, backend=inspect)
+    reports, stopped = _traced(model, *_fakes(args, kwargs), chosen, look)
+    return _merged(reports, stopped)
+
+
+def generate(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[Report, list[Use]]:
+    """The report and the distinct kernels of ``model``, over all of its graphs.
+
+    Traced on fake tensors. Only a model whose control flow needs real values is run, once, as it is.
+    """
+    chosen = option_parsing.parse(options)
+    device = _named(chosen)
+    plans = plan_files.read(chosen.plan) if chosen.plan else None
+    uses: dict[str, Use] = {}
+
+    def look(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Report:
+        found, used = pipeline.optimize(gm, example_inputs, chosen, plans, device)
+        uses.update({use.kernel.name: use for use in used if use.kernel.name not in uses})
+        return found
+
+    reports, stopped = _traced(model, *_fakes(args, kwargs), chosen, look)
+    if stopped is not None:
+        reports, stopped = _traced(model, None, args, kwargs, chosen, look)
+    return _merged(reports, stopped), list(uses.values())
+
+
+def _named(options: Options) -> Device | None:
+    """The target that was asked for by name, wherever the inputs are."""
+    return None if options.target == "auto" else resolve(options.target)
+
+
+# ---------------------------------------------------------------------------------------------------------------- trace
+
+
+def _fakes(
+    args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[compat.FakeTensorMode, Sequence[Any], Mapping[str, Any]]:
+    """The inputs as fake tensors, and the mode that they live in."""
     mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(value: torch.Tensor) -> torch.Tensor:
         return mode.from_tensor(value, static_shapes=True)
 
     fake_args, fake_kwargs = tree_map_only(torch.Tensor, fake, (tuple(args), dict(kwargs)))
+    return mode, fake_args, fake_kwargs
+
+
+def _traced(
+    model: Callable[..., Any], mode: compat.FakeTensorMode | None, args: Sequence[Any], kwargs: Mapping[str, Any],
+    options: Options, look: Look,
+) -> tuple[list[Report], Exception | None]:  # fmt: skip
+    """``look`` at every graph of ``model``: what it reports, and what ended the run after the first graph, if so.
+
+    Raises ``CannotTrace`` if that was before the first graph.
+    """
+    reports: list[Report] = []
+
+    def inspect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        reports.append(_looked(look, gm, example_inputs, options))
+        return gm.forward
+
     try:
-        with mode:
-            traced(*fake_args, **fake_kwargs)
-    except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as problem:
+        with compat.looking_at(model, inspect) as traced:
+            if mode is None:
+                traced(*args, **kwargs)
+            else:
+                with mode:
+                    traced(*args, **kwargs)
+    except Exception as problem:  # whatever the model itself raises
+        if options.raises:
+            raise
         if not reports:
             raise CannotTrace(_untraceable(problem)) from problem
-        note = f"Tracing stopped after {len(reports)} graphs: {_first_line(problem)}"
-        return report.merge([*reports, Report(reports[0].device, (), (note,))])
+        return reports, problem
+    return reports, None
+
+
+def _looked(look: Look, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Report:
+    """A failure of ours on one graph is a note, and the other graphs are still looked at."""
+    try:
+        return look(gm, example_inputs)
+    except Exception as problem:
+        if options.raises:
+            raise
+        return Report("", (), (f"A graph was not analysed: {type(problem).__name__}: {problem}",))
+
+
+def _merged(reports: list[Report], stopped: Exception | None) -> Report:
+    if not reports:
+        raise CannotTrace("torch.compile captured no graph of this model: its code may be excluded from tracing.")
+    if stopped is not None:
+        graphs = f"{len(reports)} graph{'' if len(reports) == 1 else 's'}"
+        reason = _first_line(_cause(stopped))
+        if isinstance(stopped, compat.DataDependentOutputException):
+            reason = f"the model then decides by values, which only running it can tell ({reason})"
+        reports = [*reports, Report("", (), (f"Tracing stopped after {graphs}: {reason}",))]
     return report.merge(reports)
 
 
-def is_module(value: object) -> bool:
-    return isinstance(value, nn.Module)
+# --------------------------------------------------------------------------------------------------------------- errors
 
 
-def _untraceable(problem: BaseException) -> str:
-    return f"The model cannot be traced: {_first_line(problem)}"
+def _untraceable(problem: Exception) -> str:
+    """What the model raised, and at which line of whose code (torch's own frames left out)."""
+    cause = _cause(problem)
+    own = tuple(str(Path(module.__file__ or "").parent) for module in (torch, backend))
+    traced = [*traceback.extract_tb(problem.__traceback__), *(getattr(problem, "real_stack", None) or ())]
+    frames = [frame for frame in traced if not frame.filename.startswith(own)]
+    place = f"\n  at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+    return f"The model cannot be traced: {type(cause).__name__}: {_first_line(cause)}{place}"
+
+
+def _cause(problem: BaseException) -> BaseException:
+    """What went wrong under what Dynamo says of it."""
+    while isinstance(problem, torch._dynamo.exc.TorchDynamoException):
+        below = problem.__cause__ or problem.__context__
+        if below is None:
+            break
+        problem = below
+    return problem
 
 
 def _first_line(problem: BaseException) -> str:
-    return next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+    return next((line for line in str(problem).splitlines() if line.strip()), "no message")

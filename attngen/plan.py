@@ -1,19 +1,23 @@
 """Plan files: the choices made for a model, to be made again elsewhere.
 
-A file names specs, problems and tiles and nothing that runs: kernel text is always rendered from the installed templates.
-An entry for another version of the template is ignored with a warning; a file that does not read as a plan is refused.
+A file names specs, problems and tiles and nothing that runs: kernel text is always rendered from the installed
+templates. An entry for another version of the template is ignored with a warning. A file that is no plan is refused.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import attngen
-from attngen.emit import TEMPLATE, template_digest
+from attngen.emit import TEMPLATE, Kernel, template_digest
 from attngen.errors import BadPlan
+from attngen.report import Report
 from attngen.spec import AttentionSpec, Problem, Tile
 
 log = logging.getLogger("attngen")
@@ -23,11 +27,14 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+Side = Literal[16, 32, 64, 128, 256]  # Triton's blocks are powers of two, its products at least 16 wide
+
+
 class TileRecord(_Record):
-    rows: int = Field(ge=1, le=1024)
-    keys: int = Field(ge=1, le=1024)
-    warps: int = Field(ge=1, le=32)
-    stages: int = Field(ge=1, le=16)
+    rows: Side
+    keys: Side
+    warps: Literal[1, 2, 4, 8, 16]
+    stages: int = Field(ge=1, le=8)
 
 
 class Entry(_Record):
@@ -53,7 +60,9 @@ class PlanFile(_Record):
         same = [e for e in self.entries if e.spec == spec.key]
         stale = [e for e in same if e.template != template_digest(TEMPLATE)]
         if stale:
-            log.warning("the plan's choice for %s was made for another version of %s and is ignored", stale[0].where, TEMPLATE)
+            log.warning(
+                "the plan's choice for %s was made for another version of %s and is ignored", stale[0].where, TEMPLATE
+            )
             same = [e for e in same if e not in stale]
         sizes = (list(problem.batch), problem.rows, problem.keys)
         exact = [e for e in same if (e.batch, e.rows, e.keys) == sizes]
@@ -62,7 +71,7 @@ class PlanFile(_Record):
 
 
 def entry(spec: AttentionSpec, problem: Problem, tile: Tile, where: str, kernel: str) -> Entry:
-    record = TileRecord(rows=tile.rows, keys=tile.keys, warps=tile.warps, stages=tile.stages)
+    record = TileRecord.model_validate(asdict(tile))
     return Entry(
         spec=spec.key, batch=list(problem.batch), rows=problem.rows, keys=problem.keys, tile=record,
         template=template_digest(TEMPLATE), where=where, kernel=kernel,
@@ -71,6 +80,19 @@ def entry(spec: AttentionSpec, problem: Problem, tile: Tile, where: str, kernel:
 
 def new(device: str, entries: list[Entry]) -> PlanFile:
     return PlanFile(attngen=attngen.__version__, device=device, entries=entries)
+
+
+def of(report: Report, kernels: Sequence[Kernel]) -> PlanFile:
+    """The choices of every replaced site of a report, one entry for each kernel and size."""
+    by_name = {kernel.name: kernel for kernel in kernels}
+    entries: dict[tuple[str, Problem], Entry] = {}
+    for site in report.replaced:
+        assert site.sizes is not None
+        problem = Problem(tuple(site.sizes["batch"]), site.sizes["rows"], site.sizes["keys"])
+        kernel = by_name[site.kernel]
+        made = entry(kernel.spec, problem, kernel.tile, site.where, site.kernel)
+        entries.setdefault((site.kernel, problem), made)
+    return new(report.device, list(entries.values()))
 
 
 def read(path: str | Path) -> PlanFile:
@@ -84,4 +106,6 @@ def read(path: str | Path) -> PlanFile:
     except (OSError, ValidationError, ValueError) as problem:
         first = problem.errors()[0] if isinstance(problem, ValidationError) else None
         detail = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(problem)
-        raise BadPlan(f"{path} is not a plan file of attngen ({detail}). Write it again with: attngen optimize") from None
+        raise BadPlan(
+            f"{path} is not a plan file of attngen ({detail}). Write it again with: attngen optimize"
+        ) from None

@@ -26,6 +26,8 @@ class SiteReport:
     ``hbm_bytes``     bytes moved to and from device memory by one call, {"before": ..., "after": ...}
     ``error``         largest difference from float64, where verified; ``budget`` is what was allowed
     ``kernel``        name of the generated module
+    ``sizes``         of one call: batch extents, query rows, keys
+    ``compiled``      what the ahead-of-time compiler made of the kernel: arch, registers, spills, shared memory
     ``formula``       the cost formula with numbers, line by line
     """
 
@@ -41,6 +43,8 @@ class SiteReport:
     budget: float | None = None
     kernel: str = ""
     operator: str = ""
+    sizes: dict[str, Any] | None = None
+    compiled: dict[str, Any] | None = None
     formula: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
 
@@ -87,7 +91,8 @@ def merge(reports: list[Report]) -> Report:
             seconds[stage] = seconds.get(stage, 0.0) + spent
     sites = tuple(site for report in reports for site in report.sites)
     notes = tuple(dict.fromkeys(note for report in reports for note in report.notes))
-    return Report(reports[0].device if reports else "", sites, notes, seconds)
+    device = next((report.device for report in reports if report.device), "")
+    return Report(device, sites, notes, seconds)
 
 
 def updated(report: Report, changes: dict[str, dict[str, Any]]) -> Report:

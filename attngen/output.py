@@ -1,0 +1,104 @@
+"""The directory that ``attngen optimize`` writes: kernels, plan, report and a loader; all of it or nothing.
+
+It is staged in a directory inside the one to fill, which shows before any work that it can be written, and moved into
+place at the end, the plan last: whatever happens, the plan that is there names what is there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from attngen.errors import CannotWrite
+
+PLAN, REPORT, LOADER, KERNELS = "plan.json", "report.json", "load.py", "kernels"
+STAGE = ".attngen-"
+
+LOADER_TEXT = '''\
+"""The choices attngen made for {model}, planned for {device}. They are in plan.json, beside this file:
+
+    from load import compiled
+
+    fast = compiled(model)
+"""
+
+from pathlib import Path
+
+import attngen
+import torch
+
+
+def compiled(model):
+    return torch.compile(model, backend=attngen.load(Path(__file__).parent))
+'''
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A place to write files for ``folder``. They move there if the block ends well; otherwise nothing stays.
+
+    Raises ``CannotWrite``, before the block if that can be known.
+    """
+    _refuse_foreign(folder)
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=STAGE, dir=folder))
+    try:
+        yield stage
+        with _writing(folder):
+            _move(stage, folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        with suppress(OSError):  # the first that holds something ends it
+            for each in missing:
+                each.rmdir()
+
+
+def write(stage: Path, model: str, device: str, plan: str, report: str, kernels: Sequence[tuple[str, str]]) -> None:
+    """Fill a stage: ``plan`` and ``report`` as JSON, ``kernels`` as (name, source)."""
+    with _writing(stage.parent):
+        (stage / KERNELS).mkdir()
+        for name, source in kernels:
+            (stage / KERNELS / f"{name}.py").write_text(source)
+        (stage / REPORT).write_text(report + "\n")
+        (stage / LOADER).write_text(LOADER_TEXT.format(model=model, device=device))
+        (stage / PLAN).write_text(plan + "\n")
+
+
+def _move(stage: Path, folder: Path) -> None:
+    (folder / KERNELS).mkdir(exist_ok=True)
+    fresh = {source.name for source in (stage / KERNELS).iterdir()}
+    for name in fresh:
+        os.replace(stage / KERNELS / name, folder / KERNELS / name)
+    for name in (REPORT, LOADER, PLAN):
+        os.replace(stage / name, folder / name)
+    for old in (folder / KERNELS).glob("fwd_*.py"):
+        if old.name not in fresh:
+            old.unlink()
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """A directory with other things in it is not filled: ``-o .`` must not overwrite somebody's ``load.py``."""
+    if not folder.is_dir():
+        return
+    with _writing(folder):
+        held = [each.name for each in folder.iterdir() if not each.name.startswith(STAGE)]
+    if held and PLAN not in held:
+        raise CannotWrite(
+            f"{folder} is not empty and was not written by attngen (no {PLAN}). Choose another directory with -o."
+        )
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        raise CannotWrite(
+            f"{folder} cannot be written: {problem.strerror or problem}. Choose another with -o."
+        ) from problem

@@ -1,0 +1,286 @@
+"""What the command line shows: progress on stderr, the table of sites and its summary on stdout."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from attngen.aot import Binary
+from attngen.errors import AttngenError
+from attngen.report import Report, SiteReport
+from attngen.verify import Check
+
+_WHERE = re.compile(r"(?P<path>.*) \((?P<line>[^()]*:\d+)\)|(?P<alone>[^ ]*:\d+)")
+
+
+def console(*, stderr: bool = False) -> Console:
+    return Console(stderr=stderr, highlight=False, markup=False)
+
+
+# -------------------------------------------------------------------------------------------------------------- numbers
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units, three digits: ``33.6 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB" if count < 999.5 else f"{count:.0f} TB"
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.3f} ms" if value < 1 else f"{value:.3g} ms" if value < 100 else f"{value:.0f} ms"
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+# --------------------------------------------------------------------------------------------------------------- groups
+
+
+@dataclass(frozen=True)
+class Same:
+    """Sites that differ in nothing but the layer they are in. ``path`` covers all: ``layers.0-11.self_attn``."""
+
+    path: str
+    line: str
+    sites: tuple[SiteReport, ...]
+
+    @property
+    def first(self) -> SiteReport:
+        return self.sites[0]
+
+
+def groups(sites: Sequence[SiteReport]) -> list[Same]:
+    """Sites by what they are, in the order of the model."""
+    members: dict[tuple[object, ...], list[tuple[str, SiteReport]]] = {}
+    lines: dict[tuple[object, ...], str] = {}
+    for site in sites:
+        path, line = _split(site.where)
+        pattern = re.sub(r"\d+", "0", path)
+        key = (pattern, line, site.status, site.reason, site.computes, site.tile, site.kernel, site.error)
+        members.setdefault(key, []).append((path, site))
+        lines[key] = line
+    return [
+        Same(joined([path for path, _ in each]), lines[key], tuple(site for _, site in each))
+        for key, each in members.items()
+    ]
+
+
+def _split(where: str) -> tuple[str, str]:
+    """Module path and source line, each possibly empty."""
+    matched = _WHERE.fullmatch(where)
+    if matched is None:
+        return where, ""
+    return matched["path"] or "", matched["line"] or matched["alone"]
+
+
+def joined(paths: Sequence[str]) -> str:
+    """One path for several that differ in whole numbers: ``layers.0-3,6.attn``."""
+    parts = []
+    for column in zip(*(path.split(".") for path in paths), strict=True):
+        distinct = list(dict.fromkeys(column))
+        numbers = all(part.isdigit() for part in distinct)
+        parts.append(_ranges([int(part) for part in distinct]) if numbers else "|".join(distinct))
+    return ".".join(parts)
+
+
+def _ranges(numbers: list[int]) -> str:
+    first, last = numbers[0], numbers[-1]
+    steps = {b - a for a, b in pairwise(numbers)}
+    if len(numbers) > 3 and len(steps) == 1 and steps != {1}:
+        return f"{first},{numbers[1]}..{last}"
+    pieces: list[list[int]] = []
+    for number in numbers:
+        if pieces and number == pieces[-1][-1] + 1:
+            pieces[-1].append(number)
+        else:
+            pieces.append([number])
+    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in pieces)
+
+
+# ---------------------------------------------------------------------------------------------------------------- table
+
+
+def sites(report: Report) -> RenderableType:
+    """The table of replaced (or found) sites, and under it those left alone with their reasons."""
+    shown: list[RenderableType] = []
+    if report.replaced:
+        shown += [_replaced(groups(report.replaced)), Text()]
+    if report.missed:
+        shown += [_missed(groups(report.missed)), Text()]
+    return Group(*shown)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _replaced(found: list[Same]) -> Table:
+    table = _table("Site", "Kernel", "Per call")
+    table.columns[1].no_wrap = table.columns[2].no_wrap = True
+    for number, each in enumerate(found):
+        if number:
+            table.add_row()
+        expression, *sizes = each.first.computes.rsplit(", ", 4)
+        site = _site(each).append(f"\n{expression}\n{', '.join(sizes)}", style="not dim")
+        table.add_row(site, _kernel(each.first), _per_call(each.first))
+    return table
+
+
+def _missed(found: list[Same]) -> Table:
+    table = _table("Left as it was", "Reason")
+    for number, each in enumerate(found):
+        if number:
+            table.add_row()
+        table.add_row(_site(each), Text(each.first.reason))
+    return table
+
+
+def _site(each: Same) -> Text:
+    text = Text.assemble((each.path or each.line, "cyan"))
+    if len(each.sites) > 1:
+        text.append(f"  x{len(each.sites)}", style="bold")
+    if each.path and each.line:
+        text.append(f"\n{each.line}", style="dim")
+    return text
+
+
+def _kernel(site: SiteReport) -> Text:
+    lines = [site.kernel, site.tile] if site.kernel else [site.tile]
+    if site.compiled is not None:
+        lines.append(f"{site.compiled['registers']} registers")
+        if site.compiled["spills"]:
+            lines.append(f"{site.compiled['spills']} B spilled")
+    return Text("\n".join(lines))
+
+
+def _per_call(site: SiteReport) -> Text:
+    lines = []
+    if site.predicted_ms is not None:
+        lines.append(milliseconds(site.predicted_ms))
+    if site.hbm_bytes is not None:
+        lines.append(f"{size(site.hbm_bytes['before'])} -> {size(site.hbm_bytes['after'])}")
+    if site.error is not None:
+        lines.append(f"error {site.error:.1e}")
+        lines.append(f"  of {site.budget:.1e}")
+    return Text("\n".join(lines))
+
+
+# -------------------------------------------------------------------------------------------------------------- summary
+
+
+def summary(report: Report) -> Text:
+    """One paragraph of totals."""
+    if not report.sites:
+        return Text("No attention was found in this model; nothing to replace.")
+    if not report.replaced:
+        return Text(
+            f"Nothing was replaced: {counted(len(report.missed), 'site')} left as it was, see the reasons above."
+        )
+    verb = "can be replaced" if report.replaced[0].status == "found" else "replaced"
+    time_ms = sum(site.predicted_ms or 0 for site in report.replaced)
+    before, after = (
+        sum((site.hbm_bytes or {}).get(which, 0) for site in report.replaced) for which in ("before", "after")
+    )
+    kernels = len({site.kernel for site in report.replaced if site.kernel})
+    by = f" by {counted(kernels, 'kernel')}" if kernels else ""
+    factor = f", {before / after:.0f}x less" if after and before >= 2 * after else ""
+    return Text.assemble(
+        (f"{len(report.replaced)} of {counted(len(report.sites), 'site')} {verb}{by}.", "bold green"),
+        f" Predicted for {report.device}: {milliseconds(time_ms)} of attention per call of the model,"
+        f" HBM traffic {size(before)} -> {size(after)}{factor}.",
+    )
+
+
+def formulas(report: Report) -> RenderableType:
+    """The cost formula of each group, with its numbers, line by line."""
+    shown: list[RenderableType] = []
+    for each in groups(report.replaced):
+        shown.append(Text(f"{each.path}: tile {each.first.tile}", style="bold"))
+        shown += [Text(f"  {line}") for line in each.first.formula]
+        shown += [Text(f"  refused {line}", style="dim") for line in each.first.refused]
+        shown.append(Text())
+    return Group(*shown)
+
+
+def found(report: Report) -> str:
+    left = f", {len(report.missed)} left as it was" if report.missed else ""
+    return f"{counted(len(report.replaced), 'site')} found{left}"
+
+
+def model(value: object) -> str:
+    """The class of a module and how many parameters it has, or the name of a function."""
+    if not isinstance(value, nn.Module):
+        return f"{getattr(value, '__name__', type(value).__name__)}()"
+    count = sum(parameter.numel() for parameter in value.parameters())
+    number = str(count) if count < 1e5 else f"{count / 1e6:.3g} M" if count < 1e9 else f"{count / 1e9:.3g} G"
+    return f"{type(value).__name__}, {number} parameters"
+
+
+def binaries(values: Collection[Binary | AttngenError]) -> str:
+    built = [value for value in values if isinstance(value, Binary)]
+    if len(built) < len(values):
+        return f"{len(values) - len(built)} failed"
+    spilling = sum(value.spills > 0 for value in built)
+    spills = f"{spilling} of them spill" if spilling else "no spills"
+    return f"at most {max(value.registers for value in built)} registers, {spills}"
+
+
+def verdict(values: Collection[Check | AttngenError]) -> str:
+    failed = sum(isinstance(value, AttngenError) for value in values)
+    return f"{failed} failed" if failed else "within the error budget"
+
+
+def written(folder: Path) -> Text:
+    return Text.assemble(
+        (f"Written to {folder}: kernels/, plan.json, report.json, load.py.\n", "bold"),
+        f'Use it: torch.compile(model, backend=attngen.load("{folder}"))',
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- progress
+
+
+@dataclass
+class Stage:
+    """A stage that is running; ``result`` is what its line will say."""
+
+    doing: str
+    result: str = ""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Stages on stderr: a spinner while one runs on a terminal, one line when it is done."""
+
+    console: Console
+
+    def say(self, text: str) -> None:
+        self.console.print(Text(text))
+
+    @contextmanager
+    def stage(self, name: str, doing: str, *, started: float | None = None) -> Iterator[Stage]:
+        started = time.perf_counter() if started is None else started
+        stage = Stage(doing)
+        with self.console.status(Text(f"{name}: {doing}")):
+            yield stage
+        line = Text(f"  {name:<8}", style="bold").append(stage.result or doing, style="not bold")
+        line.append(f"  {time.perf_counter() - started:.1f} s", style="dim not bold")
+        self.console.print(line)

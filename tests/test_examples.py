@@ -1,0 +1,97 @@
+"""The examples: their numbers are eager's, and the command line does with them what the README says."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map_only
+from typer.testing import CliRunner
+
+import attngen
+from attngen import compat, modelfile, verify
+from attngen.cli import app
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+EXPECTED = {
+    "llama": {"softmax(qk*0.125; causal)": 4},
+    "gpt2": {"softmax(qk*0.125; where not(t0[i, j] == 0))": 4},
+    "gemma2": {
+        "softmax(tanh(qk*0.0625/50)*50; causal & window(256))": 2,
+        "softmax(tanh(qk*0.0625/50)*50; causal)": 2,
+    },
+    "t5": {
+        "softmax(qk + t0[h, j + size_i - 1 - i]; padding)": 3,
+        "softmax(qk + t0[h, j + size_i - 1 - i]; causal)": 3,
+        "softmax(qk; padding)": 3,
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def computed(sites: list[dict[str, Any]]) -> dict[str, int]:
+    """How many sites compute each expression."""
+    expressions = [site["computes"].rsplit(", ", 4)[0] for site in sites]
+    return {expression: expressions.count(expression) for expression in expressions}
+
+
+def first(output: Any) -> torch.Tensor:
+    tensor: torch.Tensor = output if isinstance(output, torch.Tensor) else output.last_hidden_state
+    return tensor
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_numbers_are_eagers(name: str) -> None:
+    """At some length beyond the window of Gemma-2, to save time."""
+    with modelfile.opened(EXAMPLES / f"{name}.py") as example, torch.no_grad(), attngen.record() as reports:
+        assert isinstance(example.model, torch.nn.Module)
+        args, kwargs = tree_map_only(torch.Tensor, lambda x: x[:, :300], (example.args, example.kwargs))
+        compiled = torch.compile(example.model, backend="attngen", options={"inner": "eager", "strict": True})
+        actual, eager = (first(model(*args, **kwargs)) for model in (compiled, example.model))
+        exact = first(copy.deepcopy(example.model).double()(*args, **kwargs))
+    assert computed([site for report in reports for site in report.to_dict()["sites"]]) == EXPECTED[name]
+    verdict = verify.within_budget(actual, exact, eager)
+    assert verdict.ok, str(verdict)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_each_is_explained(name: str) -> None:
+    done = CliRunner().invoke(app, ["explain", str(EXAMPLES / f"{name}.py"), "--json", "--target", "h200"])
+    assert done.exit_code == 0, done.stderr
+    sites = json.loads(done.stdout)["sites"]
+    assert computed(sites) == EXPECTED[name]
+    for site in sites:
+        assert site["status"] == "found" and 0.003 < site["predicted_ms"] < 0.2
+        assert site["hbm_bytes"]["before"] > 4 * site["hbm_bytes"]["after"]
+
+
+@pytest.mark.skipif(compat.interpreter_problem() is not None, reason="no interpreter of Triton")
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_kernels_are_compiled_verified_and_written(name: str, tmp_path: Path) -> None:
+    arguments = ["--json", "--target", "h200", "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, ["optimize", str(EXAMPLES / f"{name}.py"), *arguments])
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert computed(report["sites"]) == EXPECTED[name]
+    for site in report["sites"]:
+        assert site["status"] == "replaced" and 0 < site["error"] <= site["budget"]
+        assert site["compiled"]["arch"] == 90 and site["compiled"]["spills"] == 0
+    assert len(list((tmp_path / "out/kernels").iterdir())) == len(EXPECTED[name])
+
+
+def test_main_compares_with_eager(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    assert import_module("gpt2").main(inner="eager") < 1e-5
+    assert "4 sites, 4 replaced" in capsys.readouterr().out
