@@ -468,7 +468,8 @@ def rebuild(expr: Expr, children: tuple[Expr, ...]) -> Expr:
     if isinstance(expr, Access):
         return Access(expr.source, children)
     if isinstance(expr, Dot):
-        return Dot(*children, expr.axis, expr.node)  # type: ignore[arg-type]
+        left, right = children
+        return Dot(left, right, expr.axis, expr.node)  # type: ignore[arg-type]
     if isinstance(expr, Reduce):
         return Reduce(expr.name, expr.axis, children[0])
     return expr

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from attngen import options as option_parsing
 from attngen import plan as plan_files
+from attngen.errors import VerificationFailed
 from attngen.options import Options
+
+if TYPE_CHECKING:
+    from attngen.prepare import Pending
 
 log = logging.getLogger("attngen")
 
@@ -28,26 +32,42 @@ def attngen(
     """The backend, as the entry point names it. Raises ``BadOption`` or ``BadPlan`` for what the user asked wrongly."""
     chosen = option_parsing.parse(options, mode)
     plans = plan_files.read(chosen.plan) if chosen.plan else None
-    _optimized(gm, example_inputs, chosen, plans)
-    return _inner(gm, example_inputs, chosen)
+    pending = _optimized(gm, example_inputs, chosen, plans)
+    compiled = _inner(gm, example_inputs, chosen)
+    if pending is not None:
+        pending.finish()
+    return compiled
 
 
 def _optimized(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, plans: plan_files.PlanFile | None
-) -> None:
+) -> Pending | None:
+    """Replace what can be replaced. Returns the compilation of kernels for the GPU the inputs are on, begun."""
     from attngen.report import Report, publish
 
     try:
         from attngen import pipeline, prepare
 
-        report, kernels = pipeline.optimize(gm, example_inputs, options, plans)
-        report = prepare.run(report, kernels, example_inputs, options)
+        report, uses = pipeline.optimize(gm, example_inputs, options, plans)
+        publish(report)
+        card = pipeline.card(example_inputs)
+        if card is None:
+            return None
+        device = pipeline.planning_device(example_inputs, options)
+        pending = prepare.begin(uses, device)
+        if options.verify:
+            pending.finish()
+            prepare.require(uses, card)
+            return None
+        return pending
+    except VerificationFailed:
+        raise
     except Exception as problem:
         if options.raises:
             raise
         log.warning("attngen leaves this graph as it was: %s: %s", type(problem).__name__, problem)
-        report = Report("", (), (f"not analysed: {type(problem).__name__}: {problem}",))
-    publish(report)
+        publish(Report("", (), (f"not analysed: {type(problem).__name__}: {problem}",)))
+        return None
 
 
 def _inner(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
@@ -57,4 +77,5 @@ def _inner(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) 
     from torch._inductor.compile_fx import compile_fx
 
     patches = torch._inductor.list_mode_options(options.mode) if options.mode != "default" else {}
-    return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
+    return compiled

@@ -29,12 +29,12 @@ from torch.utils._sympy.functions import Max as _TorchMax
 from torch.utils._sympy.functions import Min as _TorchMin
 
 __all__ = [
+    "INLINED_BODIES",
     "DataDependentOutputException",
     "FakeTensor",
     "FakeTensorMode",
     "FloorDiv",
     "GuardOnDataDependentSymNode",
-    "INLINED_BODIES",
     "ShapeEnv",
     "compile_kernel",
     "cuobjdump",

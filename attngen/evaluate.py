@@ -140,7 +140,7 @@ class Evaluator:
         if isinstance(expr, sp.Mod):
             return args[0] % args[1]
         if isinstance(expr, sp.Abs):
-            return abs(args[0])
+            return args[0].abs() if isinstance(args[0], Tensor) else abs(args[0])
         if isinstance(expr, (sp.Max, sp.Min)):
             return reduce(_larger if isinstance(expr, sp.Max) else _smaller, args)
         raise NotImplementedError(f"{expr} in an index")

@@ -103,7 +103,8 @@ def modulo(expr: sp.Expr, divisor: sp.Expr) -> sp.Expr:
 
 
 def _split_multiples(expr: sp.Expr, divisor: sp.Expr) -> tuple[sp.Expr, sp.Expr]:
-    exact, rest = [], []
+    exact: list[sp.Expr] = []
+    rest: list[sp.Expr] = []
     for term in sp.Add.make_args(sp.expand(expr)):
         quotient = sp.cancel(term / divisor) if not term.has(FloorDiv, sp.Mod) else term / divisor
         whole = quotient.is_integer and sp.denom(quotient) == 1
@@ -137,7 +138,8 @@ def reshape(index: Sequence[sp.Expr], shape: Sequence[sp.Expr], source: Sequence
 
 def _groups(shape: Sequence[sp.Expr], source: Sequence[sp.Expr]) -> list[tuple[list[int], list[int]]]:
     groups: list[tuple[list[int], list[int]]] = []
-    new, old = [], []
+    new: list[int] = []
+    old: list[int] = []
     new_size = old_size = ONE
     a = b = 0
     while a < len(shape) or b < len(source):

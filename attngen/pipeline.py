@@ -20,6 +20,7 @@ from torch import fx
 
 from attngen import compat, cost, mask, runtime
 from attngen.algebra import TRUE
+from attngen.aot import Layout, layout_of
 from attngen.choose import Plan, choose
 from attngen.device import Device, probe, resolve
 from attngen.emit import Kernel, emit
@@ -30,9 +31,11 @@ from attngen.passes import replace as replacing
 from attngen.passes.detect import Site
 from attngen.passes.lower import Lowered
 from attngen.plan import PlanFile
+from attngen.prepare import Use
 from attngen.report import Report, SiteReport
 from attngen.spec import AttentionSpec, Problem
 from attngen.text import readable
+from attngen.verify import extents, shape_of
 
 log = logging.getLogger("attngen")
 FAMILY = "portable"
@@ -55,26 +58,32 @@ class Missed:
 
 
 def optimize(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, plans: PlanFile | None = None
-) -> tuple[Report, dict[str, Kernel]]:
-    """Replace every proved site of ``gm`` in place. Returns the report and the kernels used, by name."""
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    plans: PlanFile | None = None,
+    device: Device | None = None,
+) -> tuple[Report, list[Use]]:
+    """Replace every proved site of ``gm`` in place. Returns the report and each distinct kernel with its first use."""
     started = time.perf_counter()
-    device = planning_device(example_inputs, options)
+    device = device or planning_device(example_inputs, options)
     lowered = lower.run(gm, example_inputs)
     found = analyse(lowered, device, options, _trains(gm, example_inputs), plans)
     analysed = time.perf_counter()
-    kernels: dict[str, Kernel] = {}
-    sites = [_replace(each, lowered, device, kernels, options) for each in found]
+    uses: dict[str, Use] = {}
+    sites = [_replace(each, lowered, device, uses, options) for each in found]
     gm.graph.lint()
     gm.recompile()
     seconds = {"analyse": analysed - started, "replace": time.perf_counter() - analysed}
-    return Report(device.label, tuple(sites), seconds=seconds), kernels
+    return Report(device.label, tuple(sites), seconds=seconds), list(uses.values())
 
 
-def explain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Report:
+def explain(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, device: Device | None = None
+) -> Report:
     """What ``optimize`` would do; nothing is emitted or changed."""
     started = time.perf_counter()
-    device = planning_device(example_inputs, options)
+    device = device or planning_device(example_inputs, options)
     found = analyse(lower.run(gm, example_inputs), device, options, _trains(gm, example_inputs))
     sites = [_missed(each) if isinstance(each, Missed) else _described(each, device, "found") for each in found]
     return Report(device.label, tuple(sites), seconds={"analyse": time.perf_counter() - started})
@@ -82,8 +91,12 @@ def explain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options)
 
 def planning_device(example_inputs: Sequence[Any], options: Options) -> Device:
     """The card the inputs are on; for inputs elsewhere, the target that was asked for."""
-    on_gpu = any(isinstance(x, torch.Tensor) and x.device.type == "cuda" for x in example_inputs)
-    return probe() if on_gpu else resolve(options.target)
+    return resolve(options.target) if card(example_inputs) is None else probe()
+
+
+def card(example_inputs: Sequence[Any]) -> torch.device | None:
+    """The GPU that the inputs are on, if they are on one."""
+    return next((x.device for x in example_inputs if isinstance(x, torch.Tensor) and x.device.type == "cuda"), None)
 
 
 # -------------------------------------------------------------------------------------------------------------- analyse
@@ -104,11 +117,12 @@ def analyse(
     found: list[Found | Missed] = []
     for each in detect.run(lowered):
         outcome = _analysed(each, lowered, facts, device, options, training, plans)
-        if isinstance(outcome, Miss):
-            name = each.output.name if isinstance(each, Site) else each.node
-            node = captured.get(name)
-            outcome = Missed(provenance.where(node) if node is not None else name, outcome.reason)
-        found.append(outcome)
+        if isinstance(outcome, Found):
+            found.append(outcome)
+            continue
+        name = each.output.name if isinstance(each, Site) else each.node
+        node = captured.get(name)
+        found.append(Missed(provenance.where(node) if node is not None else name, outcome.reason))
     return found
 
 
@@ -185,12 +199,13 @@ def _numbers(site: Site) -> list[sp.Expr]:
 
 def _problem(site: Site) -> Problem:
     values = {site.query.node, site.keys.node, site.values.node, site.output}
-    known: dict[sp.Symbol, int] = {}
+    known: dict[sp.Symbol, sp.Integer] = {}
     for node in values:
         for size in node.meta["val"].shape:
             expr = compat.size_expr(size)
             if expr.is_Symbol:
-                known[expr] = compat.hint(size)
+                known[expr] = sp.Integer(compat.hint(size))
+
     def measured(extent: sp.Expr) -> int:
         value = extent.xreplace(known)
         return int(value) if value.is_Integer else 1
@@ -204,7 +219,7 @@ def _problem(site: Site) -> Problem:
 
 
 def _replace(
-    each: Found | Missed, lowered: Lowered, device: Device, kernels: dict[str, Kernel], options: Options
+    each: Found | Missed, lowered: Lowered, device: Device, uses: dict[str, Use], options: Options
 ) -> SiteReport:
     if isinstance(each, Missed):
         return _missed(each)
@@ -221,9 +236,26 @@ def _replace(
         return _missed(Missed(each.where, f"internal error: {problem}"))
     if miss is not None:
         return _missed(Missed(each.where, miss.reason))
-    kernels[kernel.name] = kernel
+    uses.setdefault(kernel.name, Use(kernel, each.problem, _layouts(each)))
     described = _described(each, device, "replaced")
     return replace(described, kernel=kernel.name, operator=str(target.name()))
+
+
+def _layouts(each: Found) -> tuple[Layout, ...]:
+    """The tensors that the operator will be called on."""
+    site, bindings = each.placed.site, each.placed.specialised.bindings
+    layouts = []
+    for operand in (site.query, site.keys, site.values):
+        layout = layout_of(operand.node.meta["val"])
+        layouts.append(replace(layout, dtype=str(operand.dtype).removeprefix("torch.")))
+    tables = each.placed.specialised.spec.extras
+    for source, binding in zip(tables, bindings, strict=True):
+        if isinstance(binding, specialise.Table):
+            shape = shape_of(source, extents(each.placed.specialised.spec, each.problem))
+            layouts.append(layout_of(torch.empty(shape, device="meta")))
+        else:
+            layouts.append(layout_of(binding.meta["val"]))
+    return tuple(layouts)
 
 
 _EMITTED: dict[tuple[str, Any, int], Kernel | Miss] = {}
@@ -264,6 +296,7 @@ def _described(each: Found, device: Device, status: str) -> SiteReport:
         tile=str(plan.tile),
         predicted_ms=plan.cost.seconds * 1e3,
         hbm_bytes={"before": before, "after": int(plan.cost.hbm_bytes)},
+        sizes={"batch": list(each.problem.batch), "rows": each.problem.rows, "keys": each.problem.keys},
         formula=tuple(cost.formula(plan, device)),
         refused=tuple(f"{r.tile}: {r.reason}" for r in plan.refused),
     )
@@ -279,5 +312,3 @@ def computes(spec: AttentionSpec, problem: Problem) -> str:
     lengths = f"{'x'.join(map(str, problem.batch)) or '1'} heads, {problem.rows} x {problem.keys}"
     kind = str(spec.query.dtype).removeprefix("torch.")
     return f"softmax({score}{shown}{sinks}), {lengths}, {sizes}, {kind}"
-
-

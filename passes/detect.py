@@ -304,7 +304,7 @@ def _whole(place: tuple[sp.Expr, ...], axes: tuple[Axis, ...]) -> bool:
     if any(p.has(FloorDiv, sp.Mod) for p in place):
         return False
     used = [s for p in place for s in p.free_symbols if isinstance(s, Axis)]
-    return len(used) == len(set(used)) and all(p.subs({a: 0 for a in axes}) == 0 for p in place)
+    return len(used) == len(set(used)) and all(p.subs(dict.fromkeys(axes, 0)) == 0 for p in place)
 
 
 def _interior(dot: Dot, node: fx.Node) -> frozenset[fx.Node]:

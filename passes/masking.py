@@ -63,7 +63,8 @@ def _drowns(fill: float, dtype: torch.dtype) -> bool:
 
 def _unmask(score: Expr, dtype: torch.dtype, *, alone: bool = True) -> tuple[Expr, Expr, list[_Fill]]:
     """The score without its mask, the mask, and the fills. Not ``alone``: something is added to the score later."""
-    mask, fills = TRUE, []
+    mask: Expr = TRUE
+    fills: list[_Fill] = []
     kept = []
     parts = _summands(score)
     alone = alone and len(parts) == 1

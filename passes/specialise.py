@@ -193,7 +193,7 @@ class _Loads:
             return self._tables[expr]
         if not self._is_per_pair(expr) or expr.kind != "float" or self._depends_on_scores(expr):
             return None
-        if not any(isinstance(n, Load) or isinstance(n, Op) and n.name not in CHEAP for n in expr.walk()):
+        if not any(isinstance(n, Load) or (isinstance(n, Op) and n.name not in CHEAP) for n in expr.walk()):
             return None
         diagonal = Axis("r", row.extent + key.extent - 1)
         moved = substitute(expr, {key: row + diagonal - (row.extent - 1)})

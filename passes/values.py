@@ -281,8 +281,7 @@ def _matmul(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
 
 def _matmul_plus(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
     """``beta * self + alpha * (batch1 @ batch2)``."""
-    left = args.get("batch1", args.get("mat1"))
-    right = args.get("batch2", args.get("mat2"))
+    left, right = (args[names[0] if names[0] in args else names[1]] for names in (("batch1", "mat1"), ("batch2", "mat2")))
     axis = reader.bound(node, shape_of(left)[-1])
     product = reader.dot(node, (left, (*index[:-1], axis)), (right, (*index[:-2], axis, index[-1])), axis)
     scaled = op("mul", product, to_float(reader.operand(args["alpha"], ())))

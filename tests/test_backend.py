@@ -162,7 +162,7 @@ def test_inductor_inference_and_training(spelling: str) -> None:
 
 
 def test_fullgraph_and_dynamic_compile_once_for_several_lengths() -> None:
-    model, inputs = zoo.llama("eager")
+    model, _ = zoo.llama("eager")
     graphs = []
 
     def counted(gm: Any, example_inputs: Any) -> Any:

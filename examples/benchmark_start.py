@@ -1,0 +1,116 @@
+"""What attngen costs around the kernel, on a GPU: launching one from compiled code, and cold and warm start.
+
+    python examples/benchmark_start.py --out results.json [--model gpt2]
+
+Launch: host time per call of a compiled function with one tiny attention, less that of the same function without it. Start:
+seconds to the first result in a new process, with empty caches and again with the caches that left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import benchmark
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CALLS = 300
+CACHES = ("ATTNGEN_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+VARIANTS = ("inductor sdpa", "inductor eager", "attngen sdpa", "attngen eager")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True) + 1
+
+
+def nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q + 1
+
+
+def host_us(run: Callable[..., Any], *args: Tensor) -> float:
+    """Microseconds of host time per call: the median over batches that are short enough not to fill the queue."""
+    samples = []
+    for _ in range(15):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(CALLS):
+            run(*args)
+        samples.append((time.perf_counter() - started) / CALLS * 1e6)
+    return statistics.median(samples)
+
+
+def launch() -> dict[str, float]:
+    args = [torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    result = {}
+    with torch.no_grad():
+        base = host_us(torch.compile(nothing, dynamic=False), *args)
+        for backend in ("inductor", "attngen"):
+            torch._dynamo.reset()
+            result[f"{backend}_us"] = host_us(torch.compile(attention, backend=backend, dynamic=False), *args) - base
+    return result
+
+
+def first_call(name: str, variant: str) -> float:
+    """Seconds from the model on the GPU to its first compiled result, in this process."""
+    case = next(case for case in benchmark.CASES if case.name == name)
+    model = case.build().eval().to("cuda", torch.bfloat16)
+    inputs = case.inputs()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    with torch.no_grad():
+        benchmark.output(benchmark.compiled(model, variant), inputs)
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def starts(name: str) -> list[dict[str, Any]]:
+    rows = []
+    for variant in VARIANTS:
+        with tempfile.TemporaryDirectory() as folder:
+            environment = {**os.environ, **{cache: os.path.join(folder, cache.lower()) for cache in CACHES}}
+            command = [sys.executable, __file__, "--child", name, "--variant", variant]
+            seconds = [_child(command, environment) for _ in range(2)]
+        rows.append({"model": name, "variant": variant, "cold_s": seconds[0], "warm_s": seconds[1]})
+        print(f"{name} {variant}: cold {seconds[0]:.1f} s, warm {seconds[1]:.1f} s", flush=True)
+    return rows
+
+
+def _child(command: list[str], environment: dict[str, str]) -> float:
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr[-2000:])
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--model", default="gpt2")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(first_call(args.child, args.variant))
+        return
+    overhead = launch()
+    print({name: round(value, 1) for name, value in overhead.items()}, flush=True)
+    versions = {"torch": torch.__version__}
+    record = {"device": torch.cuda.get_device_name(), "versions": versions, "launch": overhead}
+    record["starts"] = starts(args.model)
+    if args.out:
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

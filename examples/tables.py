@@ -1,0 +1,81 @@
+"""README's tables of measurements, made from the recorded results: ``python examples/tables.py`` writes them anew."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "examples" / "results"
+Record = dict[str, Any]
+
+
+def models(record: Record) -> list[str]:
+    """Milliseconds and peak memory of each variant, a line per model."""
+    names = [row["variant"] for row in record["results"][0]["rows"]]
+    lines = [f"| model | {' | '.join(names)} | speed-up over compiled eager / sdpa |", "|---" * (len(names) + 2) + "|"]
+    for result in record["results"]:
+        rows = {row["variant"]: row for row in result["rows"]}
+        cells = [_cell(rows.get(name)) for name in names]
+        lines.append(f"| {result['model']} | {' | '.join(cells)} | {_ratio(rows, 'eager')} / {_ratio(rows, 'sdpa')} |")
+    ratios = [_speedup({row["variant"]: row for row in result["rows"]}, "eager") for result in record["results"]]
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    return [*lines, "", f"Geometric mean over the compiled eager spelling: {mean:.2f}x. {_machine(record)}"]
+
+
+def _cell(row: Record | None) -> str:
+    return "-" if row is None or row["problem"] else f"{row['ms']:.2f} ms, {row['peak_gib']:.2f} GiB"
+
+
+def _speedup(rows: dict[str, Record], spelling: str) -> float:
+    """Compiled by Inductor over our best spelling."""
+    ours = min(row["ms"] for name, row in rows.items() if name.startswith("attngen") and not row["problem"])
+    return float(rows[f"inductor {spelling}"]["ms"] / ours)
+
+
+def _ratio(rows: dict[str, Record], spelling: str) -> str:
+    peer = rows.get(f"inductor {spelling}")
+    return "-" if peer is None or peer["problem"] else f"{_speedup(rows, spelling):.2f}x"
+
+
+def starts(record: Record) -> list[str]:
+    lines = ["| compiled by | cold start | warm start |", "|---|---|---|"]
+    lines += [f"| {row['variant']} | {row['cold_s']:.1f} s | {row['warm_s']:.1f} s |" for row in record["starts"]]
+    launch = record["launch"]
+    ours, theirs = (f"{launch[name]:.0f} us" for name in ("attngen_us", "inductor_us"))
+    text = f"Host time of one attention call in compiled code: attngen {ours}, SDPA {theirs}."
+    return [*lines, "", f"{text} {_machine(record)}"]
+
+
+def _machine(record: Record) -> str:
+    return f"{record['device']}, {', '.join(f'{name} {version}' for name, version in record['versions'].items())}."
+
+
+TABLES: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
+    "models": ("models.json", models),
+    "starts": ("starts.json", starts),
+}
+
+
+def updated(readme: str) -> str:
+    """``readme`` with each ``<!-- table NAME -->`` block made from its data."""
+    for name, (file, render) in TABLES.items():
+        lines = "\n".join(render(json.loads((RESULTS / file).read_text())))
+        pattern = re.compile(rf"(<!-- table {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        if not pattern.search(readme):
+            raise ValueError(f"README.md has no block for the table {name}")
+        readme = pattern.sub(lambda found, text=lines: found[1] + text + found[2], readme)
+    return readme
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    path.write_text(updated(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The project itself: lint, types, direction of imports, packaging, and that README's tables come from recorded data."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PYTHON = sys.executable
+
+
+def run(*command: str, cwd: Path = ROOT) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_ruff() -> None:
+    run(PYTHON, "-m", "ruff", "check", ".")
+
+
+def test_mypy(tmp_path: Path) -> None:
+    """Strict, on the package as it is installed: type checkers do not follow the mapping of an editable install."""
+    shutil.copytree(ROOT / "attngen", tmp_path / "attngen", ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("passes", "templates"):
+        shutil.copytree(ROOT / part, tmp_path / "attngen" / part, ignore=shutil.ignore_patterns("__pycache__"))
+    run(PYTHON, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "-p", "attngen", cwd=tmp_path)
+
+
+# Each group may import from its own and from groups before it.
+LAYERS = (
+    {"errors", "paths", "compat", "index", "device"},
+    {"algebra", "text", "evaluate"},
+    {"normaliser", "spec", "mask"},
+    {"printer", "work", "formulas", "blockwise", "layout"},
+    {"emit", "cost"},
+    {"choose", "interpret"},
+    {"verify", "aot", "runtime", "plan", "report", "options"},
+    {"prepare"},
+    {"passes"},
+    {"pipeline"},
+    {"backend", "capture"},
+    {"trial", "output", "modelfile"},
+    {"info", "show"},
+    {"cli", "__init__"},
+)
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of attngen that a file imports at its top level, by first name."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module == "attngen":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("attngen."):
+            found.add((node.module or "").split(".")[1])
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "attngen").glob("*.py")), ids=lambda path: path.stem)
+def test_imports_go_one_way(path: Path) -> None:
+    level = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+    assert path.stem in level, "add the module to LAYERS"
+    wrong = {name for name in imports_of(path) if level.get(name, -1) > level[path.stem]}
+    assert not wrong
+
+
+def test_passes_know_nothing_of_kernels() -> None:
+    allowed = set().union(*LAYERS[:3])
+    for path in (ROOT / "passes").glob("*.py"):
+        assert imports_of(path) <= allowed | {"passes"}, path.name
+
+
+def test_wheel_holds_passes_and_templates(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "tests")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    command = ["-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
+    run(PYTHON, *command, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for name in ("attngen/passes/detect.py", "attngen/templates/portable_fwd.py.jinja", "attngen/py.typed"):
+        assert name in names
+    assert not any(name.startswith(("passes/", "templates/", "tests/", "examples/")) for name in names)
+
+
+def test_readme_tables_are_the_recorded_data() -> None:
+    """``python examples/tables.py`` writes them."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    import tables
+
+    readme = (ROOT / "README.md").read_text()
+    assert readme == tables.updated(readme)
+
+
+def test_heavy_libraries_are_imported_late() -> None:
+    heavy = "torch triton sympy transformers matplotlib"
+    code = f"import attngen.cli, sys; print([m for m in {heavy.split()!r} if m in sys.modules])"
+    assert run(PYTHON, "-c", code).strip() == "[]"
