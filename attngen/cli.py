@@ -103,6 +103,7 @@ def optimize(
 
         options = _options(target, only, skip, traceback)
         folder = output or Path("attngen-out") / model.stem
+        outputs.refuse_bad_cache()
         with outputs.staged(folder) as stage:
             progress = show.Progress(show.console(stderr=True))
             device, card = _planned_for(progress, target)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from attngen import paths
 from attngen.errors import CannotWrite
 
 PLAN, REPORT, LOADER, KERNELS = "plan.json", "report.json", "load.py", "kernels"
@@ -68,6 +69,18 @@ def write(stage: Path, model: str, device: str, plan: str, report: str, kernels:
         (stage / REPORT).write_text(report + "\n")
         (stage / LOADER).write_text(LOADER_TEXT.format(model=model, device=device))
         (stage / PLAN).write_text(plan + "\n")
+
+
+def refuse_bad_cache() -> None:
+    """Kernels are kept in the cache directory too. Raises ``CannotWrite`` if they cannot be."""
+    try:
+        with tempfile.TemporaryFile(dir=paths.cache_dir()):
+            pass
+    except OSError as problem:
+        raise CannotWrite(
+            f"the cache directory cannot be written: {problem.strerror or problem} ({problem.filename}). "
+            "Name another in the environment variable ATTNGEN_CACHE_DIR."
+        ) from problem
 
 
 def _move(stage: Path, folder: Path) -> None:

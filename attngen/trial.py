@@ -35,7 +35,7 @@ Binaries = Mapping[str, Binary | AttngenError]
 def begin(uses: Sequence[Use], device: Device) -> Compilation:
     """Start compiling every kernel for ``device``. Raises ``Unavailable``, saying why, where that cannot be done."""
     if not isinstance(device.arch, int):
-        raise Unavailable(f"not compiled ahead of time: that is done for NVIDIA devices, not for {device.label}")
+        raise Unavailable(f"that is done for NVIDIA devices, not for {device.label}")
     return aot.begin([Job(kernel_path(use.kernel), use.inputs) for use in uses], device.arch)
 
 

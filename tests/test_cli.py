@@ -22,8 +22,9 @@ from typer.testing import CliRunner, Result
 import attngen
 from attngen import compat, output, pipeline, show, trial, verify
 from attngen.cli import app
+from attngen.device import DEVICES
 from attngen.emit import Kernel, emit
-from attngen.errors import CannotWrite
+from attngen.errors import CannotWrite, Unavailable
 from attngen.report import Report, SiteReport
 from attngen.spec import Problem, Tile
 
@@ -272,6 +273,18 @@ def test_bad_files_end_with_one_message(command: str, text: str, code: int, said
     assert tree() == {"model.py"}
 
 
+def test_a_cache_that_cannot_be_written_is_found_before_the_file_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", "/dev/null/cache")
+    done = run("optimize", model_file("raise RuntimeError('it ran')"))
+    assert done.exit_code == 5 and "ATTNGEN_CACHE_DIR" in done.stderr and "/dev/null/cache" in done.stderr
+    assert "it ran" not in done.stderr and tree() == {"model.py"}
+
+
+def test_kernels_are_compiled_ahead_for_nvidia_only() -> None:
+    with pytest.raises(Unavailable, match="not for AMD"):
+        trial.begin([], DEVICES["mi300x"])
+
+
 def test_traceback_is_shown_if_asked_for() -> None:
     done = run("explain", model_file("import nowhere_at_all"), "--traceback")
     assert done.exit_code == 3 and "Traceback (most recent call last)" in done.stderr
@@ -472,8 +485,6 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_info_lists_versions_and_every_device() -> None:
-    from attngen.device import DEVICES
-
     done = run("info")
     assert done.exit_code == 0 and torch.__version__ in done.stdout and attngen.__version__ in done.stdout
     for device in DEVICES.values():
