@@ -6,6 +6,7 @@ value. So a spec is checked against the model's own numbers, and lowering agains
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -93,6 +94,7 @@ class Analysis:
 
 class _Recorder(fx.Interpreter):
     def __init__(self, graph: fx.Graph, values: dict[fx.Node, Any]) -> None:
+        assert graph.owning_module is not None
         super().__init__(graph.owning_module, garbage_collect_values=False)
         self._values = values
 
@@ -140,3 +142,39 @@ def analyse(module: nn.Module, inputs: Mapping[str, Any], *, grad: bool = False)
         compiled(**inputs)
     (analysis,) = analyses
     return analysis
+
+
+# -------------------------------------------------------------------------------------------------- attention by hand
+
+Function = Callable[..., Any]
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-1, -2)
+
+
+def weights(q: Tensor, k: Tensor) -> Tensor:
+    return torch.softmax(scores(q, k), -1)
+
+
+class Module(nn.Module):
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, **inputs: Tensor) -> Any:
+        return self.function(**inputs)
+
+
+def inputs_of(function: Function) -> dict[str, Tensor]:
+    """q, k, v of [batch 2, heads 4, length 12, width 16]; ``m``: truth values with a full row; ``w``: [12, 12]."""
+    torch.manual_seed(0)
+    known = {name: torch.randn(2, 4, 12, 16) for name in "qkv"}
+    known["m"] = torch.rand(12, 12) > 0.6
+    known["m"][3] = True
+    known["w"] = torch.randn(12, 12)
+    return {name: known[name] for name in inspect.signature(function).parameters}
+
+
+def analysed(function: Function) -> Analysis:
+    return analyse(Module(function), inputs_of(function))

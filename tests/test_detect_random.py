@@ -66,13 +66,13 @@ CHANGED: list[Step] = [
     lambda s, x: s - s.amax(-2, keepdim=True),
 ]
 MASKED: list[Step] = [
-    *(lambda s, x, fill=fill: s.masked_fill(x["mask"], fill) for fill in FILLS),  # type: ignore[misc]
-    *(lambda s, x, fill=fill: s.masked_fill_(upper(), fill) for fill in FILLS),  # type: ignore[misc]
+    *(lambda s, x, fill=fill: s.masked_fill(x["mask"], fill) for fill in FILLS),
+    *(lambda s, x, fill=fill: s.masked_fill_(upper(), fill) for fill in FILLS),
     lambda s, x: s * (1 - x["mask"].float()) - 1e4 * x["mask"].float(),
     lambda s, x: s + x["mask"].float() * -1e30,
 ]
 LIBRARY: list[Step] = [*[lambda s, x: s.softmax(-1)] * 5, lambda s, x: s.softmax(-2), lambda s, x: s.softmax(1)]
-HAND_WRITTEN: list[Step] = [  # these lose a row whose scores are all huge and negative to rounding; the softmax does not
+HAND_WRITTEN: list[Step] = [  # without the maximum, a row of huge negative scores is lost to rounding
     lambda s, x: s.exp() / s.exp().sum(-1, keepdim=True),
     lambda s, x: s.log_softmax(-1).exp(),
     lambda s, x: (s - s.logsumexp(-1, keepdim=True)).exp(),

@@ -45,7 +45,7 @@ def _model(kind: str, config: Any, how: str) -> nn.Module:
 
 # ------------------------------------------------------------------------------------------- Hugging Face, by family
 
-_COMMON = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+_COMMON: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 
 
 def gpt2(how: str, *, padded: bool = False) -> Example:
@@ -240,7 +240,7 @@ class Row:
 
 _GROUPED = "b, (h//2), 0"
 _SOFTCAP = "tanh(qk*0.0625/50)*50"
-_BUCKETS = {"score": "qk + t0[h, j + size_i - 1 - i]", "tables": 1}
+_BUCKETS: dict[str, Any] = {"score": "qk + t0[h, j + size_i - 1 - i]", "tables": 1}
 _T5_LAYER = (Expected("causal", **_BUCKETS), Expected("padding", "qk"))
 _CAUSAL, _WINDOW = Expected("causal", keys=_GROUPED), Expected("causal & window(4)", keys=_GROUPED)
 
