@@ -135,6 +135,8 @@ class Evaluator:
             return reduce(lambda a, b: a + b, args)
         if isinstance(expr, sp.Mul):
             return reduce(lambda a, b: a * b, args)
+        if isinstance(expr, sp.Pow) and expr.exp.is_Integer and expr.exp.is_positive:
+            return args[0] ** int(expr.exp)
         if isinstance(expr, FloorDiv):
             return args[0] // args[1]
         if isinstance(expr, sp.Mod):
