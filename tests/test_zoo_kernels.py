@@ -1,0 +1,149 @@
+"""The kernel of every site of the zoo: right in Triton's interpreter, and compiled for several GPUs without spills.
+
+In the interpreter each kernel runs twice: on the very tensors that the model passes, whatever their strides, and on random
+ones over several tiles of rows and keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from analysis import analyse
+from test_models_half import in_dtype, short
+from torch import Tensor
+
+from attngen import compat
+from attngen.aot import Binary, Job, begin
+from attngen.blockwise import sizes_of
+from attngen.choose import Plan, choose
+from attngen.device import DEVICES
+from attngen.emit import Kernel, emit
+from attngen.errors import VerificationFailed
+from attngen.spec import KEY, ROW, AttentionSpec, Problem
+from attngen.verify import check, run_interpreted, sample_inputs
+
+pytest.importorskip("triton")
+
+BY_NAME = {row.name: row for row in zoo.ROWS}
+MORE_ROWS = 25  # than the site has, so that tiles of 16 are four and ragged
+# Every row in half precision; in float32 the plain modules, and models of each kind of score.
+MODELS = ("gpt2_padded_eager", "t5_eager", "gemma2_eager", "bloom_padded_eager", "gpt_oss_eager")
+SINGLE = [name for name in BY_NAME if name in MODELS or not name.endswith(("_eager", "_sdpa"))]
+WANTED = [(name, torch.float16) for name in BY_NAME] + [(name, torch.float32) for name in SINGLE]
+SITES = [(f"{name}-{n}-{short(d)}", name, n, d) for name, d in WANTED for n in range(len(BY_NAME[name].sites))]
+
+
+@dataclass(frozen=True)
+class SiteKernel:
+    """One site of a model: what it computes, the kernel chosen for it, and the tensors that the model passes to it."""
+
+    spec: AttentionSpec
+    problem: Problem
+    kernel: Kernel
+    inputs: list[Tensor]
+
+    @cached_property
+    def random(self) -> list[Tensor]:
+        rows, keys = self.problem.rows + MORE_ROWS, self.problem.keys + MORE_ROWS
+        return sample_inputs(self.spec, replace(self.problem, rows=rows, keys=keys))
+
+
+def kernel_for(spec: AttentionSpec, problem: Problem, device: str) -> Kernel:
+    plan = choose(spec, problem, DEVICES[device])
+    assert isinstance(plan, Plan), str(plan)
+    kernel = emit(plan.spec, plan.tile, l2_bytes=DEVICES[device].l2_bytes)
+    assert isinstance(kernel, Kernel), str(kernel)
+    return kernel
+
+
+def kernels_of(name: str, dtype: torch.dtype) -> Iterator[SiteKernel]:
+    found = analyse(*in_dtype(BY_NAME[name].build(), dtype))
+    assert len(found.hits) == len(BY_NAME[name].sites)
+    for site, special in found.hits:
+        operands = [found.values[operand.node] for operand in (site.query, site.keys, site.values)]
+        inputs = [*operands, *(found.bound(binding) for binding in special.bindings)]
+        spec, sizes = special.spec, sizes_of(special.spec, inputs)
+        problem = Problem(tuple(sizes[axis] for axis in spec.batch), sizes[ROW], sizes[KEY])
+        yield SiteKernel(spec, problem, kernel_for(spec, problem, "h100"), inputs)
+
+
+Sites = dict[tuple[str, int, torch.dtype], SiteKernel]
+
+
+@pytest.fixture(scope="session")
+def sites() -> Sites:
+    return {(name, n, d): site for name, d in WANTED for n, site in enumerate(kernels_of(name, d))}
+
+
+# -------------------------------------------------------------------------------------------------------- interpreter
+
+
+@pytest.fixture(scope="session")
+def outputs(sites: Sites) -> dict[str, list[Tensor] | VerificationFailed]:
+    """What each kernel makes of the model's tensors and of random ones, all run in one child process."""
+    if problem := compat.interpreter_problem():
+        pytest.skip(problem)
+    jobs = {}
+    for label, name, n, dtype in SITES:
+        site = sites[name, n, dtype]
+        jobs[f"{label}-own"] = (site.kernel, site.inputs)
+        jobs[f"{site.kernel.name}-{site.problem}"] = (site.kernel, site.random)
+    return dict(zip(jobs, run_interpreted(list(jobs.values())), strict=True))
+
+
+@pytest.mark.parametrize(("label", "name", "n", "dtype"), SITES, ids=[label for label, *_ in SITES])
+def test_kernel_is_within_budget(
+    label: str, name: str, n: int, dtype: torch.dtype, sites: Sites, outputs: dict[str, list[Tensor] | VerificationFailed]
+) -> None:
+    site = sites[name, n, dtype]
+    for key, inputs in ((f"{label}-own", site.inputs), (f"{site.kernel.name}-{site.problem}", site.random)):
+        result = outputs[key]
+        assert isinstance(result, list), str(result)
+        verdict = check(result, site.spec, inputs)
+        assert verdict.ok, f"{key}: {verdict}"
+
+
+# ---------------------------------------------------------------------------------------------------- ahead of time
+
+# A site of each kind of score, mask and operand, by GPU.
+COMPILED = {
+    90: ("h100", ("gpt2_padded_eager", "mistral_sdpa", "gemma2_eager", "bloom_padded_eager", "t5_eager", "gpt_oss_eager")),
+    89: ("l4", ("llama_padded_sdpa", "mpt_eager", "sdpa_mask", "mha_weights_padding")),
+    80: ("a100", ("bert_eager", "whisper_eager", "mha_both", "sdpa_gqa")),
+}
+LENGTH = 1000
+
+
+@pytest.fixture(scope="session")
+def binaries(tmp_path_factory: pytest.TempPathFactory, sites: Sites) -> dict[tuple[int, str], Binary | VerificationFailed]:
+    """Kernels for about a thousand queries and keys, compiled side by side and from nothing."""
+    running = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        for arch, (device, names) in COMPILED.items():
+            folder = tmp_path_factory.mktemp(f"sm{arch}")
+            jobs = [long_job(sites[name, 0, torch.float16], device, folder / f"{name}.py") for name in names]
+            running.append((arch, names, begin(jobs, arch, workers=2)))
+        return {(arch, name): b for arch, names, c in running for name, b in zip(names, c.results(), strict=True)}
+
+
+def long_job(site: SiteKernel, device: str, path: Path) -> Job:
+    more = LENGTH - site.problem.rows
+    problem = replace(site.problem, rows=LENGTH, keys=site.problem.keys + more)
+    path.write_text(kernel_for(site.spec, problem, device).source)
+    return Job.of(path, sample_inputs(site.spec, problem, device="meta"))
+
+
+@pytest.mark.parametrize(("arch", "name"), [(arch, name) for arch, (_, names) in COMPILED.items() for name in names])
+def test_kernel_compiles_without_spills(
+    arch: int, name: str, binaries: dict[tuple[int, str], Binary | VerificationFailed]
+) -> None:
+    binary = binaries[arch, name]
+    assert isinstance(binary, Binary), str(binary)
+    assert binary.spills == 0 and 0 < binary.registers <= 255
