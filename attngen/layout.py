@@ -24,6 +24,8 @@ def addresses(spec: AttentionSpec) -> dict[str, Any]:
             "k_inner": _stride(spec.keys, INNER),
             "v_row": _stride(spec.values, KEY),
             "v_feature": _stride(spec.values, FEATURE),
+            "k_step": "k_step" if spec.wide else _stride(spec.keys, KEY),
+            "v_step": "v_step" if spec.wide else _stride(spec.values, KEY),
         },
         "out_dims": {"row": spec.output.index(ROW), "feature": spec.output.index(FEATURE)},
         "wide_rows": f"rows{wide}",
@@ -64,7 +66,10 @@ def _bases(spec: AttentionSpec) -> list[str]:
         lines.append(f"{source.name}_base = {source.name}_ptr{text}")
     dims = [(d, a) for d, a in enumerate(spec.output) if a not in (ROW, FEATURE)]
     text = "".join(f" + {a.name}.to(tl.int64) * out_stride_{d}" for d, a in dims)
-    return [*lines, f"out_base = out_ptr{text}"]
+    lines.append(f"out_base = out_ptr{text}")
+    if spec.wide:
+        lines += [f"{x.name}_step = tl.full([], {_stride(x, KEY)}, tl.int64)" for x in (spec.keys, spec.values)]
+    return lines
 
 
 def arguments(spec: AttentionSpec, heavy_first: bool) -> dict[str, Any]:
