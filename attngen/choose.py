@@ -61,9 +61,7 @@ def choose(spec: AttentionSpec, problem: Problem, device: Device, tile: Tile | N
 def refusal(tile: Tile, cost: Cost, problem: Problem, device: Device) -> str | None:
     """Why a kernel with that tile cannot run, or cannot run well, if so."""
     if cost.smem_bytes > device.smem_block:
-        return (
-            f"needs {_kib(cost.smem_bytes)} of shared memory; {device.label} has {_kib(device.smem_block)} for a block"
-        )
+        return f"needs {_kib(cost.smem_bytes)} of shared memory; {device.label} has {_kib(device.smem_block)} for a block"
     if cost.registers > REGISTER_LIMIT:
         return f"needs about {cost.registers} registers per thread; there are 255, the rest would spill"
     if tile.rows > MIN_DOT and tile.rows >= 2 * problem.rows and not problem.dynamic:

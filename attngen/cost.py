@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MIN_DOT = 16  # the smallest side of a tensor-core product
 MMA_SYNC_FRACTION = 0.62  # of Hopper's rate, for products too small for its warp groups
 FMA_FRACTION = 0.5  # of the fp32 rate, for products without tensor cores: operands come from shared memory
-REGISTER_LIMIT = 286  # estimated; up to there compiled kernels spilled at most a few words per thread
+REGISTER_LIMIT = 320  # estimated; up to there spills cost time but were measured among the fastest tiles
 
 
 # ------------------------------------------------------------------------------------------------------------- records
@@ -135,6 +135,7 @@ def _of_spec(spec: AttentionSpec, problem: Problem) -> Values:
         f.pair_ops: in_score.arithmetic,
         f.mask_ops: in_mask.arithmetic,
         f.pair_specials: in_score.special,
+        f.redo: 1.0 * (spec.whole is not None),
         f.once: q_once + others + lines * (spec.value_dim * spec.out_dtype.itemsize + 4 * spec.lse),
         f.kv_once: k_once + v_once,
         f.pairs_once: float(sum(bytes_of(spec, problem, x) for x in pairs)),
@@ -164,11 +165,12 @@ def _of_tiles(spec: AttentionSpec, problem: Problem, device: Device, tiles: Sequ
         f.most: np.array([b.most for b in visited]),
         f.last: np.array([b.last for b in visited]),
         f.masked: np.array([b.masked / max(b.mean, 1e-9) for b in visited]),
+        f.loops: np.array([1.0 + (0 < b.masked < b.mean) for b in visited]),
         f.wgmma: 1.0 * grouped,
         f.fma: 1.0 * exact,
         f.copies: np.where(depth == 1, 0, depth - 1 + grouped),
         f.unstaged: 1.0 * (depth == 1),
-        f.split: 1.0 * (high < 16 * warp_count),
+        f.ways: np.where(exact, 1, np.maximum(1, 16 * warp_count / high)),
         f.flops: np.where(grouped | (not slowed), rate, rate * MMA_SYNC_FRACTION),
         f.narrowest: np.where(grouped, 64.0, 8.0),
     }

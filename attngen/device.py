@@ -1,6 +1,9 @@
 """What a GPU offers a kernel, as numbers. Everything here is data; only ``probe`` asks a driver.
 
 ``h200`` holds measured rates: a copy (4.27e12 B/s, reads and writes counted) and a large bf16 product (778e12 FLOP/s).
+``h100`` is the same chip with slower memory: its copy rate was read there (3.0e12 B/s), and the rest is the H200's. The
+L2 rate of both is an estimate above what a kernel was seen to draw (6.3e12 B/s). For these two, ``calibrated`` says that
+predicted times were held against kernels timed on the card: 24 times on an H200, 172 on an H100 (``attngen.formulas``).
 The other records hold the makers' datasheet values times the fraction of the datasheet that was measured on the H200,
 and say ``calibrated=False``. Limits (shared memory, registers, multiprocessors) are the documented ones for all.
 """
@@ -39,7 +42,7 @@ class Device:
     fp32: float  # FLOP/s without tensor cores
     exp_per_clock: int = 16
     lanes_per_clock: int = 128  # fp32 instructions
-    latency: float = 0.8e-6  # from asking for memory to having it, under load
+    latency: float = 0.3e-6  # from asking for memory to having it; fitted, see attngen.formulas
     launch: float = 3e-6
     warp_size: int = 32
     calibrated: bool = False
@@ -67,7 +70,7 @@ H200 = Device(
     warps_sm=64,
     l2_bytes=50 << 20,
     hbm_bandwidth=4.27e12,
-    l2_bandwidth=5.5e12,
+    l2_bandwidth=7.0e12,
     clock=1.755e9,
     tensor16=778e12,
     tensor32=389e12,
@@ -130,9 +133,7 @@ _MI300X = Device(
     fp32=163.4e12,
     warp_size=64,
 )
-_H100 = replace(
-    H200, name="h100", label="NVIDIA H100 80GB HBM3", hbm_bandwidth=3.35e12 * MEMORY_FRACTION, calibrated=False
-)
+_H100 = replace(H200, name="h100", label="NVIDIA H100 80GB HBM3", hbm_bandwidth=3.0e12)
 _RTX4090 = replace(
     _L4,
     name="rtx4090",

@@ -1,13 +1,16 @@
 """What one forward kernel costs, as formulas with named symbols: ``FORMULAS`` is the model, in order of evaluation.
 
 A kernel is a grid of programs, each holding ``rows`` queries and stepping over blocks of ``keys`` keys. Per step a
-multiprocessor (SM) loads keys and values, does two products on its tensor cores and a softmax on its other units. How
-far these overlap depends on how many programs share the SM and, within one, on how much room its scores leave.
+multiprocessor (SM) loads keys and values, does two products on its tensor cores and a softmax on its other units. These
+depend on each other, so a program by itself leaves each unit idle while it waits; programs that share the SM fill the
+gaps. A step therefore costs what its busiest unit needs (``t_busy``), its share of the latency of the chain through one
+step (``t_chain / resident``) and of the loads, joined as a root of squares: near the largest where one dominates.
 
 ``smem`` and ``registers`` describe what Triton's compiler allocates for the portable template; tests hold them against
-compiled kernels. ``overlap`` and the arithmetic per pair are set by plain Triton kernels of the same loop on one H200
-(bf16, 128x64 w8 s3 and 128x128 w8 s2, head sizes 64 and 128): four numbers, not a calibration. The rest is what the
-hardware's documents say.
+compiled kernels. The constants below, in cycles, instructions and shares, and a device's ``latency`` are fitted to one
+run on an H100 80GB HBM3 (torch 2.11, Triton 3.6, bf16): 172 kernels of seven sites, head sizes 64 to 256, tiles of 64
+and 128 rows (tests/data/portable_fwd_h100.json), together with 24 times of plain Triton kernels of the same loop on an
+H200 (tests/test_cost.py). Smaller tiles, fp32 and other devices are the same formulas, extrapolated.
 """
 
 from __future__ import annotations
@@ -16,39 +19,46 @@ from dataclasses import dataclass
 
 import sympy as sp
 
-SOFTMAX_INSTRUCTIONS = 5  # per pair: maximum, scale and shift, sum, conversion, and moving them
-EXCHANGE_CYCLES = 150  # a row's maximum and sum cross warps through shared memory
-MASK_INSTRUCTIONS = 3  # per pair of a masked block, besides the mask itself: bounds test, and, select
-STEP_CYCLES = 40  # barriers and addresses of one step
-JITTER = 0.05  # of the latency that stages hide on average, what still shows
-START_LATENCIES = 3  # of a program: its queries, its first keys, its results
+SOFTMAX_INSTRUCTIONS = 3  # per pair: shift and scale, sum, conversion
+MASK_INSTRUCTIONS = 14  # per pair of a masked block, besides the mask itself: bounds of scores and loads, and, select
+CHAIN_SHARE = 0.32  # of products and softmax of a block of 64 keys, what does not overlap within its program
+STEP_CYCLES = 820  # of latency: barriers, first results of both products, reductions over a row
+EXCHANGE_CYCLES = 530  # of latency: a row's maximum, sum and weights cross warps through shared memory
+LOOKUP = 0.6  # of a memory latency: reading score or mask inputs and moving them to the layout of the scores
+STAGES = 3  # with fewer, each one less shows one memory latency per step
+START = 6  # memory latencies of each loop of a program: queries, first keys and values, results
+EASY_REGISTERS = 200  # beyond, the compiler reorders, recomputes and spills
+SPILL_CYCLES = 0.9  # per warp, step and register beyond, of work and of latency alike
+LOAD_SHARE = 0.53  # of the time that loads keep the L2 cache busy, what adds to a step
 
 
 # ---------------------------------------------------------------------------------------------------------- the symbols
 
 # The problem and the spec: lengths, head sizes (d of queries and keys, e of values; padded); bytes per element, per
 # pair (of all loads, and of inputs with a row and a key dimension) and per key; work per pair; distinct bytes; key
-# blocks per query tile (on average, at most, in the program that starts last; share masked).
+# blocks per query tile (on average, at most, in the program that starts last; share masked); loops over them; whether
+# rows may be computed again.
 queries, heads, d, e, d_pad, e_pad = sp.symbols("queries heads d e d_pad e_pad", positive=True)
 q_width, kv_width, pair_width = sp.symbols("q_width kv_width pair_width", nonnegative=True)
 plane_width, vector_width, pair_loads = sp.symbols("plane_width vector_width pair_loads", nonnegative=True)
 pair_ops, mask_ops, pair_specials = sp.symbols("pair_ops mask_ops pair_specials", nonnegative=True)
 once, kv_once, pairs_once = sp.symbols("once kv_once pairs_once", nonnegative=True)
-live, most, last, masked = sp.symbols("live most last masked", nonnegative=True)
-# The tile, and flags (0 or 1) that follow from tile, dtype and device.
+live, most, last, masked, loops, redo = sp.symbols("live most last masked loops redo", nonnegative=True)
+# The tile, flags (0 or 1) that follow from tile, dtype and device, and in how many ways warps divide the keys of a row.
 rows, keys, warps, stages = sp.symbols("rows keys warps stages", positive=True)
-wgmma, fma, copies, unstaged, split = sp.symbols("wgmma fma copies unstaged split", nonnegative=True)
-flops, narrowest = sp.symbols("flops narrowest", positive=True)
+wgmma, fma, copies, unstaged = sp.symbols("wgmma fma copies unstaged", nonnegative=True)
+flops, narrowest, ways = sp.symbols("flops narrowest ways", positive=True)
 # The device.
 sms, smem_sm, registers_sm, warps_sm, warp = sp.symbols("sms smem_sm registers_sm warps_sm warp", positive=True)
 l2, bandwidth, l2_bandwidth, clock = sp.symbols("l2 bandwidth l2_bandwidth clock", positive=True)
 exp_rate, lanes, latency, launch = sp.symbols("exp_rate lanes latency launch", positive=True)
 # What the formulas define.
-tiles, programs, threads, smem, registers, resident, overlap = sp.symbols(
-    "tiles programs threads smem registers resident overlap", positive=True
+tiles, programs, threads, smem, registers, resident = sp.symbols(
+    "tiles programs threads smem registers resident", positive=True
 )
-t_mma, t_exp, t_alu, t_load, t_wait, t_step, t_program, t_last, t_grid = sp.symbols(
-    "t_mma t_exp t_alu t_load t_wait t_step t_program t_last t_grid", nonnegative=True
+t_mma, t_exp, t_alu, t_spill, t_load, t_wait = sp.symbols("t_mma t_exp t_alu t_spill t_load t_wait", nonnegative=True)
+t_busy, t_chain, t_step, t_start, t_program, t_last, t_grid = sp.symbols(
+    "t_busy t_chain t_step t_start t_program t_last t_grid", nonnegative=True
 )
 streamed, in_flight, kv_read, pairs_streamed, pairs_read, hbm, t_hbm, seconds = sp.symbols(
     "streamed in_flight kv_read pairs_streamed pairs_read hbm t_hbm seconds", nonnegative=True
@@ -65,18 +75,19 @@ class Formula:
     expression: sp.Expr
 
 
-_softmax = t_exp + t_alu
-_compute = sp.Max(t_mma, _softmax) + (1 - overlap) * sp.Min(t_mma, _softmax)
-_fragments = (  # fitted to 285 kernels compiled for sm_90 and sm_80
-    15
-    + 12 * (1 - wgmma)
-    + 34 * split
-    + rows * ((0.9 + 0.25 * kv_width) * e_pad + 0.475 * (1 - wgmma) * q_width * d_pad) / threads
-    + rows * keys * (0.8 + 0.4 * kv_width + (2.2 - wgmma) * pair_loads + 0.15 * sp.Max(0, mask_ops - 1)) / threads
+_split = sp.Min(1, ways - 1)
+_narrow = pair_loads * sp.Max(0, 64 - keys)  # such blocks are looked up by one pointer per pair
+_fragments = (  # fitted to 285 kernels compiled for sm_90 and sm_80, then to the 172 of the measured run
+    5
+    + 22 * (1 - wgmma)
+    + (34 + 14 * wgmma) * _split
+    + 60 * redo
+    + rows * ((0.9 + (0.25 + 0.1 * wgmma) * kv_width) * e_pad + 0.475 * (1 - wgmma) * q_width * d_pad) / threads
+    + rows * keys * (0.8 + 0.4 * kv_width + (1.9 - wgmma) * pair_loads + 0.15 * sp.Max(0, mask_ops - 1)) / threads
     + keys * (0.16 * (d_pad + e_pad) + 0.09 * unstaged * d_pad) * kv_width / threads
+    + 2 * _narrow * (1 - sp.Min(1, plane_width))
 )
 _work = rows * keys * sp.Max(d_pad, e_pad) / threads  # multiplications of one product without tensor cores
-_start = (START_LATENCIES * latency + (stages - 1) * t_load) / resident
 
 FORMULAS = (
     Formula(tiles, "", "query tiles of one head", sp.ceiling(queries / rows)),
@@ -87,7 +98,7 @@ FORMULAS = (
         "B",
         "shared memory: queries, weights between layouts, keys and values, inputs per pair and per key",
         rows * d_pad * q_width
-        + (1 - wgmma) * (rows * keys * sp.Max(kv_width, 4 * split) + 1024)
+        + (1 - wgmma) * (rows * keys * sp.Max(kv_width, 4 * _split) + 1024)
         + sp.Max(copies * keys * (d_pad + e_pad), keys * sp.Max(d_pad, e_pad)) * kv_width
         + rows * keys * (pair_width - plane_width)
         + sp.Max(1, stages - 1) * keys * (rows * plane_width + vector_width),
@@ -95,34 +106,33 @@ FORMULAS = (
     Formula(
         registers,
         "",
-        "per thread: result, scores and weights, pointers, queries",
-        (1 - fma) * _fragments + fma * (40 + (0.4 + 0.1 * unstaged) * _work + 0.5 * d_pad),
+        "per thread, if there were enough: result, scores and weights, pointers, queries",
+        (1 - fma) * _fragments + fma * (55 + (0.4 + 0.1 * unstaged) * _work + 0.5 * d_pad),
     ),
     Formula(
         resident,
         "",
-        "programs that share an SM",
+        "programs that share an SM; registers are given out in groups of eight",
         sp.Max(
             1,
             sp.Min(
                 sp.floor(smem_sm / (smem + 1024)),
-                sp.floor(registers_sm / (threads * sp.Min(255, registers))),
+                sp.floor(registers_sm / (8 * threads * sp.ceiling(sp.Min(255, registers) / 8))),
                 sp.floor(warps_sm / warps),
                 sp.ceiling(programs / sms),
             ),
         ),
     ),
     Formula(
-        overlap,
-        "",
-        "share of the shorter of products and softmax that hides behind the longer",
-        1 - (1 - sp.Min(sp.Rational(45, 100), (40 / keys) ** 2)) / resident,
-    ),
-    Formula(
         t_mma,
         "s",
-        "both products of one step",
-        2 * rows * keys * (d_pad * sp.Max(1, narrowest / keys) + e_pad * sp.Max(1, narrowest / e_pad)) * sms / flops,
+        "both products of one step; warps that divide keys and features do narrower ones",
+        2
+        * rows
+        * keys
+        * (d_pad * sp.Max(1, narrowest * ways / keys) + e_pad * sp.Max(1, narrowest * ways / e_pad))
+        * sms
+        / flops,
     ),
     Formula(t_exp, "s", "special functions of one step", rows * keys * (1 + pair_specials) / (exp_rate * clock)),
     Formula(
@@ -138,25 +148,42 @@ FORMULAS = (
         "keys, values and loaded pairs of one step, through the L2 cache",
         (keys * (d + e) * kv_width + rows * keys * pair_width) * sms / l2_bandwidth,
     ),
-    Formula(t_wait, "s", "memory latency that stages do not hide", latency / (sp.Max(1, stages - 1) * resident)),
+    Formula(
+        t_spill,
+        "s",
+        "what too few registers cost one step: recomputing, moving, spilling",
+        (1 - fma) * SPILL_CYCLES * warps * sp.Max(0, registers - EASY_REGISTERS) / clock,
+    ),
+    Formula(t_busy, "s", "the busiest unit in one step", sp.Max(t_mma, t_exp + t_alu + t_spill)),
+    Formula(
+        t_wait,
+        "s",
+        "memory latency that one step of a program shows",
+        latency * (sp.Max(0, STAGES - stages) + LOOKUP * sp.Min(1, pair_loads + vector_width)),
+    ),
+    Formula(
+        t_chain,
+        "s",
+        "what one step of a program waits for, one after another; in wide blocks less overlaps",
+        CHAIN_SHARE * sp.sqrt(keys / 64) * (t_mma + t_exp + t_alu)
+        + t_spill
+        + t_wait
+        + (STEP_CYCLES + EXCHANGE_CYCLES * _split) / clock,
+    ),
     Formula(
         t_step,
         "s",
         "one step",
-        sp.Max(t_load, (1 - unstaged) * t_wait, _compute)
-        + unstaged * (t_load + t_wait)
-        + JITTER * t_wait
-        + (STEP_CYCLES + EXCHANGE_CYCLES * split) / (clock * resident),
+        sp.sqrt(t_busy**2 + (LOAD_SHARE * t_load) ** 2 + (t_chain / resident) ** 2),
     ),
-    Formula(t_program, "s", "an average program", live * t_step + _start),
-    Formula(t_last, "s", "the program that starts last", last * t_step + _start),
+    Formula(t_start, "s", "start, end and filling the pipeline of each loop", START * latency * loops / resident),
+    Formula(t_program, "s", "an average program", live * t_step + t_start),
+    Formula(t_last, "s", "the program that starts last", last * t_step + t_start),
     Formula(
         t_grid,
         "s",
         "the grid: even shares, the unfilled last wave, and no less than the longest program",
-        sp.Max(
-            programs / sms * t_program + (sp.ceiling(programs / sms) - programs / sms) * t_last, most * t_step + _start
-        ),
+        sp.Max(programs / sms * t_program + (sp.ceiling(programs / sms) - programs / sms) * t_last, most * t_step + t_start),
     ),
     Formula(streamed, "B", "keys and values that all programs ask for", programs * live * keys * (d + e) * kv_width),
     Formula(

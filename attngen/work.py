@@ -65,7 +65,7 @@ _INSTRUCTIONS: dict[str, tuple[int, int]] = {
     "float": (0, 1),  # conversions run at the rate of special functions
 }
 _EXACT_TANH = (4, 2)  # of 32-bit inputs, through sigmoid
-_LOAD_INSTRUCTIONS = 4
+_LOAD_INSTRUCTIONS = 10  # address, bounds, the load itself, moving and converting what it gives
 _DIVISION_INSTRUCTIONS = 8
 
 

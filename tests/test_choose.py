@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from specs import CASES, CAUSAL, Case, H, attention, loaded, plus, scaled, window
+from specs import CASES, CAUSAL, DIAGONAL, QK, B, Case, H, attention, loaded, plus, scaled, softcap, window
 
+from attngen.algebra import Const, Int, integer, op, to_float, where
 from attngen.choose import TILES, Plan, choose
 from attngen.cost import REGISTER_LIMIT, costs
 from attngen.device import DEVICES
 from attngen.errors import Miss
-from attngen.spec import KEY, ROW, AttentionSpec, Problem, Tile
+from attngen.spec import KEY, ROW, SCORE, AttentionSpec, Problem, Tile
 
 H200 = DEVICES["h200"]
 BF16 = torch.bfloat16
@@ -74,7 +78,7 @@ def test_lengths_that_will_change_do_not_rule_out_tiles() -> None:
     ("d", "good"),
     [
         (64, {(128, 64, 4), (128, 64, 8)}),
-        (128, {(128, 64, 8), (128, 128, 8)}),
+        (128, {(64, 64, 4), (128, 64, 8)}),
         (256, {(128, 64, 8), (128, 32, 8)}),
     ],
 )
@@ -112,7 +116,7 @@ def test_choice_is_quick() -> None:
         started = time.perf_counter()
         plan_for(spec, problem)
         taken.append(time.perf_counter() - started)
-    assert min(taken) < 0.05
+    assert min(taken) < 0.03
 
 
 def test_a_given_tile_is_taken_if_it_can_run() -> None:
@@ -134,3 +138,83 @@ def test_a_device_too_small_for_any_tile_is_a_miss_with_the_reason() -> None:
     tiny = replace(H200, label="Tiny", smem_block=1 << 10)
     miss = choose(attention(dtype=BF16, head_dim=256), Problem((1, 1), 64, 64), tiny)
     assert isinstance(miss, Miss) and miss.reason.startswith("no tile fits Tiny: ")
+
+
+# ------------------------------------------------------------------------------------- against kernels timed on an H100
+
+# Milliseconds by tile, for the attention of six bf16 models. The model's added mask of zeros is part of each score.
+TIMED = json.loads((Path(__file__).parent / "data" / "portable_fwd_h100.json").read_text())["sites"]
+ZERO = {"zero": (BF16, ())}
+PADDED = op("ne", loaded("keep", B, KEY, kind="int"), integer(0))
+FILLED = plus(QK, where(PADDED, loaded("zero"), Const(-3.39e38)))
+ALIBI = plus(op("mul", loaded("slopes", H), to_float(Int(KEY))), scaled(128**-0.5), loaded("zero"))
+CAPPED = plus(softcap(50.0, scaled(1 / 16)), loaded("zero"))
+TABLE = plus(SCORE, loaded("table", H, DIAGONAL), loaded("zero"))
+
+
+def _site(shape: tuple[int, int, int], head_dim: int = 64, **fields: object) -> tuple[AttentionSpec, Problem]:
+    """Batch, heads and length (queries and keys alike), and the spec."""
+    batch, heads, length = shape
+    extras = {**ZERO, **fields.pop("extras", {})}  # type: ignore[dict-item]
+    spec = attention(dtype=BF16, head_dim=head_dim, extras=extras, **fields)  # type: ignore[arg-type]
+    return spec, Problem((batch, heads), length, length)
+
+
+SITES = {
+    "llama": _site((2, 32, 8192), groups=4, score=plus(QK, loaded("zero")), mask=CAUSAL),
+    "gemma2_window": _site((4, 8, 4096), 256, groups=2, score=CAPPED, mask=window(1024)),
+    "gemma2": _site((4, 8, 4096), 256, groups=2, score=CAPPED, mask=CAUSAL),
+    "bloom": _site((8, 16, 2048), 128, score=ALIBI, mask=CAUSAL, extras={"slopes": (torch.float32, (H,))}),
+    "t5": _site((8, 12, 2048), score=TABLE, extras={"table": (torch.float32, (H, DIAGONAL))}),
+    "gpt2": _site((16, 16, 1024), score=plus(QK, loaded("zero")), mask=CAUSAL),
+    "bert": _site(
+        (32, 16, 512),
+        score=plus(QK, loaded("zero")),
+        mask=PADDED,
+        whole=FILLED,
+        redo_below=-1.7e38,
+        extras={"keep": (torch.int64, (B, KEY))},
+    ),
+}
+
+
+def tile_of(text: str) -> Tile:
+    """The inverse of ``str``: "128x64 w4 s3"."""
+    shape, warps, stages = text.split()
+    rows, keys = shape.split("x")
+    return Tile(int(rows), int(keys), int(warps[1:]), int(stages[1:]))
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_pick_and_order_against_kernels_timed_on_an_h100(name: str) -> None:
+    timed = TIMED[name]
+    plan = plan_for(*SITES[name], "h100")
+    assert timed[str(plan.tile)] < 1.08 * min(timed.values())
+    predicted = [1e3 * c.seconds for c in costs(*SITES[name], DEVICES["h100"], [tile_of(t) for t in timed])]
+    places = [np.argsort(np.argsort(x)) for x in (predicted, list(timed.values()))]
+    assert np.corrcoef(places)[0, 1] > 0.8  # Spearman's
+    assert np.median(np.divide(predicted, list(timed.values()))) == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_no_tile_timed_on_an_h100_is_refused(name: str) -> None:
+    """All ran; those that spill (up to 312 bytes per thread) were among the fastest at one site."""
+    plan = plan_for(*SITES[name], "h100")
+    assert not set(TIMED[name]) & {str(refused.tile) for refused in plan.refused}
+
+
+@pytest.mark.parametrize(
+    ("name", "slow", "fast"),
+    [
+        ("bloom", "128x64 w8 s2", "128x64 w8 s3"),  # one program on an SM: two stages show the latency of a load
+        ("bloom", "64x64 w4 s4", "64x64 w4 s3"),  # a fourth stage costs the second program
+        ("t5", "128x64 w4 s2", "64x64 w4 s3"),  # short of registers
+        ("gpt2", "128x32 w4 s3", "64x64 w4 s3"),
+        ("llama", "64x64 w8 s3", "64x64 w4 s3"),  # eight warps divide the keys of 64 rows
+        ("bert", "128x64 w8 s3", "128x64 w4 s3"),  # one program in place of two
+    ],
+)
+def test_what_sets_tiles_apart(name: str, slow: str, fast: str) -> None:
+    slower, faster = costs(*SITES[name], DEVICES["h100"], [tile_of(slow), tile_of(fast)])
+    predicted, measured = np.log([slower.seconds / faster.seconds, TIMED[name][slow] / TIMED[name][fast]])
+    assert 0.33 < predicted / measured < 1.7  # the right one of the two, and not by chance

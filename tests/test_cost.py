@@ -176,9 +176,7 @@ def test_window_traffic_is_linear_and_causal_traffic_is_half() -> None:
 
 
 def test_a_bias_is_read_again_for_each_batch_only_if_it_outgrows_the_cache() -> None:
-    spec = attention(
-        dtype=BF16, score=plus(scaled(0.1), loaded("bias", H, ROW, KEY)), extras={"bias": (BF16, (H, ROW, KEY))}
-    )
+    spec = attention(dtype=BF16, score=plus(scaled(0.1), loaded("bias", H, ROW, KEY)), extras={"bias": (BF16, (H, ROW, KEY))})
     plain = attention(dtype=BF16)
 
     def bias_bytes(length: int) -> int:
@@ -228,7 +226,7 @@ def test_prediction_is_near_what_was_measured(d: int, length: int, tile: str) ->
     for mask, share, measured in zip(({}, {"mask": CAUSAL}), (1, 0.5), MEASURED[d, length, tile], strict=True):
         spec = attention(dtype=BF16, head_dim=d, **mask)
         work = share * 4 * d * problem.heads * length * length
-        assert work / cost(spec, problem, BY_TEXT[tile]).seconds / 1e12 == pytest.approx(measured, rel=0.12)
+        assert work / cost(spec, problem, BY_TEXT[tile]).seconds / 1e12 == pytest.approx(measured, rel=0.15)
 
 
 def test_parts_add_up_and_the_last_wave_costs() -> None:
@@ -256,9 +254,7 @@ def test_explanation_shows_every_formula_with_its_numbers() -> None:
 
 # ---------------------------------------------------------------------------------------- limits, by compiled kernels
 
-BIASED = attention(
-    dtype=BF16, score=plus(scaled(0.1), loaded("bias", H, ROW, KEY)), extras={"bias": (BF16, (H, ROW, KEY))}
-)
+BIASED = attention(dtype=BF16, score=plus(scaled(0.1), loaded("bias", H, ROW, KEY)), extras={"bias": (BF16, (H, ROW, KEY))})
 COMPILED = [
     (arch, name, spec, tile)
     for arch, candidates in {
@@ -286,10 +282,10 @@ COMPILED = [
     }.items()
     for name, spec, tile in candidates
 ]
-SPILLING = [  # many words per thread that live in memory: what the limit must refuse
+SPILLING = [  # hundreds of bytes per thread that live in memory: what the limit must refuse
     (90, "d128", attention(dtype=BF16, head_dim=128), Tile(128, 64, 4, 2)),
     (90, "d256", attention(dtype=BF16, head_dim=256, mask=CAUSAL), Tile(128, 16, 4, 2)),
-    (90, "bias", BIASED, Tile(128, 64, 4, 2)),
+    (90, "bias", BIASED, Tile(128, 128, 4, 2)),
     (80, "d256", attention(dtype=BF16, head_dim=256), Tile(64, 64, 4, 2)),
     (90, "fp32", attention(dtype=torch.float32, head_dim=128), Tile(32, 32, 4, 2)),
 ]
@@ -343,5 +339,5 @@ def test_what_would_spill_heavily_is_over_the_limit(
     case: tuple[int, str, AttentionSpec, Tile], binaries: dict[tuple[int, str, Tile], Binary]
 ) -> None:
     arch, name, spec, tile = case
-    assert binaries[arch, name, tile].spills > 64
+    assert binaries[arch, name, tile].spills > 200
     assert cost(spec, square(1024), tile, DEVICE_OF[arch]).registers > REGISTER_LIMIT

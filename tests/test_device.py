@@ -31,9 +31,10 @@ def card(name: str, **changes: object) -> SimpleNamespace:
 
 
 def test_only_what_was_measured_claims_to_be() -> None:
-    assert [d.name for d in DEVICES.values() if d.calibrated] == ["h200"]
+    assert [d.name for d in DEVICES.values() if d.calibrated] == ["h200", "h100"]
     assert DEVICES["h200"].hbm_bandwidth == 4.27e12
     assert DEVICES["h200"].tensor16 == 778e12
+    assert DEVICES["h100"].hbm_bandwidth == 3.0e12
 
 
 @pytest.mark.parametrize("name", DEVICES)
