@@ -9,12 +9,15 @@ Floor division is torch's ``FloorDiv``: ``sympy.floor(x / c)`` evaluates in floa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import sympy as sp
 
 from attngen.compat import FloorDiv
 
 ZERO, ONE = sp.Integer(0), sp.Integer(1)
+# Layers of a model ask the same questions: answers are kept, for axes that come from ``numbered`` are the same objects.
+remembered = lru_cache(maxsize=1 << 14)
 
 
 class Axis(sp.Dummy):
@@ -27,6 +30,12 @@ class Axis(sp.Dummy):
         axis: Axis = super().__new__(cls, name, integer=True, nonnegative=True)
         axis.extent = sp.sympify(extent)
         return axis
+
+
+@remembered
+def numbered(name: str, extent: sp.Expr, number: int = 0) -> Axis:
+    """The axis of this role and extent, the same object each time; ``number`` tells apart those of one site."""
+    return Axis(name, extent)
 
 
 def span(expr: sp.Expr) -> tuple[sp.Expr, sp.Expr]:
@@ -69,6 +78,7 @@ def _span_product(expr: sp.Expr) -> tuple[sp.Expr, sp.Expr]:
     return ends if factor.is_nonnegative else ends[::-1]
 
 
+@remembered
 def never_negative(expr: sp.Expr) -> bool:
     """True only if ``expr >= 0`` for every value of its axes and sizes."""
     expr = sp.expand(expr)
@@ -82,6 +92,7 @@ def always_less(expr: sp.Expr, bound: sp.Expr) -> bool:
     return never_negative(bound - expr - 1)
 
 
+@remembered
 def floordiv(expr: sp.Expr, divisor: sp.Expr) -> sp.Expr:
     """``expr // divisor`` (rounding down), split into the part that divides exactly and a remainder proved small."""
     if divisor == 1:
@@ -92,6 +103,7 @@ def floordiv(expr: sp.Expr, divisor: sp.Expr) -> sp.Expr:
     return sp.expand(exact + FloorDiv(rest, divisor))
 
 
+@remembered
 def modulo(expr: sp.Expr, divisor: sp.Expr) -> sp.Expr:
     """``expr mod divisor`` with the sign of the divisor."""
     if divisor == 1:
@@ -99,6 +111,8 @@ def modulo(expr: sp.Expr, divisor: sp.Expr) -> sp.Expr:
     _, rest = _split_multiples(expr, divisor)
     if rest == 0 or (never_negative(rest) and always_less(rest, divisor)):
         return rest
+    if rest.has(sp.Abs, sp.Max, sp.Min):  # sympy 1.14: Mod(Abs(2*x - 6), 6) -> 0
+        return sp.expand(rest - divisor * FloorDiv(rest, divisor))
     return sp.Mod(rest, divisor)
 
 
@@ -112,6 +126,7 @@ def _split_multiples(expr: sp.Expr, divisor: sp.Expr) -> tuple[sp.Expr, sp.Expr]
     return sp.Add(*exact), sp.Add(*rest)
 
 
+@remembered
 def recombine(expr: sp.Expr) -> sp.Expr:
     """``c*(x // c) + x mod c -> x``: undoes a split that a later merge joined again."""
     expr = sp.expand(expr)
@@ -130,6 +145,11 @@ def reshape(index: Sequence[sp.Expr], shape: Sequence[sp.Expr], source: Sequence
     Dimensions are first cut into the smallest groups of equal size, so that only what is really split or merged pays
     for divisions.
     """
+    return _reshaped(tuple(index), tuple(shape), tuple(source))
+
+
+@remembered
+def _reshaped(index: Sequence[sp.Expr], shape: Sequence[sp.Expr], source: Sequence[sp.Expr]) -> tuple[sp.Expr, ...]:
     result: list[sp.Expr] = []
     for new, old in _groups(shape, source):
         result += _regroup([index[d] for d in new], [shape[d] for d in new], [source[d] for d in old])

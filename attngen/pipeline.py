@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,10 +31,11 @@ from attngen.passes import detect, effects, lower, provenance, specialise
 from attngen.passes import replace as replacing
 from attngen.passes.detect import Site
 from attngen.passes.lower import Lowered
+from attngen.passes.specialise import Specialised
 from attngen.plan import PlanFile
 from attngen.prepare import Use
 from attngen.report import Report, SiteReport
-from attngen.spec import AttentionSpec, Problem
+from attngen.spec import FEATURE, INNER, KEY, ROW, AttentionSpec, Input, Problem
 from attngen.text import readable
 from attngen.verify import extents, shape_of
 
@@ -141,7 +143,7 @@ def _analysed(
     if (unwanted := _unselected(provenance.module_path(placed.anchor), options)) is not None:
         return unwanted
     problem = _problem(each)
-    spec = _finished(specialised.spec, each, training)
+    spec = _finished(specialised, each, training)
     plan = chosen(spec, problem, device, plans.tile_for(spec, problem) if plans else None)
     if isinstance(plan, Miss):
         return plan
@@ -174,27 +176,34 @@ def _captured_by_name(lowered: Lowered) -> dict[str, fx.Node]:
     return captured
 
 
-def _finished(spec: AttentionSpec, site: Site, training: bool) -> AttentionSpec:
+def _finished(specialised: Specialised, site: Site, training: bool) -> AttentionSpec:
     """The spec with what depends on the run: precision of float32 products, gradients, index width."""
+    spec = specialised.spec
     single = spec.query.dtype == torch.float32
     tf32 = single and torch.get_float32_matmul_precision() != "highest"
-    return replace(spec, lse=training, tf32=tf32, wide=_is_wide(site))
+    return replace(spec, lse=training, tf32=tf32, wide=_is_wide(specialised, site))
 
 
-def _is_wide(site: Site) -> bool:
-    """Some tensor's offsets within one head pass 2^31, or might: its length is not fixed and its row is long."""
-    nodes = [operand.node for operand in (site.query, site.keys, site.values)]
-    for node in nodes:
-        value = node.meta["val"]
-        reach = sum((compat.hint(n) - 1) * compat.hint(s) for n, s in zip(value.shape, value.stride(), strict=True))
-        if reach >= 2**31:
-            return True
-    rows, features = site.row.extent, site.feature.extent
-    return rows.is_Integer and features.is_Integer and rows * features * sp.Mul(*_numbers(site)) >= 2**31
+def _is_wide(specialised: Specialised, site: Site) -> bool:
+    """Some offset within one head passes 2^31 elements, or a length is not fixed, so that it might."""
+    if site.row.extent.free_symbols | site.key.extent.free_symbols:
+        return True
+    nodes = [site.query.node, site.keys.node, site.values.node, *specialised.bindings]
+    pairs = [(x, n.meta["val"]) for x, n in zip(specialised.spec.inputs, nodes, strict=True) if isinstance(n, fx.Node)]
+    rows = (int(site.row.extent) - 1) * _elements_per_row(site)
+    return max(rows, *(_reach(source, value) for source, value in pairs)) >= 2**31
 
 
-def _numbers(site: Site) -> list[sp.Expr]:
-    return [a.extent for a in site.batch if a.extent.is_Integer]
+def _reach(source: Input, value: torch.Tensor) -> int:
+    """The largest offset within one head, in elements."""
+    moving = [d for d, place in enumerate(source.index) if place.has(ROW, KEY, INNER, FEATURE)]
+    return sum((compat.hint(value.shape[d]) - 1) * compat.hint(value.stride(d)) for d in moving)
+
+
+def _elements_per_row(site: Site) -> int:
+    """The stride of a query row in the output, which is contiguous."""
+    value, place = site.output.meta["val"], site.axes.index(site.row)
+    return math.prod(compat.hint(size) for size in value.shape[place + 1 :])
 
 
 def _problem(site: Site) -> Problem:
@@ -286,17 +295,22 @@ def _missed(each: Missed) -> SiteReport:
 
 
 def _described(each: Found, device: Device, status: str) -> SiteReport:
-    plan, spec = each.plan, each.plan.spec
-    before = int(cost.eager_hbm_bytes(spec, each.problem))
+    return replace(_planned(each.plan, device), where=each.where, status=status)
+
+
+@lru_cache(maxsize=4096)
+def _planned(plan: Plan, device: Device) -> SiteReport:
+    """What a report says of every site that has this plan."""
+    before = int(cost.eager_hbm_bytes(plan.spec, plan.problem))
     return SiteReport(
-        each.where,
-        status,
-        computes=computes(spec, each.problem),
+        "",
+        "found",
+        computes=computes(plan.spec, plan.problem),
         family=FAMILY,
         tile=str(plan.tile),
         predicted_ms=plan.cost.seconds * 1e3,
         hbm_bytes={"before": before, "after": int(plan.cost.hbm_bytes)},
-        sizes={"batch": list(each.problem.batch), "rows": each.problem.rows, "keys": each.problem.keys},
+        sizes={"batch": list(plan.problem.batch), "rows": plan.problem.rows, "keys": plan.problem.keys},
         formula=tuple(cost.formula(plan, device)),
         refused=tuple(f"{r.tile}: {r.reason}" for r in plan.refused),
     )

@@ -26,12 +26,40 @@ class Inlined:
     arguments: dict[fx.Node, fx.Node]
 
 
-def decompose(node: fx.Node) -> Inlined | None:
-    """``node`` as a graph of simpler operators, or None if torch knows none."""
-    definition = _definition(node.target)
-    if definition is None:
-        return None
-    outer: list[fx.Node] = list(node.all_input_nodes)
+class Decomposer:
+    """Decomposes nodes of one graph. Nodes that differ in their values alone are traced once."""
+
+    def __init__(self) -> None:
+        self._traced: dict[str, fx.Graph | None] = {}
+
+    def __call__(self, node: fx.Node) -> Inlined | None:
+        """``node`` as a graph of simpler operators, its own to keep, or None if torch knows none."""
+        definition = _definition(node.target)
+        if definition is None:
+            return None
+        outer = list(node.all_input_nodes)
+        key = _signature(node, outer)
+        if key not in self._traced:
+            self._traced[key] = _trace(node, outer, definition)
+        known = self._traced[key]
+        if known is None:
+            return None
+        graph = fx.Graph()
+        result = graph.graph_copy(known, {})
+        if not isinstance(result, fx.Node) or result.target is node.target:
+            return None
+        return Inlined(result, dict(zip(graph.find_nodes(op="placeholder"), outer, strict=True)))
+
+
+def _signature(node: fx.Node, outer: list[fx.Node]) -> str:
+    """All that a trace of ``node`` depends on: operator, numbers, and the types and layouts of its inputs."""
+    arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{outer.index(n)}")  # type: ignore[return-value]
+    values = [n.meta["val"] for n in outer]
+    layouts = [(v.shape, v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else v for v in values]
+    return f"{node.target} {arguments} {layouts}"
+
+
+def _trace(node: fx.Node, outer: list[fx.Node], definition: Callable[..., Any]) -> fx.Graph | None:
     values = [n.meta["val"] for n in outer]
 
     def body(*inputs: Any) -> Any:
@@ -46,13 +74,9 @@ def decompose(node: fx.Node) -> Inlined | None:
     try:
         with mode, compat.enable_python_dispatcher(), compat.tracing(None), torch.no_grad():
             trace = compat.make_fx(body, pre_dispatch=whole, tracing_mode="real", _allow_non_fake_inputs=True)
-            graph = trace(*values).graph
+            return trace(*values).graph
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         return None
-    result = graph.output_node().args[0]
-    if not isinstance(result, fx.Node) or result.target is node.target:
-        return None
-    return Inlined(result, dict(zip(graph.find_nodes(op="placeholder"), outer, strict=True)))
 
 
 def _definition(target: Any) -> Callable[..., Any] | None:

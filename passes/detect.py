@@ -18,9 +18,10 @@ from attngen import compat
 from attngen.algebra import Access, Dot, Expr, Load, op, transform
 from attngen.compat import FloorDiv
 from attngen.errors import Miss
-from attngen.index import Axis
+from attngen.index import Axis, numbered
 from attngen.normaliser import Softmax, softmax
 from attngen.passes import effects
+from attngen.passes.decompose import Decomposer
 from attngen.passes.lower import Lowered
 from attngen.passes.operands import Operand, peel
 from attngen.passes.pointwise import POINTWISE
@@ -59,10 +60,11 @@ def run(lowered: Lowered) -> list[Site | Miss]:
     """Every proved site and every near miss of the graph, in program order."""
     facts = effects.run(lowered.graph)
     marks = _mark(lowered.graph)
+    decompose = Decomposer()
     found: list[Site | Miss] = []
     for node in lowered.graph.nodes:
         if node in facts.live and _is_candidate(node, marks):
-            found.append(_prove(node, lowered, facts))
+            found.append(_prove(node, lowered, facts, decompose))
     return found
 
 
@@ -108,16 +110,16 @@ def _is_candidate(node: fx.Node, marks: dict[fx.Node, int]) -> bool:
 # ------------------------------------------------------------------------------------------------------------- proof
 
 
-def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects) -> Site | Miss:
+def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: Decomposer) -> Site | Miss:
     if op_name(node) == _ATTENTION and bind(node)["dropout_p"]:
         return Miss(_DROPOUT, node.name, depth=1)
-    reader = Reader(lowered.graph, facts.stale)
+    reader = Reader(lowered.graph, facts.stale, decompose)
     misses = []
     for output, axes in _sinks(node, lowered, reader):
         proof = _prove_output(reader, node, output, axes)
         if isinstance(proof, Site):
             if _fix_head_sizes(proof):
-                return _prove(node, lowered, facts)
+                return _prove(node, lowered, facts, decompose)
             disturbed = effects.undisturbed(proof, node, facts)
             return proof if disturbed is None else disturbed
         misses.append(proof)
@@ -280,7 +282,7 @@ def _sinks(node: fx.Node, lowered: Lowered, reader: Reader) -> list[tuple[fx.Nod
 
 
 def _fresh(node: fx.Node) -> tuple[Axis, ...]:
-    return tuple(Axis(f"o{d}", size) for d, size in enumerate(shape_of(node)))
+    return tuple(numbered(f"o{d}", size) for d, size in enumerate(shape_of(node)))
 
 
 def _same_size(user: fx.Node, node: fx.Node) -> bool:

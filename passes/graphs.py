@@ -60,17 +60,27 @@ class Writer:
         return node if value.dtype == dtype else self.call(torch.ops.aten.to.dtype, (node, dtype))
 
     def table(self, table: Table, sizes: dict[sp.Symbol, tuple[fx.Node, int]]) -> fx.Node:
-        """The tensor ``[*batch, diagonals]`` of a table; ``sizes`` names a lowered node and a dimension for each symbol."""
+        """The tensor ``[*batch, diagonals]`` of a table; ``sizes`` names a lowered node and a dimension for each symbol.
+
+        Sites that need the same one share it.
+        """
+        known = self._lowered.tables.get(table)
+        if known in self._before:
+            return known  # type: ignore[return-value]
         loads = list(dict.fromkeys(n.source for n in table.expr.walk() if isinstance(n, Load)))
         measured = list(dict.fromkeys(node for node, _ in sizes.values()))
         sources: list[fx.Node] = [*loads, *(n for n in measured if n not in loads)]  # type: ignore[list-item]
         graph = _traced_table(table, sources, sizes)
         inner = dict(zip(graph.find_nodes(op="placeholder"), (self.value(s) for s in sources), strict=True))
-        return self._inlined(graph, inner)
+        self._lowered.tables[table] = self._inlined(graph, inner)
+        return self._lowered.tables[table]
 
     def take_back(self) -> None:
         for node in reversed(self.written):
             self._anchor.graph.erase_node(node)
+        for table, node in list(self._lowered.tables.items()):
+            if node in self.written:
+                del self._lowered.tables[table]
         self.written.clear()
 
     def _copied(self, node: fx.Node) -> fx.Node:
@@ -79,7 +89,9 @@ class Writer:
         if isinstance(node.target, torch._ops.OpOverload) and not is_pure(node):
             raise NotHere(f"{node.name} writes memory or draws random numbers, and exists only inside another call")
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value)  # type: ignore[misc]
-        copy = self.call(node.target, args, node.meta.get("val"))
+        # A copy that had nothing to do was not traced, so a view may count on memory that now lies in another order.
+        target = torch.ops.aten.reshape.default if node.target is torch.ops.aten.view.default else node.target
+        copy = self.call(target, args, node.meta.get("val"))
         copy.kwargs = kwargs
         return copy
 

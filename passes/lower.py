@@ -8,7 +8,7 @@ Autocast regions are entered for real while tracing, so the metadata shows the t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,11 +25,13 @@ class Lowered:
 
     ``origins`` lists for each lowered node the captured nodes that hold exactly its value, in program order.
     ``emitted`` lists for each captured node the lowered nodes it was traced into.
+    ``tables`` are those that replaced sites needed, each with the captured node that holds it now.
     """
 
     graph: fx.Graph
     origins: dict[fx.Node, list[fx.Node]]
     emitted: dict[fx.Node, list[fx.Node]]
+    tables: dict[Hashable, fx.Node] = field(default_factory=dict)
 
     def origin(self, node: fx.Node, within: fx.Graph) -> fx.Node | None:
         """The first node of the captured graph ``within`` that holds the value of the lowered ``node``."""

@@ -21,8 +21,8 @@ from torch import fx
 from attngen import compat
 from attngen.algebra import Access, Const, Dot, Expr, Int, Kind, Load
 from attngen.compat import GuardOnDataDependentSymNode
-from attngen.index import ZERO, Axis
-from attngen.passes.decompose import decompose
+from attngen.index import ZERO, Axis, numbered
+from attngen.passes.decompose import Decomposer
 
 Index = tuple[sp.Expr, ...]
 
@@ -86,10 +86,17 @@ def is_tensor(value: object) -> bool:
 
 
 class Reader:
-    """Reads elements of one lowered graph; ``stale`` nodes changed in place later and are only ever loaded."""
+    """Reads elements of one lowered graph; ``stale`` nodes changed in place later and are only ever loaded.
 
-    def __init__(self, graph: fx.Graph, stale: frozenset[fx.Node] = frozenset()) -> None:
+    Each site has a reader of its own, so that equal sites are read over the very same axes; readers of one graph share
+    ``decompose``.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, stale: frozenset[fx.Node] = frozenset(), decompose: Decomposer | None = None
+    ) -> None:
         self.graph = graph
+        self._decompose = decompose or Decomposer()
         self._stale = stale
         self._memo: dict[tuple[fx.Node, Index], Expr] = {}
         self._inlined: dict[fx.Node, fx.Node | None] = {}
@@ -188,7 +195,7 @@ class Reader:
 
     def _read_inlined(self, node: fx.Node, index: Index) -> Expr:
         if node not in self._inlined:
-            inner = decompose(node)
+            inner = self._decompose(node)
             if inner is not None:
                 self._outer.update(inner.arguments)
                 self._home[inner.result.graph] = node
@@ -214,7 +221,9 @@ class Reader:
 
     def bound(self, node: fx.Node, extent: sp.Expr, name: str = "r") -> Axis:
         """The axis that ``node`` sums over: the same each time, so that two readings of one sum compare equal."""
-        return self._bound.setdefault((node, name), Axis(name, extent))
+        if (node, name) not in self._bound:
+            self._bound[node, name] = numbered(name, extent, len(self._bound))
+        return self._bound[node, name]
 
     def access(self, node: fx.Node, index: Index) -> Access:
         """One side of a contraction: the tensor itself, not yet looked into."""

@@ -19,7 +19,7 @@ from torch import fx
 
 from attngen.algebra import Const, Dot, Expr, Int, Load, Op, op, substitute, transform
 from attngen.errors import Miss
-from attngen.index import Axis, always_less, never_negative
+from attngen.index import Axis, always_less, never_negative, numbered
 from attngen.passes import masking
 from attngen.passes.detect import Site
 from attngen.passes.masking import CHEAP
@@ -195,7 +195,7 @@ class _Loads:
             return None
         if not any(isinstance(n, Load) or (isinstance(n, Op) and n.name not in CHEAP) for n in expr.walk()):
             return None
-        diagonal = Axis("r", row.extent + key.extent - 1)
+        diagonal = numbered("diagonal", row.extent + key.extent - 1)
         moved = substitute(expr, {key: row + diagonal - (row.extent - 1)})
         if row in moved.axes or not all(isinstance(n, (Int, Const, Load, Op)) for n in moved.walk()):
             return None

@@ -80,7 +80,7 @@ def _cumsum(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
     if not index:
         raise Unknown("cumsum of a scalar")
     dim = args["dim"] % len(index)
-    place = Axis("k", shape_of(node)[dim])
+    place = reader.bound(node, shape_of(node)[dim], "k")
     value = reader.at(args["self"], (*index[:dim], place, *index[dim + 1 :]))
     if place in value.axes:
         raise Unknown("cumsum of something that changes")

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import sympy as sp
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from attngen.compat import FloorDiv
@@ -40,6 +40,7 @@ INDICES = st.one_of(
 
 @MANY
 @given(INDICES, DIVISORS)
+@example(sp.Abs(2 * C - 6), sp.Integer(6))
 def test_floordiv_and_modulo_are_those_of_the_integers(expr: sp.Expr, divisor: sp.Expr) -> None:
     values = everywhere(expr)
     np.testing.assert_array_equal(everywhere(floordiv(expr, divisor)), values // int(divisor))
