@@ -42,22 +42,12 @@ def _ratio(rows: dict[str, Record], spelling: str) -> str:
     return "-" if peer is None or peer["problem"] else f"{_speedup(rows, spelling):.2f}x"
 
 
-def starts(record: Record) -> list[str]:
-    lines = ["| compiled by | cold start | warm start |", "|---|---|---|"]
-    lines += [f"| {row['variant']} | {row['cold_s']:.1f} s | {row['warm_s']:.1f} s |" for row in record["starts"]]
-    launch = record["launch"]
-    ours, theirs = (f"{launch[name]:.0f} us" for name in ("attngen_us", "inductor_us"))
-    text = f"Host time of one attention call in compiled code: attngen {ours}, SDPA {theirs}."
-    return [*lines, "", f"{text} {_machine(record)}"]
-
-
 def _machine(record: Record) -> str:
     return f"{record['device']}, {', '.join(f'{name} {version}' for name, version in record['versions'].items())}."
 
 
 TABLES: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
     "models": ("models.json", models),
-    "starts": ("starts.json", starts),
 }
 
 
