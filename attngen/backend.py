@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -49,7 +50,7 @@ def _optimized(
         from attngen import pipeline, prepare
 
         report, uses = pipeline.optimize(gm, example_inputs, options, plans)
-        publish(report)
+        publish(replace(report, notes=pipeline.notes()))
         card = pipeline.card(example_inputs)
         if card is None:
             return None

@@ -5,7 +5,6 @@ Tested on the oldest and the newest supported release of each.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -108,7 +107,12 @@ def storage_of(value: torch.Tensor) -> int:
 
 
 def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Triton is installed, and well enough to be imported."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def triton_build() -> str:

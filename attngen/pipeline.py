@@ -88,7 +88,13 @@ def explain(
     device = device or planning_device(example_inputs, options)
     found = analyse(lower.run(gm, example_inputs), device, options, _trains(gm, example_inputs))
     sites = [_missed(each) if isinstance(each, Missed) else _described(each, device, "found") for each in found]
-    return Report(device.label, tuple(sites), seconds={"analyse": time.perf_counter() - started})
+    return Report(device.label, tuple(sites), notes(), seconds={"analyse": time.perf_counter() - started})
+
+
+def notes() -> tuple[str, ...]:
+    """What a user should know of this machine beside the sites."""
+    problem = runtime.triton_problem()
+    return () if problem is None else (problem,)
 
 
 def planning_device(example_inputs: Sequence[Any], options: Options) -> Device:
@@ -274,12 +280,12 @@ def emitted(plan: Plan, l2_bytes: int, where: str) -> Kernel | Miss:
     """The kernel of a plan; the first site that needs it is named in its header."""
     key = (plan.spec.text, plan.tile, l2_bytes)
     if key not in _EMITTED:
-        notes = (
+        lines = (
             f"Predicted for {plan.device}: {plan.cost.seconds * 1e3:.3f} ms, {plan.cost.hbm_bytes / 1e6:.1f} MB of HBM"
             f" traffic at {_sizes(plan.problem)}.",
             f"First needed by {where}.",
         )
-        _EMITTED[key] = emit(plan.spec, plan.tile, notes=notes, l2_bytes=l2_bytes)
+        _EMITTED[key] = emit(plan.spec, plan.tile, notes=lines, l2_bytes=l2_bytes)
     return _EMITTED[key]
 
 

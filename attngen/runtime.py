@@ -10,6 +10,7 @@ On the CPU, and wherever Triton cannot be used, the operator computes the same t
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -21,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attngen import blockwise
+from attngen import blockwise, compat
 from attngen.emit import Kernel
 from attngen.errors import Unavailable
 from attngen.paths import cache_dir, write_atomically
 from attngen.spec import ROW, AttentionSpec, digest
 
+log = logging.getLogger("attngen")
 NAMESPACE = "attngen"
 REVISION = 1  # raise when the meaning or the gradient of existing operators changes
 
@@ -61,14 +63,16 @@ def import_kernel(path: Path) -> ModuleType:
     return module
 
 
-@cache
 def triton_problem() -> str | None:
-    """Why kernels cannot run on this machine's GPU, or None if they can."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "Triton is not installed: kernels can be planned and emitted, and everything runs block by block in ATen."
-    return None
+    """Why kernels cannot run here, or None if they can."""
+    if compat.has_triton():
+        return None
+    return "Triton cannot be imported: kernels are planned and emitted, but attention runs block by block in ATen."
+
+
+@cache
+def _say_once(problem: str) -> None:
+    log.warning("%s", problem)
 
 
 # ----------------------------------------------------------------------------------------------------------- operators
@@ -96,21 +100,33 @@ def _register(name: str, spec: AttentionSpec, kernel: Kernel | None) -> None:
     tensors = ", ".join(f"Tensor {x.name}" for x in spec.inputs)
     result = "(Tensor, Tensor)" if spec.lse else "Tensor"
     _LIBRARY.define(f"{name}({tensors}) -> {result}", tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag))
-    by_block = _by_block(spec)
-    _LIBRARY.impl(name, by_block, "CPU")
-    _LIBRARY.impl(name, by_block if kernel is None or triton_problem() else _by_kernel(kernel), "CUDA")
+    _LIBRARY.impl(name, _by_block(spec), "CPU")
+    _LIBRARY.impl(name, _by_block(spec) if kernel is None else _by_kernel(spec, kernel), "CUDA")
     torch.library.register_fake(qualified, _fake(spec), lib=_LIBRARY)
     if spec.lse:
         _register_gradient(name, spec)
 
 
-def _by_kernel(kernel: Kernel) -> Callable[..., Any]:
-    launch: Callable[..., Any] | None = None
+def _by_kernel(spec: AttentionSpec, kernel: Kernel) -> Callable[..., Any]:
+    chosen: Callable[..., Any] | None = None
 
     def run(*inputs: Tensor) -> Any:
-        nonlocal launch
-        if launch is None:
-            launch = import_kernel(kernel_path(kernel)).launch
+        nonlocal chosen
+        if chosen is None:
+            chosen = _launcher(spec, kernel)
+        return chosen(*inputs)
+
+    return run
+
+
+def _launcher(spec: AttentionSpec, kernel: Kernel) -> Callable[..., Any]:
+    """The kernel, to be launched on the GPU of its inputs. Without Triton this says so, and is the blockwise path."""
+    if (problem := triton_problem()) is not None:
+        _say_once(problem)
+        return _by_block(spec)
+    launch = import_kernel(kernel_path(kernel)).launch
+
+    def run(*inputs: Tensor) -> Any:
         here = inputs[0].device.index == torch.cuda.current_device()
         with nullcontext() if here else torch.cuda.device(inputs[0].device):
             return launch(*inputs)

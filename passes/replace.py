@@ -9,6 +9,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from attngen.errors import Miss
@@ -17,6 +18,9 @@ from attngen.passes.detect import Site
 from attngen.passes.graphs import NotHere, Writer, is_pure, opened, sizes_of
 from attngen.passes.lower import Lowered
 from attngen.passes.specialise import Specialised, Table
+
+# Export checks types of values in the graph. They are what they were traced as, and need no check if nobody reads them.
+_CHECK = torch.ops.aten._assert_tensor_metadata.default
 
 
 @dataclass(frozen=True)
@@ -87,19 +91,24 @@ def _arguments(placed: Placed, writer: Writer) -> list[fx.Node]:
 
 def _erase(node: fx.Node, lowered: Lowered) -> None:
     """Erase ``node`` and all that only it needed, as far as that has no effect but its value."""
+    held = {captured for origins in lowered.origins.values() for captured in origins}
     stack, erased = [node], set[fx.Node]()
     while stack:
         node = stack.pop()
-        if node in erased or node.users or node.op in ("placeholder", "output") or node not in lowered.emitted:
+        if node in erased or node.op in ("placeholder", "output") or node not in lowered.emitted:
             continue
-        if node.op != "get_attr" and not (_has_value(node) and all(map(is_pure, lowered.emitted[node]))):
+        if any(user.target is not _CHECK for user in node.users):
+            continue
+        if node.op != "get_attr" and not (_has_value(node, held) and all(map(is_pure, lowered.emitted[node]))):
             continue
         below = node.all_input_nodes
+        for check in list(node.users):
+            node.graph.erase_node(check)
         node.graph.erase_node(node)
         erased.add(node)
         stack.extend(below)
 
 
-def _has_value(node: fx.Node) -> bool:
+def _has_value(node: fx.Node, held: set[fx.Node]) -> bool:
     """Computes a tensor, and is not there for what it does besides (entering autocast, checking something)."""
-    return node.meta.get("example_value", node.meta.get("val")) is not None or "tensor_meta" in node.meta
+    return node in held or node.meta.get("example_value", node.meta.get("val")) is not None or "tensor_meta" in node.meta
