@@ -9,6 +9,8 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from test_models_half import BY_NAME, EAGER, KEPT_SCORES, exact, first, in_dtype
 from torch import Tensor, nn
 
 import attngen
-from attngen import prepare, runtime, verify
+from attngen import prepare, runtime
 from attngen.backend import attngen as attngen_backend
 from attngen.device import probe
 from attngen.prepare import Pending, Use
@@ -336,8 +338,12 @@ def test_verify_runs_every_kernel_first(name: str, caplog: pytest.LogCaptureFixt
 
 @pytest.mark.usefixtures("in_process")
 def test_verify_refuses_a_kernel_that_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = verify.reference
-    monkeypatch.setattr(verify, "reference", lambda spec, inputs: tuple(1.05 * x for x in right(spec, inputs)))
+    right = runtime.import_kernel
+
+    def off(path: Path) -> SimpleNamespace:
+        return SimpleNamespace(launch=lambda *inputs: 1.05 * right(path).launch(*inputs))
+
+    monkeypatch.setattr("attngen.prepare.import_kernel", off)
     model, inputs = Case("nanogpt", torch.float16).build()
     with torch.no_grad(), pytest.raises(Exception, match="the kernel's result is off"):
         torch.compile(model, backend="attngen", options={**EAGER, "verify": True})(**inputs)

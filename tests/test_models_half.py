@@ -19,7 +19,7 @@ import attngen
 from attngen.verify import within_budget
 
 HALF = (torch.float16, torch.bfloat16)
-EAGER = {"inner": "eager", "strict": True}
+EAGER: dict[str, Any] = {"inner": "eager", "strict": True}
 BY_NAME = {row.name: row for row in zoo.ROWS}
 
 
@@ -98,9 +98,9 @@ def test_the_budget_notices_a_wrong_scale(name: str, dtype: torch.dtype) -> None
     """What the models make of rounding is small beside what a scale wrong by a quarter makes of them."""
     model, inputs = in_dtype(BY_NAME[name].build(), dtype)
     skewed = copy.deepcopy(model)
-    scaled = [m for m in skewed.modules() if hasattr(m, "scaling")]
+    scaled: list[Any] = [m for m in skewed.modules() if hasattr(m, "scaling")]
     for module in scaled:
-        module.scaling = module.scaling * 1.25
+        module.scaling *= 1.25
     with torch.no_grad():
         verdict = within_budget(first(skewed(**inputs)), exact(model, inputs).double(), first(model(**inputs)))
     assert scaled and not verdict.ok

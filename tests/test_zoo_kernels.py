@@ -119,7 +119,9 @@ COMPILED = {
 }
 LONG = ("gemma2_eager", "t5_eager", "gpt_oss_eager")
 LENGTH = 1000
-WANTED_BINARIES = [(arch, name, None) for arch, (_, names) in COMPILED.items() for name in names]
+WANTED_BINARIES: list[tuple[int, str, int | None]] = [
+    (arch, name, None) for arch, (_, names) in COMPILED.items() for name in names
+]
 WANTED_BINARIES += [(90, name, LENGTH) for name in LONG]
 # Bytes of stack per thread: with long tiles a few are cheaper than a smaller tile, as timings on Hopper have it.
 WORTH_IT = 64
