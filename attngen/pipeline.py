@@ -143,7 +143,7 @@ def _analysed(
     specialised = specialise.run(each)
     if isinstance(specialised, Miss):
         return specialised
-    placed = replacing.place(each, specialised, lowered, facts)
+    placed = replacing.place(each, specialised, lowered, facts, training=training)
     if isinstance(placed, Miss):
         return placed
     if (unwanted := _unselected(provenance.module_path(placed.anchor), options)) is not None:

@@ -187,3 +187,10 @@ def _register_gradient(name: str, spec: AttentionSpec) -> None:
     torch.library.register_autograd(f"{NAMESPACE}::{name}", gradient, setup_context=setup, lib=_LIBRARY)
 
 
+# What the backward keeps of a result must survive whatever is done to the result: then this copy of it is passed on. An
+# operator of its own, because compilers drop a plain copy of a value that is saved and returned.
+_LIBRARY.define("copied(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("copied", torch.clone, _device)
+torch.library.register_fake(f"{NAMESPACE}::copied", torch.clone, lib=_LIBRARY)
+torch.library.register_autograd(f"{NAMESPACE}::copied", lambda _, grad: grad, lib=_LIBRARY)

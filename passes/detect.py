@@ -115,7 +115,7 @@ def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: D
         return Miss(_DROPOUT, node.name, depth=1)
     reader = Reader(lowered.graph, facts.stale, decompose)
     misses = []
-    for output, axes in _sinks(node, lowered, reader):
+    for output, axes in _sinks(node, lowered, reader, facts):
         proof = _prove_output(reader, node, output, axes)
         if isinstance(proof, Site):
             if _fix_head_sizes(proof):
@@ -261,7 +261,9 @@ def _operands(
     return (q, k, v) if isinstance(v, Operand) else v
 
 
-def _sinks(node: fx.Node, lowered: Lowered, reader: Reader) -> list[tuple[fx.Node, tuple[Axis, ...]]]:
+def _sinks(
+    node: fx.Node, lowered: Lowered, reader: Reader, facts: effects.Effects
+) -> list[tuple[fx.Node, tuple[Axis, ...]]]:
     """The result, and the views and copies of it that only it feeds, as long as its dimensions stay whole; last first.
 
     So the kernel writes the layout the model wants next, and the copies in between disappear.
@@ -271,6 +273,8 @@ def _sinks(node: fx.Node, lowered: Lowered, reader: Reader) -> list[tuple[fx.Nod
     while len(output.users) == 1:
         (user,) = output.users
         if op_name(user) not in VIEWS or not _same_size(user, node) or not lowered.origins.get(user):
+            break
+        if (user in facts.cut) != (node in facts.cut):
             break
         axes = _fresh(user)
         place = _trace_back(reader, user, axes, node)

@@ -6,6 +6,8 @@ them is written in between; and its intermediate values may only vanish if nobod
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,8 @@ from torch import fx
 
 from attngen import compat
 from attngen.errors import Miss
+from attngen.passes.semantics import op_name
+from attngen.passes.views import FREE, PARTS, VIEWS
 
 if TYPE_CHECKING:
     from attngen.passes.detect import Site
@@ -24,12 +28,14 @@ class Effects:
     """``live``: feeds an output or a write. ``stale``: written in place after it was made, and still used after that.
 
     ``writes``: for each storage, the nodes that write to it. ``order``: the position of each node.
+    ``cut``: passes no gradients on, being detached, or computed while they were disabled.
     """
 
     live: frozenset[fx.Node]
     stale: frozenset[fx.Node]
     writes: dict[int, list[fx.Node]]
     order: dict[fx.Node, int]
+    cut: frozenset[fx.Node]
 
 
 def run(graph: fx.Graph) -> Effects:
@@ -38,7 +44,7 @@ def run(graph: fx.Graph) -> Effects:
     for node in graph.nodes:
         for target in written(node):
             writes.setdefault(_storage(target), []).append(node)
-    return Effects(_live(graph), _stale(graph, writes, order), writes, order)
+    return Effects(_live(graph), _stale(graph, writes, order), writes, order, _cut(graph))
 
 
 def written(node: fx.Node) -> list[fx.Node]:
@@ -87,6 +93,16 @@ def _stale(graph: fx.Graph, writes: dict[int, list[fx.Node]], order: dict[fx.Nod
     return frozenset(stale)
 
 
+def _cut(graph: fx.Graph) -> frozenset[fx.Node]:
+    cut, enabled = set(), True
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+        elif not enabled or op_name(node) == "detach":
+            cut.add(node)
+    return frozenset(cut)
+
+
 def undisturbed(site: Site, product: fx.Node, facts: Effects) -> Miss | None:
     """None if the site may be replaced, else what stands in the way."""
     for node in site.interior:
@@ -113,3 +129,78 @@ def written_between(inputs: list[fx.Node], first: fx.Node, last: fx.Node, facts:
                 return Miss("an input is written in place before the attention is finished", write.name, depth=6)
     return None
 
+
+def written_after(inputs: list[fx.Node], last: fx.Node, facts: Effects) -> Miss | None:
+    """A write to any of ``inputs`` after ``last``: the backward would read what it left."""
+    for node in inputs:
+        for write in facts.writes.get(_storage(node), ()):
+            if facts.order[write] > facts.order[last]:
+                return Miss("an input that the backward needs is written in place later", write.name, depth=6)
+    return None
+
+
+def cut_between(inputs: list[fx.Node], site: Site, facts: Effects) -> Miss | None:
+    """A value on the way from ``inputs`` to the result that lets no gradients through, where the replacement would.
+
+    The maximum that a softmax is shifted by may be detached: its gradients cancel.
+    """
+    last = site.output
+    if not inputs or not facts.cut or last in facts.cut:
+        return None
+    reached, node = set(inputs), min(inputs, key=facts.order.__getitem__)
+    while node is not last:
+        node = node.next
+        if any(below in reached for below in node.all_input_nodes):
+            reached.add(node)
+    stack, seen = [last], set(inputs)
+    while stack:
+        node = stack.pop()
+        if node in facts.cut and not (node in site.interior and _is_maximum(node)):
+            return Miss("a part of it is detached from gradients", node.name, depth=6)
+        above = [n for n in node.all_input_nodes if n in reached and n not in seen]
+        seen.update(above)
+        stack.extend(above)
+    return None
+
+
+def ancestors(node: fx.Node) -> Iterator[fx.Node]:
+    """``node`` and all that it is computed from."""
+    stack, seen = [node], {node}
+    while stack:
+        node = stack.pop()
+        yield node
+        above = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(above)
+        stack.extend(above)
+
+
+def _is_maximum(node: fx.Node) -> bool:
+    while op_name(node) in VIEWS or node.target is operator.getitem:
+        node = node.all_input_nodes[0]
+    return op_name(node) in ("amax", "max")
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What becomes of the memory of a result: who writes to it in place, if anybody, and whether the caller gets it.
+
+    ``by_layout``: whether that memory is also somebody else's depends on strides (a reshape is a view or a copy).
+    """
+
+    writer: fx.Node | None
+    returned: bool
+    by_layout: bool
+
+
+def fate(result: fx.Node) -> Fate:
+    """The fate of ``result`` and of everything that only rearranges it."""
+    found, stack = {result}, [result]
+    while stack:
+        for user in stack.pop().users:
+            if user not in found and (op_name(user) in VIEWS or op_name(user) in PARTS or user.target is operator.getitem):
+                found.add(user)
+                stack.append(user)
+    readers = [user for node in found for user in node.users]
+    moved = [n for n in found - {result} if op_name(n) in VIEWS and op_name(n) not in FREE]
+    writer = next((user for user in readers if any(node in found for node in written(user))), None)
+    return Fate(writer, any(user.op == "output" for user in readers), bool(moved))

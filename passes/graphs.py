@@ -168,7 +168,7 @@ def _traced_table(table: Table, sources: Sequence[fx.Node], sizes: dict[sp.Symbo
         measured = {symbol: known[node].shape[dim] for symbol, (node, dim) in sizes.items()}
         positions = _positions(table, measured, tensors[0].device)
         evaluate = Evaluator(positions, known.__getitem__, dtype=torch.float32, device=tensors[0].device)
-        shape = [len(positions[axis].reshape(-1)) for axis in (*table.batch, table.diagonal)]  # type: ignore[union-attr]
+        shape = [positions[axis].numel() for axis in (*table.batch, table.diagonal)]  # type: ignore[union-attr]
         return torch.broadcast_to(evaluate(table.expr), shape)
 
     mode = next(v.fake_mode for v in values if isinstance(v, compat.FakeTensor))

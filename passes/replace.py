@@ -25,14 +25,20 @@ _CHECK = torch.ops.aten._assert_tensor_metadata.default
 
 @dataclass(frozen=True)
 class Placed:
-    """A site that can be replaced. ``anchor`` is the captured node that computes it, alone or among other things."""
+    """A site that can be replaced. ``anchor`` is the captured node that computes it, alone or among other things.
+
+    ``copied``: the backward keeps the result, which somebody may write to; what is passed on is a copy of it.
+    """
 
     site: Site
     specialised: Specialised
     anchor: fx.Node
+    copied: bool
 
 
-def place(site: Site, specialised: Specialised, lowered: Lowered, facts: effects.Effects) -> Placed | Miss:
+def place(
+    site: Site, specialised: Specialised, lowered: Lowered, facts: effects.Effects, *, training: bool
+) -> Placed | Miss:
     """Find the captured node to replace, and check that the inputs still hold then what they held before."""
     anchor = next(iter(lowered.origins.get(site.output, [])), None) or lowered.parent(site.output)
     if anchor is None:
@@ -44,7 +50,27 @@ def place(site: Site, specialised: Specialised, lowered: Lowered, facts: effects
         disturbed = effects.written_between([node], node, site.output, facts)
         if disturbed is not None:
             return disturbed
-    return Placed(site, specialised, anchor)
+    if training and (rewritten := effects.written_after(inputs, site.output, facts)) is not None:
+        return rewritten
+    if training and (cut := effects.cut_between(_differentiable(inputs, lowered), site, facts)) is not None:
+        return cut
+    fate = effects.fate(site.output)
+    if fate.writer is not None and fate.by_layout and not site.output.meta["val"].is_contiguous():
+        return Miss("the result is written in place, and shares memory in its own layout only", fate.writer.name, depth=8)
+    return Placed(site, specialised, anchor, copied=training and (fate.returned or fate.writer is not None))
+
+
+def _differentiable(nodes: list[fx.Node], lowered: Lowered) -> list[fx.Node]:
+    """Those of the lowered ``nodes`` that may depend on something that gradients are asked for."""
+    return [node for node in nodes if any(_asked_for(below, lowered) for below in effects.ancestors(node))]
+
+
+def _asked_for(node: fx.Node, lowered: Lowered) -> bool:
+    if node.op != "placeholder":
+        return False
+    captured = next(iter(lowered.origins.get(node, [])), None)
+    value = captured.meta.get("example_value") if captured is not None else None
+    return bool(getattr(value, "requires_grad", True))
 
 
 def _sources(table: Table) -> list[fx.Node]:
@@ -65,6 +91,8 @@ def run(placed: Placed, lowered: Lowered, target: Any) -> Miss | None:
         call = writer.call(target, tuple(_arguments(placed, writer)))
         if placed.specialised.spec.lse:
             call = writer.call(operator.getitem, (call, 0))
+        if placed.copied:
+            call = writer.call(torch.ops.attngen.copied.default, (call,))
     except NotHere as reason:
         writer.take_back()
         return Miss(str(reason), site.output.name, depth=8)

@@ -17,10 +17,10 @@ from torch import Tensor, fx, nn
 
 import attngen
 from attngen import pipeline
-from attngen.options import Options
+from attngen.options import parse
 from attngen.report import Report
 
-EAGER = {"inner": "eager", "strict": True}
+EAGER: dict[str, Any] = {"inner": "eager", "strict": True}
 
 
 class Block(nn.Module):
@@ -59,7 +59,7 @@ def example() -> Example:
 def program(example: Example) -> torch.export.ExportedProgram:
     """The model exported after its attention was replaced."""
     traced = fx.symbolic_trace(example.model)
-    report, _ = pipeline.optimize(traced, [example.x], Options(strict=True))
+    report, _ = pipeline.optimize(traced, [example.x], parse({"strict": True}))
     assert len(report.replaced) == 1
     return torch.export.export(traced, (example.x,))
 
@@ -87,7 +87,7 @@ def other_process(code: str) -> subprocess.CompletedProcess[str]:
 def test_symbolic_trace(example: Example) -> None:
     """The trace has no metadata; what only the old attention needed is gone from it all the same."""
     traced = fx.symbolic_trace(example.model)
-    report, _ = pipeline.optimize(traced, [example.x], Options(strict=True))
+    report, _ = pipeline.optimize(traced, [example.x], parse({"strict": True}))
     (site,) = report.sites
     assert "causal" in site.computes and "2x4 heads, 12 x 12" in site.computes
     assert operators(traced.graph) == [site.operator]
@@ -105,15 +105,15 @@ def test_module_of_an_exported_program(example: Example) -> None:
     torch.testing.assert_close(result, example.expected, rtol=2e-5, atol=2e-5)
     module = exported.module()
     assert isinstance(module, fx.GraphModule)
-    report, _ = pipeline.optimize(module, [example.x], Options(strict=True))
+    report, _ = pipeline.optimize(module, [example.x], parse({"strict": True}))
     assert operators(module.graph) == [report.sites[0].operator]
     assert scores_left(module.graph) == []
     torch.testing.assert_close(module(example.x), example.expected, rtol=2e-5, atol=2e-5)
 
 
 def test_module_exported_for_any_length(example: Example) -> None:
-    length = torch.export.Dim("length", min=2, max=64)
-    exported = torch.export.export(example.model, (example.x,), dynamic_shapes={"x": {1: length}})
+    lengths = {"x": {1: torch.export.Dim.AUTO}}
+    exported = torch.export.export(example.model, (example.x,), dynamic_shapes=lengths)
     module = exported.module()
     run = torch.compile(module, backend="attngen", options=EAGER, dynamic=True)
     with attngen.record() as reports:
@@ -135,7 +135,7 @@ def test_exported_model_of_the_zoo(build: zoo.Build) -> None:
     torch.testing.assert_close(first(result), expected, rtol=1e-4, atol=1e-4)
     module = exported.module()
     assert isinstance(module, fx.GraphModule)
-    pipeline.optimize(module, list(inputs.values()), Options(strict=True))
+    pipeline.optimize(module, list(inputs.values()), parse({"strict": True}))
     assert len(operators(module.graph)) == sites and scores_left(module.graph) == []
     torch.testing.assert_close(first(module(**inputs)), expected, rtol=1e-4, atol=1e-4)
 

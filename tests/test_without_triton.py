@@ -83,11 +83,11 @@ def test_where_a_kernel_would_have_run_it_is_said_once_and_done_block_by_block(t
         from attngen import runtime, prepare
         from attngen.device import DEVICES
         from attngen.pipeline import optimize
-        from attngen.options import Options
+        from attngen.options import parse
         for scale in (0.25, 0.5):
             graph = torch.fx.symbolic_trace(lambda q, k, v: torch.softmax(q @ k.transpose(-1, -2) * scale, -1) @ v)
             with torch.no_grad():
-                _, (use,) = optimize(graph, (q, k, v), Options(strict=True))
+                _, (use,) = optimize(graph, (q, k, v), parse({"strict": True}))
                 assert prepare.begin([use], DEVICES["h200"]).compilation is None
                 call = runtime._by_kernel(use.kernel.spec, use.kernel)
                 for _ in range(2):
