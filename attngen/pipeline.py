@@ -27,7 +27,7 @@ from attngen.device import Device, probe, resolve
 from attngen.emit import Kernel, emit
 from attngen.errors import Miss
 from attngen.options import Options
-from attngen.passes import detect, effects, lower, provenance, specialise
+from attngen.passes import detect, effects, lower, provenance, specialise, strides
 from attngen.passes import replace as replacing
 from attngen.passes.detect import Site
 from attngen.passes.lower import Lowered
@@ -207,9 +207,10 @@ def _reach(source: Input, value: torch.Tensor) -> int:
 
 
 def _elements_per_row(site: Site) -> int:
-    """The stride of a query row in the output, which is contiguous."""
-    value, place = site.output.meta["val"], site.axes.index(site.row)
-    return math.prod(compat.hint(size) for size in value.shape[place + 1 :])
+    """The stride of a query row in the output, which is dense."""
+    value, order = site.output.meta["val"], strides.memory_order(site.output)
+    place = order.index(site.axes.index(site.row))
+    return math.prod(compat.hint(value.shape[d]) for d in order[place + 1 :])
 
 
 def _problem(site: Site) -> Problem:

@@ -15,11 +15,11 @@ from attngen.algebra import COMPARISONS, TRUE, Const, Expr, Int, Op, negate, num
 from attngen.index import Axis
 from attngen.mask import no_row_is_empty
 from attngen.passes.detect import Site
+from attngen.passes.pointwise import drowns
 from attngen.passes.semantics import dtype_of
 
 NEGLIGIBLE = 104.0  # exp(-104) is zero in float32
 MASKING = -1e3  # a score set to less than this is masked; rows where that could show are computed again
-COARSE = 8.0  # scores that far apart from their neighbours carry no information
 HUGE = 1e30  # no score that means anything is above this
 
 # Operations that cost no more than the load they replace.
@@ -39,7 +39,7 @@ def split(site: Site) -> Split:
     dtype = dtype_of(site.dot.node)  # type: ignore[arg-type]
     score, mask, fills = _unmask(site.score, dtype)
     whole, redo_below = None, None
-    certain = no_row_is_empty(mask, site.row, site.key) and all(_drowns(fill.value, dtype) for fill in fills)
+    certain = no_row_is_empty(mask, site.row, site.key) and all(drowns(fill.value, dtype) for fill in fills)
     finite = [fill for fill in fills if math.isfinite(fill.value)]
     if finite and not certain:
         whole, redo_below = site.score, max(fill.highest for fill in finite) + NEGLIGIBLE
@@ -56,11 +56,6 @@ class _Fill:
     highest: float
 
 
-def _drowns(fill: float, dtype: torch.dtype) -> bool:
-    """Scores of this type have no digits left at a quarter of ``fill``: what they hold there cannot be meant."""
-    return not math.isfinite(fill) or -fill / 4 * torch.finfo(dtype).eps >= COARSE
-
-
 def _unmask(score: Expr, dtype: torch.dtype, *, alone: bool = True) -> tuple[Expr, Expr, list[_Fill]]:
     """The score without its mask, the mask, and the fills. Not ``alone``: something is added to the score later."""
     mask: Expr = TRUE
@@ -69,7 +64,7 @@ def _unmask(score: Expr, dtype: torch.dtype, *, alone: bool = True) -> tuple[Exp
     parts = _summands(score)
     alone = alone and len(parts) == 1
     for term in parts:
-        while (found := _masked(term)) is not None and (alone or _drowns(found[2], dtype)):
+        while (found := _masked(term)) is not None and (alone or drowns(found[2], dtype)):
             condition, term, fill = found
             mask, fills = op("and", mask, condition), [*fills, _Fill(fill, fill if alone else fill / 2)]
         if fills and len(_summands(term)) > 1:

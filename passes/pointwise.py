@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import fx
 
-from attngen.algebra import COMPARISONS, Const, Expr, integer, negate, op, to_bool, to_float, to_int, where
+from attngen.algebra import COMPARISONS, Const, Expr, Op, integer, negate, number, op, to_bool, to_float, to_int, where
 from attngen.passes.semantics import Bound, Index, Reader, Row, Unknown, coarsens, dtype_of, kind_of
+
+COARSE = 8.0  # scores that far apart from their neighbours carry no information
+HALF = (torch.float16, torch.bfloat16)
+LOWEST = Const(torch.finfo(torch.float32).min)
 
 
 def _plain(name: str, *names: str) -> Row:
@@ -32,10 +37,27 @@ def _scaled_sum(sign: str, minuend: str = "self", subtrahend: str = "other") -> 
 
     def row(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
         left, right = _promoted(node, [reader.operand(args[n], index) for n in (minuend, subtrahend)])
+        left, right = (_drowned(value, dtype_of(node)) for value in (left, right))
         alpha = reader.operand(args.get("alpha", 1), index)
         return op(sign, left, op("mul", right, alpha) if alpha != integer(1) else right)
 
     return row
+
+
+def _drowned(value: Expr, dtype: torch.dtype) -> Expr:
+    """A fill that leaves no digit of what it is added to, in 16 bits, made one that leaves none in float32 either.
+
+    fp16 scores plus -65504 are -65504, all of them; a kernel adds in float32, where they would keep their differences.
+    """
+    if not (dtype in HALF and isinstance(value, Op) and value.name == "where"):
+        return value
+    condition, *branches = value.args
+    return where(condition, *(LOWEST if number(b) != -math.inf and drowns(number(b), dtype) else b for b in branches))
+
+
+def drowns(fill: float | None, dtype: torch.dtype) -> bool:
+    """Scores of this type have no digits left at a quarter of the negative ``fill``: what they hold there is not meant."""
+    return fill is not None and -fill / 4 * torch.finfo(dtype).eps >= COARSE
 
 
 def _divide(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:

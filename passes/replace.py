@@ -18,6 +18,7 @@ from attngen.passes.detect import Site
 from attngen.passes.graphs import NotHere, Writer, is_pure, opened, sizes_of
 from attngen.passes.lower import Lowered
 from attngen.passes.specialise import Specialised, Table
+from attngen.passes.strides import memory_order
 
 # Export checks types of values in the graph. They are what they were traced as, and need no check if nobody reads them.
 _CHECK = torch.ops.aten._assert_tensor_metadata.default
@@ -93,6 +94,9 @@ def run(placed: Placed, lowered: Lowered, target: Any) -> Miss | None:
             call = writer.call(operator.getitem, (call, 0))
         if placed.copied:
             call = writer.call(torch.ops.attngen.copied.default, (call,))
+        order = memory_order(site.output)
+        if order != tuple(range(len(order))):
+            call = writer.call(torch.ops.aten.permute.default, (call, [order.index(d) for d in range(len(order))]))
     except NotHere as reason:
         writer.take_back()
         return Miss(str(reason), site.output.name, depth=8)

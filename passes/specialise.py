@@ -25,6 +25,7 @@ from attngen.passes.detect import Site
 from attngen.passes.masking import CHEAP
 from attngen.passes.operands import Operand
 from attngen.passes.semantics import Index, dtype_of, shape_of
+from attngen.passes.strides import memory_order
 from attngen.spec import BATCH_NAMES, FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input, batch_axes
 
 MAX_HEAD_DIM = 256
@@ -78,7 +79,7 @@ def run(site: Site) -> Specialised | Miss:
         values=_input("v", site.values, names),
         extras=tuple(_extra(load, slots, names) for load in slots),
         batch=tuple(names[a] for a in site.batch),  # type: ignore[misc]
-        output=tuple(names[a] for a in site.axes),  # type: ignore[misc]
+        output=tuple(names[site.axes[d]] for d in memory_order(site.output)),  # type: ignore[misc]
         head_dim=int(site.inner.extent),
         value_dim=int(site.feature.extent),
         out_dtype=dtype_of(site.output),

@@ -21,6 +21,7 @@ from attngen.evaluate import Evaluator
 from attngen.passes import detect, lower, specialise
 from attngen.passes.detect import Site
 from attngen.passes.specialise import Specialised, Table
+from attngen.passes.strides import memory_order
 
 torch.set_num_threads(1)
 
@@ -89,7 +90,8 @@ class Analysis:
         for tensor, declared in zip(inputs[3:], special.spec.extras, strict=True):
             assert tensor.dtype == declared.dtype
         spec = special.spec if rounded or dtype is None else replace(special.spec, out_dtype=dtype)
-        return blockwise.forward(spec, inputs, dtype=dtype)[0]
+        order = memory_order(site.output)
+        return blockwise.forward(spec, inputs, dtype=dtype)[0].permute([order.index(d) for d in range(len(order))])
 
 
 class _Recorder(fx.Interpreter):

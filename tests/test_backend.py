@@ -292,6 +292,22 @@ def test_an_input_written_between_is_left_alone() -> None:
     assert replaced(reports) == 0 and "written in place" in reports[0].missed[0].reason
 
 
+def test_results_keep_the_strides_that_views_rely_on() -> None:
+    """``view`` of a transposed result works only on the layout in memory that the library gives."""
+
+    def two_readers(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        y = nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+        return y.transpose(1, 2).view(24, 64) * 2, y
+
+    args = [torch.randn(2, 12, 4, 16) for _ in range(3)]
+    expected = two_readers(*args)
+    actual, reports = run(two_readers, *args)
+    assert replaced(reports) == 1
+    for mine, theirs in zip(actual, expected, strict=True):
+        close(mine, theirs)
+        assert mine.stride() == theirs.stride()
+
+
 def test_a_cache_written_in_place_is_read_after_the_write() -> None:
     def step(q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, at: Tensor) -> Tensor:
         cache_k.index_copy_(2, at, k)
