@@ -190,7 +190,6 @@ INTEGER = frozenset(["trunc"])
 POLYMORPHIC = frozenset(["add", "sub", "mul", "neg", "abs", "min", "max", "floordiv", "mod"])
 
 TRUE, FALSE = Const(True), Const(False)
-NEG_INF = -math.inf
 
 
 def integer(value: sp.Expr | int) -> Int:

@@ -55,7 +55,7 @@ def _arch(card: object) -> str:
 
 def _targets() -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for column in ("--target", "Device", "SMs", "HBM", "Tensor", "Rates"):
+    for column in ("--target", "Device", "SMs", "HBM", "Tensor", "Model"):
         table.add_column(column, no_wrap=True)
     for device in DEVICES.values():
         table.add_row(*_row(device))
@@ -63,7 +63,7 @@ def _targets() -> Table:
 
 
 def _row(device: Device) -> tuple[str, ...]:
-    rates = "measured" if device.calibrated else "datasheet"
+    rates = "calibrated" if device.calibrated else "datasheet"
     tensor = f"{device.tensor16 / 1e12:.0f} TF/s"
     return (device.name, device.label, str(device.sms), f"{size(device.hbm_bandwidth)}/s", tensor, rates)
 

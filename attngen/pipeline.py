@@ -150,11 +150,14 @@ def _analysed(
         return unwanted
     problem = _problem(each)
     spec = _finished(specialised, each, training)
-    plan = chosen(spec, problem, device, plans.tile_for(spec, problem) if plans else None)
+    given = plans.tile_for(spec, problem) if plans else None
+    plan = chosen(spec, problem, device, given)
     if isinstance(plan, Miss):
         return plan
-    placed = replace(placed, specialised=replace(specialised, spec=spec))
-    return Found(placed, provenance.where(placed.anchor), problem, plan)
+    where = provenance.where(placed.anchor)
+    if given is not None and plan.tile != given:
+        log.warning("%s: the plan's tile %s cannot run on %s; %s is used", where, given, device.label, plan.tile)
+    return Found(replace(placed, specialised=replace(specialised, spec=spec)), where, problem, plan)
 
 
 @lru_cache(maxsize=4096)

@@ -70,7 +70,7 @@ def begin(uses: Sequence[Use], device: Device) -> Pending:
 
 
 def _marker(use: Use, device: Device) -> Path:
-    key = digest(f"{use.kernel.source}\n{use.inputs}\n{device.arch}\n{compat.triton_build()}")
+    key = digest(f"{use.kernel.name}\n{use.inputs}\n{device.arch}\n{compat.triton_build()}")
     return cache_dir() / "compiled" / f"{key}.json"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -93,12 +93,6 @@ def merge(reports: list[Report]) -> Report:
     notes = tuple(dict.fromkeys(note for report in reports for note in report.notes))
     device = next((report.device for report in reports if report.device), "")
     return Report(device, sites, notes, seconds)
-
-
-def updated(report: Report, changes: dict[str, dict[str, Any]]) -> Report:
-    """The same report with some fields changed, by kernel name."""
-    sites = tuple(replace(site, **changes.get(site.kernel, {})) for site in report.sites)
-    return replace(report, sites=sites)
 
 
 _LISTENERS: list[list[Report]] = []

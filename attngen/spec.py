@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import sympy as sp
@@ -103,10 +103,6 @@ class AttentionSpec:
     @cached_property
     def key(self) -> str:
         return digest(self.text)
-
-    def for_training(self) -> AttentionSpec:
-        """The same spec, also returning the log-sum-exp of each row."""
-        return replace(self, lse=True)
 
 
 def digest(text: str) -> str:

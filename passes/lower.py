@@ -33,10 +33,6 @@ class Lowered:
     emitted: dict[fx.Node, list[fx.Node]]
     tables: dict[Hashable, fx.Node] = field(default_factory=dict)
 
-    def origin(self, node: fx.Node, within: fx.Graph) -> fx.Node | None:
-        """The first node of the captured graph ``within`` that holds the value of the lowered ``node``."""
-        return next((found for found in self.origins.get(node, ()) if found.graph is within), None)
-
     def parent(self, node: fx.Node) -> fx.Node | None:
         """The captured node whose tracing made the lowered ``node``."""
         return next((captured for captured, made in self.emitted.items() if node in made), None)
@@ -99,7 +95,6 @@ class _Recorder(fx.Interpreter):
         self.record = record or _Record()
         self._attribute_names = attributes
         self._attributes: dict[str, torch.Tensor] = {}
-        self._regions: dict[int, torch.autocast] = {}
 
     def lowered(self, *inputs: Any) -> Any:
         count = len(inputs) - len(self._attribute_names)

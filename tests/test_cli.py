@@ -489,4 +489,4 @@ def test_info_lists_versions_and_every_device() -> None:
     assert done.exit_code == 0 and torch.__version__ in done.stdout and attngen.__version__ in done.stdout
     for device in DEVICES.values():
         (line,) = (line for line in done.stdout.splitlines() if line.startswith(f"{device.name} "))
-        assert device.label in line and line.rstrip().endswith("measured" if device.calibrated else "datasheet")
+        assert device.label in line and line.rstrip().endswith("calibrated" if device.calibrated else "datasheet")

@@ -87,8 +87,7 @@ def test_kernels_are_compiled_verified_and_written(name: str, tmp_path: Path) ->
     assert computed(report["sites"]) == EXPECTED[name]
     for site in report["sites"]:
         assert site["status"] == "replaced" and 0 < site["error"] <= site["budget"]
-        # Timed on an H100, tiles with a few spilled words are among the best (tests/data); the cost model counts them.
-        assert site["compiled"]["arch"] == 90 and site["compiled"]["spills"] <= 64
+        assert site["compiled"]["arch"] == 90 and site["compiled"]["spills"] == 0
     assert len(list((tmp_path / "out/kernels").iterdir())) == len(EXPECTED[name])
 
 

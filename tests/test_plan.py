@@ -118,6 +118,16 @@ def test_the_exact_size_goes_before_others(tmp_path: Path, made: tuple[Report, l
     assert read.tile_for(spec, Problem((2, 3), 80, 80)) == read.tile_for(spec, Problem((9, 9), 1, 1)) == Tile(**OTHER)
 
 
+def test_a_tile_that_cannot_run_is_said_and_not_used(
+    tmp_path: Path, made: tuple[Report, list[Kernel]], caplog: pytest.LogCaptureFixture
+) -> None:
+    huge = {"rows": 256, "keys": 256, "warps": 4, "stages": 4}
+    with caplog.at_level(logging.WARNING, "attngen"):
+        _, report = run(plan=str(write(tmp_path, made, tile=huge)))
+    assert "the plan's tile 256x256 w4 s4 cannot run on NVIDIA H200" in caplog.text
+    assert all(site.tile != "256x256 w4 s4" for site in report.replaced)
+
+
 def test_a_choice_for_another_template_is_ignored_and_said(
     tmp_path: Path, made: tuple[Report, list[Kernel]], caplog: pytest.LogCaptureFixture
 ) -> None:
