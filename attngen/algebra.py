@@ -525,7 +525,8 @@ def terms(expr: Expr, sign: float = 1.0) -> list[Expr]:
 
 
 def _scaled(expr: Expr, factor: float) -> Expr:
-    return expr if factor == 1 else op("mul", expr, Const(factor))
+    one = math.isclose(factor, 1, rel_tol=1e-15)  # a number times its own reciprocal may be off by a rounding
+    return expr if one else op("mul", expr, Const(factor))
 
 
 def total(parts: list[Expr]) -> Expr:

@@ -94,11 +94,11 @@ def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     natural = loads_over_keys(spec.score)
     scale, shaped = (LOG2E, spec.score) if natural else scaled_score(spec.score)
     score = _score(printer, spec, scale, shaped, natural)
-    sinks = [printer.hoisted(op("mul", s, Const(LOG2E / scale))) for s in _scalars(spec.sinks)]
+    sinks = [printer.hoisted(s if natural else op("mul", s, Const(LOG2E))) for s in _scalars(spec.sinks)]
     keep, whole = _keep(printer, spec.mask), _whole(printer, spec)
     bounds, has_head, has_full = _bounds(printer, cover)
     heavy_first = any(i.high != KEY.extent for i in cover.visit)
-    unit = [f"scale = {scale!r}  # scores are in units of it, base 2"] if score["times"] else []
+    unit = [f"scale = {scale!r}  # scores times this are in base 2, as the running maximum is"] if score["times"] else []
     block_d, block_e = (max(MIN_DOT, 1 << (n - 1).bit_length()) for n in (spec.head_dim, spec.value_dim))
     return {
         "tile": tile,
@@ -110,12 +110,13 @@ def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "bounds": bounds,
         "has_head": has_head,
         "has_full": has_full,
-        "sink_lines": _sink_lines(sinks, score["factor"]),
+        "sink_lines": _sink_lines(sinks, f" * {LOG2E!r}" if natural else ""),
         "heavy_first": heavy_first,
         "order_comment": "Rows with most keys go first." if heavy_first else "Tiles of one head are neighbours.",
         "empty": spec.empty,
         "lse": spec.lse,
         "log2e": repr(LOG2E),
+        "ln2": repr(1 / LOG2E),
         "precision": "" if spec.query.dtype.itemsize < 4 else f', input_precision="{"tf32" if spec.tf32 else "ieee"}"',
         "block_d": block_d,
         "block_e": block_e,
@@ -183,9 +184,7 @@ def _score(printer: Printer, spec: AttentionSpec, scale: float, shaped: Expr, na
         "full": bare(printer.value(shaped, masked=False)),
         "masked": bare(printer.value(shaped, masked=True)),
         "times": " * scale" if scaled else "",
-        "factor": " * scale" if scaled else (f" * {LOG2E!r}" if natural else ""),
         "natural": natural,
-        "unit": scale / LOG2E,
         "may_be_infinite": any(isinstance(n, Load) and n != SCORE for n in spec.score.walk()),
     }
 
