@@ -1,0 +1,346 @@
+"""How much of the attention in real models attngen replaces, beside an observer of operators that knows nothing of it.
+
+    python tests/coverage.py run --source transformers --attention eager --out FILE   (resumable: one JSON line per model)
+    python tests/coverage.py show FILE...
+    python tests/coverage.py pack FILE... --to tests/data/coverage.json
+
+Capture and detection only: nothing is compiled. Models have random weights; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from coverage_tracer import Traced, trace, without_fast_paths
+from torch import fx, nn
+
+from attngen import compat, pipeline
+from attngen.options import Options
+
+SECONDS, MEMORY, BATCH = 60, 9 << 30, 40
+NEVER = "never reported"
+
+
+# ---------------------------------------------------------------------------------------------------------- one model
+
+
+@dataclass
+class Outcome:
+    """What was measured of one model. ``status``: "run", or "not run" with the ``error``.
+
+    ``sites``: what the observer saw, each with its ``fate``: "replaced" or the reason why not.
+    ``others``: what attngen reported and the observer did not see. ``problems``: failures of ours or of the capture.
+    """
+
+    model: str
+    status: str = "run"
+    error: str = ""
+    sites: list[dict[str, Any]] = field(default_factory=list)
+    others: list[list[str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    graphs: int = 0
+    inductor: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reported:
+    """One site as attngen reports it, once per call of its graph. ``reason`` is empty for a replaced one."""
+
+    path: str
+    line: str
+    reason: str
+
+
+def measure(model: str, module: nn.Module, inputs: dict[str, Any], *, inductor: bool = False) -> Outcome:
+    """The sites of ``module`` and what attngen would make of each."""
+    outcome = Outcome(model)
+    with torch.no_grad(), without_fast_paths():
+        started = time.perf_counter()
+        traced = trace(module, **inputs)
+        outcome.seconds["trace"] = round(time.perf_counter() - started, 2)
+        started = time.perf_counter()
+        reported = _reported(module, inputs, outcome, inductor)
+        outcome.seconds["explain"] = round(time.perf_counter() - started, 2)
+    outcome.sites, outcome.others = _compared(traced, reported, outcome)
+    return outcome
+
+
+def _reported(module: nn.Module, inputs: dict[str, Any], outcome: Outcome, inductor: bool) -> list[Reported]:
+    """As ``attngen.explain``, on the real inputs: models that decide by values go on, and reused graphs count each time."""
+    device = pipeline.planning_device([], Options())
+    calls: list[list[Reported]] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        outcome.graphs += 1
+        if inductor:
+            outcome.inductor = (outcome.inductor or 0) + _fused_by_inductor(gm, example_inputs, outcome)
+        found = _looked(gm, example_inputs, device, outcome)
+
+        def run(*args: Any) -> Any:
+            calls.append(found)
+            return gm.forward(*args)
+
+        return run
+
+    try:
+        with compat.looking_at(module, backend) as compiled:
+            compiled(**inputs)
+    except Exception as problem:
+        outcome.problems.append(f"capture: {_head(problem)}")
+    return [site for call in calls for site in call]
+
+
+def _looked(gm: fx.GraphModule, example_inputs: Sequence[Any], device: Any, outcome: Outcome) -> list[Reported]:
+    try:
+        report = pipeline.explain(gm, example_inputs, Options(), device)
+    except Exception as problem:
+        outcome.problems.append(f"attngen: {_head(problem)}")
+        return []
+    return [Reported(*_place(site.where), site.reason if site.status == "missed" else "") for site in report.sites]
+
+
+def _place(where: str) -> tuple[str, str]:
+    found = re.fullmatch(r"(?:(.*) \()?([^()]*:\d+)\)?", where)
+    return (found[1] or "", found[2]) if found else (where, "")
+
+
+def _head(problem: BaseException) -> str:
+    """Its type, first line, and the innermost two frames."""
+    frames = traceback.extract_tb(problem.__traceback__)[-2:]
+    at = " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(frames))
+    text = next((line for line in str(problem).splitlines() if line.strip()), "")
+    return f"{type(problem).__name__}: {text[:200]} [{at}]"
+
+
+def _fused_by_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], outcome: Outcome) -> int:
+    """How many sites PyTorch's own matcher fuses in the inference graph."""
+    from torch._dynamo.utils import counters
+    from torch._functorch.aot_autograd import aot_module_simplified
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+
+    def passes(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        joint_graph_passes(graph)
+        return graph.forward
+
+    before = counters["inductor"]["fuse_attention"]
+    try:
+        lowered: Any = aot_module_simplified(
+            gm, example_inputs, fw_compiler=passes, inference_compiler=passes, decompositions=select_decomp_table()
+        )
+        del lowered
+    except Exception as problem:
+        outcome.problems.append(f"inductor: {_head(problem)}")
+    return counters["inductor"]["fuse_attention"] - before
+
+
+# ----------------------------------------------------------------------------------------------------------- comparing
+
+
+def _compared(
+    traced: list[Traced], reported: list[Reported], outcome: Outcome
+) -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """Each traced site with its fate, by module first, then by what is near; replaced ones are given out first."""
+    left = sorted(reported, key=lambda site: bool(site.reason))
+    fates: dict[int, str] = {}
+    order = sorted(range(len(traced)), key=lambda k: traced[k].learned)
+    for near in (_same_module, _one_in_the_other, _same_file):
+        for k in order:
+            match = next((site for site in left if k not in fates and near(traced[k], site)), None)
+            if match is not None:
+                fates[k] = match.reason or "replaced"
+                left.remove(match)
+    lost = next((p for p in outcome.problems if not p.startswith("inductor")), None)
+    sites = [asdict(site) | {"fate": fates.get(k, lost or NEVER)} for k, site in enumerate(traced)]
+    return sites, [[site.path, site.line, site.reason or "replaced"] for site in left]
+
+
+def _same_module(seen: Traced, site: Reported) -> bool:
+    return seen.path == site.path
+
+
+def _one_in_the_other(seen: Traced, site: Reported) -> bool:
+    longer, shorter = (seen.path, site.path) if len(seen.path) > len(site.path) else (site.path, seen.path)
+    return bool(shorter) and (longer.startswith(f"{shorter}.") or longer.endswith(f".{shorter}"))
+
+
+def _same_file(seen: Traced, site: Reported) -> bool:
+    return seen.line.split(":")[0] == site.line.split(":")[0]
+
+
+# ------------------------------------------------------------------------------------------------------------- workers
+
+
+def work(source: str, attention: str, names: Sequence[str], out: Path, inductor: bool) -> None:
+    """Measure the models, one line each; called in a child process that may be killed."""
+    import coverage_models
+
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    signal.signal(signal.SIGPROF, _out_of_time)
+    torch.set_num_threads(1)
+    quiet()
+    for name in names:
+        current(out).write_text(name)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        started = time.perf_counter()
+        try:
+            module, inputs = coverage_models.build(source, name, attention)
+            built = round(time.perf_counter() - started, 2)
+            outcome = measure(name, module, inputs, inductor=inductor)
+            outcome.seconds["build"] = built
+        except Exception as problem:
+            outcome = Outcome(name, "not run", f"{type(problem).__name__}: {str(problem).strip()[:300]}")
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        append(out, outcome)
+        module = inputs = None
+        torch._dynamo.reset()
+        gc.collect()
+
+
+def quiet() -> None:
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.ERROR)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _out_of_time(*_: Any) -> None:
+    raise TimeoutError(f"not done in {SECONDS} s of processor time")
+
+
+def current(out: Path) -> Path:
+    return out.with_suffix(".current")
+
+
+def append(out: Path, outcome: Outcome) -> None:
+    with out.open("a") as file:
+        file.write(json.dumps(asdict(outcome)) + "\n")
+
+
+def run(source: str, attention: str, out: Path, names: Sequence[str], inductor: bool) -> None:
+    """All models of a source that ``out`` does not have yet, in child processes."""
+    import coverage_models
+
+    wanted = list(names) or coverage_models.names(source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    while todo := [name for name in wanted if name not in {o["model"] for o in read(out)}]:
+        command = [sys.executable, __file__, "work", "--source", source, "--attention", attention, "--out", str(out)]
+        child = subprocess.Popen([*command, *(["--inductor"] if inductor else []), *todo[:BATCH]])
+        _watch(child, out)
+        if child.returncode != 0:
+            name = current(out).read_text()
+            if name not in {o["model"] for o in read(out)}:
+                append(out, Outcome(name, "not run", f"the process ended with {child.returncode}"))
+        print(f"{source} {attention}: {len(wanted) - len(todo)} of {len(wanted)} and on", flush=True)
+
+
+def _watch(child: subprocess.Popen[bytes], out: Path) -> None:
+    """Kill a child that stays on one model far beyond its time: stuck, or waiting."""
+    while child.poll() is None:
+        time.sleep(1)
+        mark = current(out)
+        if mark.exists() and time.time() - mark.stat().st_mtime > 15 * SECONDS:
+            child.kill()
+            child.wait()
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """The last line of each model."""
+    if not out.exists():
+        return []
+    return list({o["model"]: o for o in map(json.loads, out.read_text().splitlines())}.values())
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def general(fate: str) -> str:
+    """A reason without the names and numbers of one graph."""
+    fate = re.sub(r"\b[a-z_]+(_\d+)+\b|\b\d+\b", "N", fate)
+    return fate if len(fate) < 140 else fate[:137] + "..."
+
+
+def summary(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Counts over the models of one source."""
+    ran = [o for o in outcomes if o["status"] == "run"]
+    sites = [site | {"model": o["model"]} for o in ran for site in o["sites"]]
+    missed: dict[str, dict[str, Any]] = {}
+    for site in sites:
+        if site["fate"] != "replaced":
+            entry = missed.setdefault(general(site["fate"]), {"sites": 0, "models": []})
+            entry["sites"] += 1
+            if site["model"] not in entry["models"]:
+                entry["models"].append(site["model"])
+    counted = [o["inductor"] for o in ran if o["inductor"] is not None]
+    return {
+        "models": len(ran),
+        "with_sites": sum(bool(o["sites"]) for o in ran),
+        "sites": len(sites),
+        "replaced": sum(site["fate"] == "replaced" for site in sites),
+        "learned": sum(site["learned"] for site in sites),
+        "learned_replaced": sum(site["learned"] and site["fate"] == "replaced" for site in sites),
+        "inductor": sum(counted) if counted else None,
+        "inductor_models": len(counted),
+        "missed": dict(sorted(missed.items(), key=lambda item: -item[1]["sites"])),
+        "not_run": {o["model"]: o["error"] for o in outcomes if o["status"] != "run"},
+    }
+
+
+def show(files: Sequence[Path]) -> str:
+    lines = []
+    for file in files:
+        s = summary(read(file))
+        share = 100 * s["replaced"] / max(1, s["sites"])
+        beside = "" if s["inductor"] is None else f", Inductor {s['inductor']} in {s['inductor_models']} models"
+        lines.append(
+            f"{file.stem}: {s['models']} models ({s['with_sites']} with attention), {s['sites']} sites,"
+            f" {s['replaced']} replaced ({share:.1f} %){beside}; {s['learned']} scored by weights,"
+            f" {s['learned_replaced']} of them replaced; {len(s['not_run'])} not run"
+        )
+        for reason, entry in s["missed"].items():
+            examples = ", ".join(entry["models"][:4])
+            lines.append(f"  {entry['sites']:5} sites {len(entry['models']):4} models  {reason}  ({examples})")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("run", "work"):
+        command = commands.add_parser(name)
+        command.add_argument("--source", required=True)
+        command.add_argument("--attention", default="eager", choices=("eager", "sdpa"))
+        command.add_argument("--out", type=Path, required=True)
+        command.add_argument("--inductor", action="store_true", help="also count what PyTorch's own matcher fuses")
+        command.add_argument("models", nargs="*")
+    for name in ("show", "pack"):
+        commands.add_parser(name).add_argument("files", nargs="+", type=Path)
+    chosen = parser.parse_args()
+    if chosen.command == "run":
+        run(chosen.source, chosen.attention, chosen.out, chosen.models, chosen.inductor)
+    elif chosen.command == "work":
+        work(chosen.source, chosen.attention, chosen.models, chosen.out, chosen.inductor)
+    elif chosen.command == "show":
+        print(show(chosen.files))
+
+
+if __name__ == "__main__":
+    main()
