@@ -184,6 +184,8 @@ class Op(Expr):
         return self.args
 
 
+LOST = 32.0  # scores are small: added to a number whose neighbours are that far away, they leave hardly a trace
+
 COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 BOOLEAN = frozenset([*COMPARISONS, "and", "or", "not", "isnan"])
 INTEGER = frozenset(["trunc"])

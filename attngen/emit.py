@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +22,7 @@ from attngen.spec import KEY, ROW, SCORE, AttentionSpec, Tile, digest
 
 TEMPLATE = "portable_fwd.py.jinja"
 MIN_DOT = 16  # the smallest side of a tensor-core product
+MASKING = 1e5  # a number beyond this masks; in base 2 it would lose digits that the exponential needs
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,11 @@ def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     block_d, block_e = (max(MIN_DOT, 1 << (n - 1).bit_length()) for n in (spec.head_dim, spec.value_dim))
     return {
         "tile": tile,
-        "helpers": {"tanh": _tanh(spec) if printer.uses_tanh else "", "floor_div": printer.uses_floor_div},
+        "helpers": {
+            "tanh": _tanh(spec) if printer.uses_tanh else "",
+            "floor_div": printer.uses_floor_div,
+            "drowned": printer.uses_drowned,
+        },
         "score": score,
         "keep": keep,
         "whole": whole,
@@ -162,12 +168,24 @@ def _strip(part: Expr) -> Expr:
 
 
 def loads_over_keys(score: Expr) -> bool:
-    """Whether a float that changes from key to key is loaded. It may hold the lowest number of its type, as masks do.
+    """Whether a term that changes from key to key, or is added per query, may be the lowest of its type, as masks are.
 
     Such a score stays in natural units, where that number is still finite, and is scaled after the maximum is taken
     off: a row with nothing else must come out as the mean of the values, as it does in eager.
     """
-    return any(isinstance(n, Load) and n != SCORE and n.kind == "float" and KEY in n.axes for n in score.walk())
+    for part in terms(score):
+        nodes = part.walk()
+        axes = {KEY} if SCORE in nodes else {ROW, KEY}
+        if any(axes & node.axes and _may_be_lowest(node) for node in nodes):
+            return True
+    return False
+
+
+def _may_be_lowest(node: Expr) -> bool:
+    """A float that is loaded, or something made with a number that no score reaches."""
+    if isinstance(node, Op):
+        return node.name == "drown" or any(MASKING < abs(number(a) or 0) < math.inf for a in node.args)
+    return isinstance(node, Load) and node != SCORE and node.kind == "float"
 
 
 def _keep(printer: Printer, mask: Expr) -> str:

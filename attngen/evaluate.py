@@ -14,7 +14,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from attngen.algebra import Const, Dot, Expr, Int, Load, Op, Reduce
+from attngen.algebra import LOST, Const, Dot, Expr, Int, Load, Op, Reduce
 from attngen.compat import FloorDiv
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -55,6 +55,20 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "where": torch.where,
     "trunc": lambda x: x.to(torch.int64),
 }
+
+
+def _drown(term: Tensor, eps: Tensor) -> Tensor:
+    """``term``; where it would swallow a score in a type of that ``eps``, so low that it does the same here.
+
+    Numbers are then as far apart as they are around ``term`` in that type, so that sums are rounded alike.
+    """
+    info = torch.finfo(term.dtype)
+    low = (term * (eps / info.eps)).clamp(min=info.min)
+    swallows = (term <= -LOST / eps) & (term > -torch.inf)
+    return term + torch.where(swallows, low - term, 0.0).detach()
+
+
+FUNCTIONS["drown"] = _drown
 
 
 class Evaluator:

@@ -37,6 +37,7 @@ _CALLS = {
     "min": "tl.minimum",
     "max": "tl.maximum",
     "where": "tl.where",
+    "drown": "drowned",
 }
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", **COMPARISONS}
 
@@ -53,6 +54,7 @@ class Printer:
     prologue: list[str] = field(default_factory=list)
     uses_floor_div: bool = False
     uses_tanh: bool = False
+    uses_drowned: bool = False
     _names: dict[Expr, str] = field(default_factory=dict)
 
     def value(self, expr: Expr, *, masked: bool) -> str:
@@ -98,6 +100,7 @@ class Printer:
         if expr.name not in _CALLS:
             raise Unprintable(f"a kernel has no {expr.name}")
         self.uses_tanh |= expr.name == "tanh"
+        self.uses_drowned |= expr.name == "drown"
         return f"{_CALLS[expr.name]}({', '.join(map(bare, args))})"
 
     def _product(self, expr: Op, masked: bool, top: bool) -> str:

@@ -114,8 +114,8 @@ def attention(
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, -math.inf)
     elif attn_mask is not None:
-        scores = scores + attn_mask
-    weights = torch.ops.aten._safe_softmax(scores, -1)
+        scores = scores + attn_mask.float()  # not rounded to the dtype of the query
+    weights = torch.ops.aten._safe_softmax(scores, -1).to(value.dtype)
     return torch.matmul(torch.nn.functional.dropout(weights, dropout_p), value)
 
 

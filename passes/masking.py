@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attngen.algebra import COMPARISONS, TRUE, Const, Expr, Int, Op, negate, number, op, terms, total
+from attngen.algebra import COMPARISONS, TRUE, Const, Expr, Int, Load, Op, negate, number, op, terms, total, transform
 from attngen.index import Axis
 from attngen.mask import no_row_is_empty
 from attngen.passes.detect import Site
@@ -23,7 +23,8 @@ MASKING = -1e3  # a score set to less than this is masked; rows where that could
 HUGE = 1e30  # no score that means anything is above this
 
 # Operations that cost no more than the load they replace.
-CHEAP = frozenset(["float", "add", "sub", "mul", "neg", "min", "max", "abs", "where", "and", "or", "not", *COMPARISONS])
+CHEAP = frozenset(["float", "add", "sub", "mul", "neg", "min", "max", "abs", "where", "and", "or", "not", "drown"])
+CHEAP |= frozenset(COMPARISONS)
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,28 @@ class Split:
 def split(site: Site) -> Split:
     """Take the mask out of the score: ``where(c, x, -big)`` and ``x + where(c, y, -big)`` in any nesting of sums."""
     dtype = dtype_of(site.dot.node)  # type: ignore[arg-type]
-    score, mask, fills = _unmask(site.score, dtype)
+    whole_score = _without_idle_drowning(site.score, site.row, site.key)
+    score, mask, fills = _unmask(whole_score, dtype)
     whole, redo_below = None, None
     certain = no_row_is_empty(mask, site.row, site.key) and all(drowns(fill.value, dtype) for fill in fills)
     finite = [fill for fill in fills if math.isfinite(fill.value)]
     if finite and not certain:
-        whole, redo_below = site.score, max(fill.highest for fill in finite) + NEGLIGIBLE
+        whole, redo_below = whole_score, max(fill.highest for fill in finite) + NEGLIGIBLE
     if whole is None and not site.sinks:
         score = _without_row_terms(score, site.key)
     return Split(score, mask, whole, redo_below)
+
+
+def _without_idle_drowning(score: Expr, *pair: Axis) -> Expr:
+    """What is loaded once per head (the slope of ALiBi, a learned offset) is no mask, and drowns no score."""
+
+    def rule(expr: Expr) -> Expr | None:
+        if not (isinstance(expr, Op) and expr.name == "drown"):
+            return None
+        loads = [node for node in expr.walk() if isinstance(node, Load)]
+        return expr if any(axis in load.axes for load in loads for axis in pair) else expr.args[0]
+
+    return transform(score, rule)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,26 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from attngen.algebra import COMPARISONS, Const, Expr, Op, integer, negate, number, op, to_bool, to_float, to_int, where
+from attngen.algebra import (
+    COMPARISONS,
+    LOST,
+    Const,
+    Dot,
+    Expr,
+    Load,
+    Op,
+    Reduce,
+    integer,
+    negate,
+    number,
+    op,
+    to_bool,
+    to_float,
+    to_int,
+    where,
+)
 from attngen.passes.semantics import Bound, Index, Reader, Row, Unknown, coarsens, dtype_of, kind_of
 
-COARSE = 8.0  # scores that far apart from their neighbours carry no information
 HALF = (torch.float16, torch.bfloat16)
 LOWEST = Const(torch.finfo(torch.float32).min)
 
@@ -37,27 +53,52 @@ def _scaled_sum(sign: str, minuend: str = "self", subtrahend: str = "other") -> 
 
     def row(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
         left, right = _promoted(node, [reader.operand(args[n], index) for n in (minuend, subtrahend)])
-        left, right = (_drowned(value, dtype_of(node)) for value in (left, right))
         alpha = reader.operand(args.get("alpha", 1), index)
-        return op(sign, left, op("mul", right, alpha) if alpha != integer(1) else right)
+        right = op("mul", right, alpha) if alpha != integer(1) else right
+        return _sum_in_half(sign, left, right, dtype_of(node)) if dtype_of(node) in HALF else op(sign, left, right)
 
     return row
 
 
-def _drowned(value: Expr, dtype: torch.dtype) -> Expr:
-    """A fill that leaves no digit of what it is added to, in 16 bits, made one that leaves none in float32 either.
+def _sum_in_half(sign: str, left: Expr, right: Expr, dtype: torch.dtype) -> Expr:
+    """A sum that the model rounds to 16 bits. Masks in it are made to leave nothing of a score in float32 either.
 
     fp16 scores plus -65504 are -65504, all of them; a kernel adds in float32, where they would keep their differences.
     """
-    if not (dtype in HALF and isinstance(value, Op) and value.name == "where"):
-        return value
-    condition, *branches = value.args
-    return where(condition, *(LOWEST if number(b) != -math.inf and drowns(number(b), dtype) else b for b in branches))
+    scored = [any(isinstance(n, Dot) for n in side.walk()) for side in (left, right)]
+    if sign == "sub" and scored[0]:
+        sign, right = "add", op("neg", right)
+    return op(sign, *(_drowning(side, dtype, loads=any(scored)) for side in (left, right)))
+
+
+def _drowning(term: Expr, dtype: torch.dtype, *, loads: bool) -> Expr:
+    """``term`` with its masking fills so low that they drown scores in float32, and so with what it ``loads``."""
+    if isinstance(term, Op) and term.name == "where":
+        condition, *branches = term.args
+        return where(condition, *(_drowning_fill(branch, dtype, loads=loads) for branch in branches))
+    if not loads or not _is_loaded(term):
+        return term
+    if isinstance(term, Op) and term.name == "add" and any(isinstance(a, Op) and a.name == "where" for a in term.args):
+        return op("add", *(_drowning(part, dtype, loads=loads) for part in term.args))  # the mask in it must stay visible
+    return op("drown", term, Const(torch.finfo(dtype).eps))
+
+
+def _drowning_fill(branch: Expr, dtype: torch.dtype, *, loads: bool) -> Expr:
+    fill = number(branch)
+    if fill is None:
+        return _drowning(branch, dtype, loads=loads)
+    return LOWEST if fill != -math.inf and drowns(fill, dtype) else branch
+
+
+def _is_loaded(term: Expr) -> bool:
+    """Made of loaded numbers, and not of scores."""
+    parts = term.walk()
+    return any(isinstance(n, Load) for n in parts) and not any(isinstance(n, (Dot, Reduce)) for n in parts)
 
 
 def drowns(fill: float | None, dtype: torch.dtype) -> bool:
-    """Scores of this type have no digits left at a quarter of the negative ``fill``: what they hold there is not meant."""
-    return fill is not None and -fill / 4 * torch.finfo(dtype).eps >= COARSE
+    """Nothing of a score is left beside the negative ``fill`` in this type: what it holds there is not meant."""
+    return fill is not None and -fill * torch.finfo(dtype).eps >= LOST
 
 
 def _divide(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
