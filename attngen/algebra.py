@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import sympy as sp
@@ -275,11 +275,11 @@ def _fold_numbers(name: str, args: tuple[Expr, ...]) -> Expr | None:
 
 
 def _unit_laws(name: str, args: tuple[Expr, ...]) -> Expr | None:
-    """``x*1, x+0, x-0, x/1, x**1 -> x`` and ``0+x -> x``; ``x*0`` stays, for x may be infinite."""
+    """``x*1, x+0, x-0, x/1 -> x`` and ``0+x -> x``; ``x*0`` stays, for x may be infinite."""
     if len(args) != 2:
         return None
     left, right = (number(a) for a in args)
-    unit = {"mul": 1.0, "div": 1.0, "pow": 1.0, "add": 0.0, "sub": 0.0}.get(name)
+    unit = {"mul": 1.0, "div": 1.0, "add": 0.0, "sub": 0.0}.get(name)
     if unit is None:
         return None
     if right == unit and args[0].kind == "float":
@@ -447,7 +447,23 @@ def to_int(expr: Expr) -> Expr:
     return as_number(expr)
 
 
+def power(base: Expr, exponent: Expr) -> Expr:
+    """``base ** exponent`` in operations that kernels have, where the exponent or a positive base is a number."""
+    base, exponent = as_number(base), as_number(exponent)
+    value, known = number(exponent), number(base)
+    if folded := _fold_numbers("pow", (base, exponent)):
+        return folded
+    if value in (1.0, 2.0, 3.0):
+        return reduce(lambda e, f: op("mul", e, f), [base] * int(value))
+    if value in (0.5, -0.5):
+        return op("sqrt" if value > 0 else "rsqrt", base)
+    if known is not None and known > 0:
+        return op("exp2", op("mul", to_float(exponent), Const(math.log2(known))))
+    return Op("pow", (base, exponent))
+
+
 _CONSTRUCTORS: dict[str, Callable[..., Expr]] = {
+    "pow": power,
     "and": _junction("and"),
     "or": _junction("or"),
     "not": lambda x: negate(to_bool(x)),

@@ -88,6 +88,8 @@ def _block(call: Call, first: int, last: int) -> tuple[Tensor, Tensor]:
     qk = call.query[..., first:last, :] @ call.keys.transpose(-1, -2)
     evaluate = evaluator(call, first, last, qk)
     scores = evaluate(spec.score)
+    if not spec.softmax:
+        return _weighed(call, evaluate, scores)
     if spec.mask != TRUE:
         scores = scores.masked_fill(~evaluate(spec.mask), -torch.inf)
     scores = torch.broadcast_tensors(scores, qk)[0]  # type: ignore[no-untyped-call]
@@ -108,6 +110,14 @@ def _block(call: Call, first: int, last: int) -> tuple[Tensor, Tensor]:
     safe = torch.where(total == 0, 1.0, total)
     out = torch.where(total == 0, values if spec.empty == "zero" else torch.nan, values / safe)
     return out, (shift + torch.log(total)).squeeze(-1)
+
+
+def _weighed(call: Call, evaluate: Evaluator, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights that no sum normalises; zeros in place of the log-sum-exp."""
+    if call.spec.mask != TRUE:
+        weights = torch.where(evaluate(call.spec.mask), weights, 0.0)
+    out = weights @ call.values
+    return out, out.new_zeros(out.shape[:-1])
 
 
 def evaluator(call: Call, first: int, last: int, qk: Tensor) -> Evaluator:
@@ -218,7 +228,7 @@ def plain(spec: AttentionSpec) -> Plain | None:
     """The arguments with which torch's own attention computes ``spec``, if it can."""
     scale = _scale(spec.score)
     causal = spec.mask == Op("le", (Int(KEY), Int(ROW)))
-    if scale is None or spec.sinks or spec.whole is not None or not (causal or spec.mask == TRUE):
+    if scale is None or not spec.softmax or spec.sinks or spec.whole is not None or not (causal or spec.mask == TRUE):
         return None
     return Plain(scale, causal)
 

@@ -134,7 +134,7 @@ def _of_spec(spec: AttentionSpec, problem: Problem) -> Values:
         f.pair_loads: len(pairs),
         f.pair_ops: in_score.arithmetic,
         f.mask_ops: in_mask.arithmetic,
-        f.pair_specials: in_score.special,
+        f.pair_specials: in_score.special - (not spec.softmax),  # beside the exponential
         f.redo: 1.0 * (spec.whole is not None),
         f.once: q_once + others + lines * (spec.value_dim * spec.out_dtype.itemsize + 4 * spec.lse),
         f.kv_once: k_once + v_once,

@@ -93,7 +93,7 @@ def _header(spec: AttentionSpec, tile: Tile, notes: tuple[str, ...]) -> str:
 def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     cover = derive(spec.mask)
     printer = Printer(spec)
-    natural = loads_over_keys(spec.score)
+    natural = not spec.softmax or loads_over_keys(spec.score)
     scale, shaped = (LOG2E, spec.score) if natural else scaled_score(spec.score)
     score = _score(printer, spec, scale, shaped, natural)
     sinks = [printer.hoisted(s if natural else op("mul", s, Const(LOG2E))) for s in _scalars(spec.sinks)]
@@ -119,6 +119,7 @@ def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "sink_lines": _sink_lines(sinks, f" * {LOG2E!r}" if natural else ""),
         "heavy_first": heavy_first,
         "order_comment": "Rows with most keys go first." if heavy_first else "Tiles of one head are neighbours.",
+        "softmax": spec.softmax,
         "empty": spec.empty,
         "lse": spec.lse,
         "log2e": repr(LOG2E),

@@ -11,24 +11,33 @@ from dataclasses import dataclass
 
 import sympy as sp
 
-from attngen.algebra import Const, Expr, Op, Reduce, number, op, substitute, terms, total
+from attngen.algebra import Const, Dot, Expr, Op, Reduce, number, op, substitute, terms, total
 from attngen.index import Axis
 
 MAX_COLUMNS = 4  # of extra logits (sinks) joined to the scores
 
 
 @dataclass(frozen=True)
-class Softmax:
-    """``exp(score) / (sum over the key axis of exp(score) + sum of exp(sinks))``."""
+class Normalised:
+    """``exp(score) / (sum over the key axis of exp(score) + sum of exp(sinks))``; not ``softmax``: ``score`` itself."""
 
     score: Expr
     sinks: tuple[Expr, ...] = ()
     zero_if_empty: bool = False
+    softmax: bool = True
 
 
-def softmax(weight: Expr, key: Axis) -> Softmax | str:
+def unnormalised(weight: Expr) -> Normalised | None:
+    """A weight that depends on its own pair alone: sigmoid, squared ReLU, a decay, or the product as it is."""
+    parts = list(weight.walk())
+    if any(isinstance(n, Reduce) for n in parts) or not any(isinstance(n, Dot) for n in parts):
+        return None
+    return Normalised(weight, softmax=False)
+
+
+def softmax(weight: Expr, key: Axis) -> Normalised | str:
     """The softmax over ``key`` that ``weight`` is, or a sentence saying why it is none."""
-    above, below, zero_if_empty = _quotient(weight)
+    above, below, zero_if_empty = quotient(weight)
     above = [factor for factor in above if number(factor) != 1]
     powers = [factor for factor in above if key in factor.axes]
     if len(powers) != 1:
@@ -49,13 +58,13 @@ def softmax(weight: Expr, key: Axis) -> Softmax | str:
     if any(extra is None or key in extra.axes for extra in extras):
         return "the sum that normalises the weights has a term that is not a plain sink"
     score, sinks = _without_common_shift(power.args[0], [e for e in extras if e is not None], key)
-    return Softmax(score, tuple(sinks), zero_if_empty)
+    return Normalised(score, tuple(sinks), zero_if_empty)
 
 
-def _quotient(expr: Expr) -> tuple[list[Expr], list[Expr], bool]:
+def quotient(expr: Expr) -> tuple[list[Expr], list[Expr], bool]:
     """Factors above and below the line; an exponential gives up its ``- log(z)`` terms as factors below."""
     if isinstance(expr, Op) and expr.name in ("mul", "div", "div_or_zero"):
-        (up_l, down_l, zero_l), (up_r, down_r, zero_r) = (_quotient(a) for a in expr.args)
+        (up_l, down_l, zero_l), (up_r, down_r, zero_r) = (quotient(a) for a in expr.args)
         zero = zero_l or zero_r or expr.name == "div_or_zero"
         return (up_l + up_r, down_l + down_r, zero) if expr.name == "mul" else (up_l + down_r, down_l + up_r, zero)
     if isinstance(expr, Op) and expr.name == "exp":

@@ -19,15 +19,14 @@ import sympy as sp
 import torch
 from torch import fx
 
-from attngen import compat, cost, mask, runtime
-from attngen.algebra import TRUE
+from attngen import compat, describe, runtime
 from attngen.aot import Layout, layout_of
 from attngen.choose import Plan, choose
 from attngen.device import Device, probe, resolve
 from attngen.emit import Kernel, emit
 from attngen.errors import Miss
 from attngen.options import Options
-from attngen.passes import detect, effects, lower, provenance, specialise, strides
+from attngen.passes import detect, effects, extract, lower, provenance, specialise, strides
 from attngen.passes import replace as replacing
 from attngen.passes.detect import Site
 from attngen.passes.lower import Lowered
@@ -36,11 +35,9 @@ from attngen.plan import PlanFile
 from attngen.prepare import Use
 from attngen.report import Report, SiteReport
 from attngen.spec import FEATURE, INNER, KEY, ROW, AttentionSpec, Input, Problem
-from attngen.text import readable
 from attngen.verify import extents, shape_of
 
 log = logging.getLogger("attngen")
-FAMILY = "portable"
 
 
 @dataclass(frozen=True)
@@ -52,11 +49,25 @@ class Found:
     problem: Problem
     plan: Plan
 
+    @property
+    def anchor(self) -> fx.Node:
+        return self.placed.anchor
+
 
 @dataclass(frozen=True)
 class Missed:
+    """A place that is left as it was. ``anchor`` is the captured node it is at, ``blamed`` the one the reason is about.
+
+    ``end`` is the lowered node of its product with the values; ``site`` is the attention, if it was proved to be one.
+    """
+
     where: str
     reason: str
+    node: str = ""
+    anchor: fx.Node | None = None
+    blamed: fx.Node | None = None
+    end: fx.Node | None = None
+    site: Site | None = None
 
 
 def optimize(
@@ -87,7 +98,7 @@ def explain(
     started = time.perf_counter()
     device = device or planning_device(example_inputs, options)
     found = analyse(lower.run(gm, example_inputs), device, options, _trains(gm, example_inputs))
-    sites = [_missed(each) if isinstance(each, Missed) else _described(each, device, "found") for each in found]
+    sites = [describe.missed(each) if isinstance(each, Missed) else describe.found(each, device, "found") for each in found]
     return Report(device.label, tuple(sites), notes(), seconds={"analyse": time.perf_counter() - started})
 
 
@@ -122,15 +133,19 @@ def analyse(
     """Every site of the graph with its spec and tile, and every near miss with its reason."""
     facts = effects.run(lowered.graph)
     captured = _captured_by_name(lowered)
+    lowered_by_name = {node.name: node for node in lowered.graph.nodes}
     found: list[Found | Missed] = []
     for each in detect.run(lowered):
         outcome = _analysed(each, lowered, facts, device, options, training, plans)
         if isinstance(outcome, Found):
             found.append(outcome)
             continue
-        name = each.output.name if isinstance(each, Site) else each.node
-        node = captured.get(name)
-        found.append(Missed(provenance.where(node) if node is not None else name, outcome.reason))
+        site = each if isinstance(each, Site) else None
+        named = lowered_by_name[outcome.node] if outcome.node in lowered_by_name else None
+        end = site.output if site else named and extract.product_of(named)
+        anchor = captured.get(end.name) if end else None
+        where = outcome.node if anchor is None else provenance.where(anchor)
+        found.append(Missed(where, outcome.reason, outcome.node, anchor, captured.get(outcome.node, anchor), end, site))
     return found
 
 
@@ -241,22 +256,22 @@ def _replace(
     each: Found | Missed, lowered: Lowered, device: Device, uses: dict[str, Use], options: Options
 ) -> SiteReport:
     if isinstance(each, Missed):
-        return _missed(each)
+        return describe.missed(each)
     try:
         kernel = emitted(each.plan, device.l2_bytes, each.where)
         if isinstance(kernel, Miss):
-            return _missed(Missed(each.where, str(kernel)))
+            return describe.missed(Missed(each.where, str(kernel), anchor=each.anchor))
         target = runtime.operator(each.placed.specialised.spec, kernel)
         miss = replacing.run(each.placed, lowered, target)
     except Exception as problem:
         if options.raises:
             raise
         log.warning("%s is left as it was: %s: %s", each.where, type(problem).__name__, problem)
-        return _missed(Missed(each.where, f"internal error: {problem}"))
+        return describe.missed(Missed(each.where, f"internal error: {problem}", anchor=each.anchor))
     if miss is not None:
-        return _missed(Missed(each.where, miss.reason))
+        return describe.missed(Missed(each.where, miss.reason, miss.node, each.anchor, each.anchor))
     uses.setdefault(kernel.name, Use(kernel, each.problem, _layouts(each)))
-    described = _described(each, device, "replaced")
+    described = describe.found(each, device, "replaced")
     return replace(described, kernel=kernel.name, operator=str(target.name()))
 
 
@@ -295,44 +310,3 @@ def emitted(plan: Plan, l2_bytes: int, where: str) -> Kernel | Miss:
 
 def _sizes(problem: Problem) -> str:
     return f"batch {'x'.join(map(str, problem.batch)) or '1'}, {problem.rows} queries, {problem.keys} keys"
-
-
-# --------------------------------------------------------------------------------------------------------------- report
-
-
-def _missed(each: Missed) -> SiteReport:
-    return SiteReport(each.where, "missed", each.reason)
-
-
-def _described(each: Found, device: Device, status: str) -> SiteReport:
-    return replace(_planned(each.plan, device), where=each.where, status=status)
-
-
-@lru_cache(maxsize=4096)
-def _planned(plan: Plan, device: Device) -> SiteReport:
-    """What a report says of every site that has this plan."""
-    before = int(cost.eager_hbm_bytes(plan.spec, plan.problem))
-    return SiteReport(
-        "",
-        "found",
-        computes=computes(plan.spec, plan.problem),
-        family=FAMILY,
-        tile=str(plan.tile),
-        predicted_ms=plan.cost.seconds * 1e3,
-        hbm_bytes={"before": before, "after": int(plan.cost.hbm_bytes)},
-        sizes={"batch": list(plan.problem.batch), "rows": plan.problem.rows, "keys": plan.problem.keys},
-        formula=tuple(cost.formula(plan, device)),
-        refused=tuple(f"{r.tile}: {r.reason}" for r in plan.refused),
-    )
-
-
-def computes(spec: AttentionSpec, problem: Problem) -> str:
-    """One line for people: ``softmax(0.125*qk; causal & window(4096)), 32 heads on 8, d=128, bfloat16``."""
-    score = readable(spec.score)
-    named = mask.describe(spec.mask)
-    shown = f"; {named}" if named else (f"; where {readable(spec.mask)}" if spec.mask != TRUE else "")
-    sinks = f"; sinks {', '.join(map(readable, spec.sinks))}" if spec.sinks else ""
-    sizes = f"d={spec.head_dim}" + (f"/{spec.value_dim}" if spec.value_dim != spec.head_dim else "")
-    lengths = f"{'x'.join(map(str, problem.batch)) or '1'} heads, {problem.rows} x {problem.keys}"
-    kind = str(spec.query.dtype).removeprefix("torch.")
-    return f"softmax({score}{shown}{sinks}), {lengths}, {sizes}, {kind}"

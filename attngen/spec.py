@@ -51,7 +51,8 @@ class Input:
 class AttentionSpec:
     """What one attention site computes.
 
-    ``output[...] = sum over j of softmax(score + mask)[i, j] * values[j, e]``, with
+    ``output[...] = sum over j of softmax(score + mask)[i, j] * values[j, e]``, or, without ``softmax``, of the score itself
+    where the mask is true; with
 
     ``score``   expression over ``SCORE``, positions and ``extras``, in natural units
     ``mask``    truth expression; False removes the pair
@@ -76,6 +77,7 @@ class AttentionSpec:
     redo_below: float | None = None
     sinks: tuple[Expr, ...] = ()
     empty: str = "nan"
+    softmax: bool = True
     lse: bool = False
     tf32: bool = False
     wide: bool = False
@@ -98,7 +100,8 @@ class AttentionSpec:
             lines.append(f"whole {canonical(self.whole)} below {self.redo_below!r}")
         lines += [f"sink {canonical(sink)}" for sink in self.sinks]
         flags = [name for name in ("lse", "tf32", "wide") if getattr(self, name)]
-        return "\n".join([*lines, " ".join([f"empty={self.empty}", *flags])])
+        ending = f"empty={self.empty}" if self.softmax else "no softmax"
+        return "\n".join([*lines, " ".join([ending, *flags])])
 
     @cached_property
     def key(self) -> str:

@@ -106,6 +106,10 @@ def eager(spec: AttentionSpec, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor
     qk = (call.query @ call.keys.transpose(-1, -2)).to(precise)
     evaluate = blockwise.evaluator(replace(call, dtype=precise), 0, call.sizes[ROW], qk)
     scores = evaluate(spec.score if spec.whole is None else spec.whole)
+    if not spec.softmax:
+        weights = scores.masked_fill(~evaluate(spec.mask), 0.0) if spec.mask != TRUE else scores
+        out = weights.to(call.dtype) @ call.values
+        return blockwise.laid_out(call, out), out.new_zeros(out.shape[:-1], dtype=precise)
     if spec.whole is None and spec.mask != TRUE:
         scores = scores.masked_fill(~evaluate(spec.mask), -torch.inf)
     scores = torch.broadcast_tensors(scores, qk)[0]  # type: ignore[no-untyped-call]

@@ -1,4 +1,6 @@
-"""Find attention by what it computes: a contraction of values with weights that a softmax made of another contraction.
+"""Find attention by what it computes: a contraction of values with weights made of another contraction, pair by pair.
+
+The weights are a softmax of scores in most models, but any function of one pair will do (sigmoid, squared ReLU, decay).
 
 One forward sweep marks where such a pattern could be; each candidate is then proved or given a ``Miss``. The proof works
 on element expressions (``passes.semantics``), so layouts, views, casts and spellings play no part in it; dimensions are
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import sympy as sp
 import torch
@@ -19,13 +22,13 @@ from attngen.algebra import Access, Dot, Expr, Load, op, transform
 from attngen.compat import FloorDiv
 from attngen.errors import Miss
 from attngen.index import Axis, numbered
-from attngen.normaliser import Softmax, softmax
+from attngen.normaliser import Normalised, quotient, softmax, unnormalised
 from attngen.passes import effects
 from attngen.passes.decompose import Decomposer
 from attngen.passes.lower import Lowered
 from attngen.passes.operands import Operand, peel
 from attngen.passes.pointwise import POINTWISE
-from attngen.passes.semantics import Reader, bind, dtype_of, op_name, shape_of
+from attngen.passes.semantics import Reader, bind, dtype_of, is_tensor, op_name, shape_of
 from attngen.passes.values import is_contraction
 from attngen.passes.views import VIEWS
 
@@ -34,7 +37,8 @@ from attngen.passes.views import VIEWS
 class Site:
     """One proved attention. ``output`` is the node to replace; its dimensions are ``axes``, in order.
 
-    ``score`` is what the softmax sees, over ``dot`` (the product of query and key) and anything else the graph adds.
+    ``score`` is what the softmax sees, over ``dot`` (the product of query and key) and anything else the graph adds; where
+    there is no ``softmax``, it is the weight itself.
     ``interior`` are the nodes between the two contractions, which nobody else reads.
     """
 
@@ -52,6 +56,7 @@ class Site:
     score: Expr
     sinks: tuple[Expr, ...]
     zero_if_empty: bool
+    softmax: bool
     reader: Reader = field(repr=False, compare=False)
     interior: frozenset[fx.Node] = field(repr=False, compare=False)
 
@@ -63,48 +68,97 @@ def run(lowered: Lowered) -> list[Site | Miss]:
     decompose = Decomposer()
     found: list[Site | Miss] = []
     for node in lowered.graph.nodes:
-        if node in facts.live and _is_candidate(node, marks):
+        if node not in facts.live or not _is_product(node):
+            continue
+        if _is_candidate(node, marks):
             found.append(_prove(node, lowered, facts, decompose))
+        elif _weighs_pairs(node, marks) and isinstance(site := _prove(node, lowered, facts, decompose), Site):
+            found.append(site)  # what is not proved here is an ordinary product, not a near miss
     return found
 
 
 # -------------------------------------------------------------------------------------------------------- candidates
 
 _SOFTMAX = frozenset(["softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "logsumexp"])
-_JOINS = frozenset(["cat", "amax", "max", "constant_pad_nd", "tril", "triu"])
+_TRIANGLES = frozenset(["tril", "triu"])
+_JOINS = frozenset(["cat", "amax", "max", "constant_pad_nd"])
 # What people put between softmax and values, or scores and softmax, and no kernel computes: worth a ``Miss``.
 _CHANGES = frozenset(["layer_norm", "rms_norm", "nan_to_num", "roll", "cumsum", "scatter", "gather", "topk"])
+_CARRIES = frozenset(VIEWS) | {"to", "_to_copy"}
 _ATTENTION = "scaled_dot_product_attention"
 _DROPOUT = "the attention weights are dropped at random"
 
 
-def _mark(graph: fx.Graph) -> dict[fx.Node, int]:
-    """How far each node got: 1 follows a contraction, 2 an exponential after it, 3 a normaliser after that."""
-    level: dict[fx.Node, int] = {}
+@dataclass(frozen=True)
+class _Marks:
+    """How far each node got: 1 follows a contraction, 2 an exponential after it, 3 a normaliser after that.
+
+    ``pairs`` follow a batched contraction without leaving its elements: they may weigh pairs of rows and keys.
+    """
+
+    level: dict[fx.Node, int] = field(default_factory=dict)
+    pairs: set[fx.Node] = field(default_factory=set)
+
+    def highest(self, nodes: list[fx.Node]) -> int:
+        return max((self.level.get(n, 0) for n in nodes), default=0)
+
+
+def _mark(graph: fx.Graph) -> _Marks:
+    marks = _Marks()
     for node in graph.nodes:
-        name = op_name(node)
-        before = max((level.get(n, 0) for n in node.all_input_nodes), default=0)
-        if is_contraction(node) and name != "sum":
-            level[node] = 1
-        elif before == 0:
-            continue
-        elif name in _SOFTMAX:
-            level[node] = 3
-        elif name in ("exp", "exp2"):
-            level[node] = max(before, 2)
-        elif name == "sum":
-            level[node] = 3 if before >= 2 else 1
-        elif name in VIEWS or name in POINTWISE or name in _JOINS | _CHANGES or node.target is operator.getitem:
-            level[node] = before
-    return level
+        name, inputs = op_name(node), node.all_input_nodes
+        before = marks.highest(inputs)
+        passes = name in VIEWS or name in POINTWISE or name in _TRIANGLES
+        if _contracts(node, before):
+            marks.level[node] = 1
+        elif name in _SOFTMAX and before:
+            marks.level[node] = 3
+        elif name in ("exp", "exp2") and before:
+            marks.level[node] = max(before, 2)
+        elif name == "sum" and before:
+            marks.level[node] = 3 if before >= 2 else 1
+        elif before and (passes or name in _JOINS | _CHANGES or node.target is operator.getitem):
+            marks.level[node] = before
+        if (_contracts(node, before) and _is_batched(node)) or (passes and any(n in marks.pairs for n in inputs)):
+            marks.pairs.add(node)
+    return marks
 
 
-def _is_candidate(node: fx.Node, marks: dict[fx.Node, int]) -> bool:
+def _contracts(node: fx.Node, before: int) -> bool:
+    return _is_product(node) and (op_name(node) != "sum" or before < 2)
+
+
+def _is_batched(node: fx.Node) -> bool:
+    """Not a product with a layer's weights, which have no batch of their own."""
+    return all(len(shape_of(n)) > 2 for n in node.all_input_nodes if is_tensor(n))
+
+
+def _is_product(node: fx.Node) -> bool:
+    """A contraction; among sums, only those of products."""
+    return is_contraction(node) and (op_name(node) != "sum" or any(op_name(n) == "mul" for n in node.all_input_nodes))
+
+
+def _is_candidate(node: fx.Node, marks: _Marks) -> bool:
     if op_name(node) == _ATTENTION:
         return True
-    if op_name(node) == "sum" and not any(op_name(n) == "mul" for n in node.all_input_nodes):
-        return False
-    return is_contraction(node) and any(marks.get(n, 0) == 3 for n in node.all_input_nodes)
+    inputs = node.all_input_nodes
+    return marks.highest(inputs) == 3 or (marks.highest(inputs) == 2 and _divided(node) is not None)
+
+
+def _weighs_pairs(node: fx.Node, marks: _Marks) -> bool:
+    return _is_batched(node) and any(n in marks.pairs for n in node.all_input_nodes)
+
+
+def _divided(node: fx.Node) -> fx.Node | None:
+    """The division of the result by the sum of the weights, in a softmax whose normalisation comes last."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if op_name(user) in ("div", "mul") and is_tensor(user.args[0]) and is_tensor(user.args[1]):
+            return user
+        if op_name(user) not in _CARRIES:
+            return None
+        node = user
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------- proof
@@ -115,31 +169,52 @@ def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: D
         return Miss(_DROPOUT, node.name, depth=1)
     reader = Reader(lowered.graph, facts.stale, decompose)
     misses = []
-    for output, axes in _sinks(node, lowered, reader, facts):
-        proof = _prove_output(reader, node, output, axes)
-        if isinstance(proof, Site):
-            if _fix_head_sizes(proof):
-                return _prove(node, lowered, facts, decompose)
-            disturbed = effects.undisturbed(proof, node, facts)
-            return proof if disturbed is None else disturbed
-        misses.append(proof)
+    for end in filter(None, (_divided(node), node)):
+        for output, axes in _sinks(end, lowered, reader, facts):
+            proof = _prove_output(reader, end, output, axes, lowered.parameters)
+            if isinstance(proof, Site):
+                if _fix_head_sizes(proof):
+                    return _prove(node, lowered, facts, decompose)
+                disturbed = effects.undisturbed(proof, end, facts)
+                return proof if disturbed is None else disturbed
+            misses.append(proof)
     deepest = max(misses, key=lambda miss: miss.depth)
     return deepest if deepest.node else replace(deepest, node=node.name)
 
 
-def _prove_output(reader: Reader, node: fx.Node, output: fx.Node, axes: tuple[Axis, ...]) -> Site | Miss:
+def _prove_output(
+    reader: Reader, node: fx.Node, output: fx.Node, axes: tuple[Axis, ...], parameters: frozenset[fx.Node]
+) -> Site | Miss:
     result = reader.at(output, axes)
-    if not isinstance(result, Dot):
+    above, below, _ = quotient(result)
+    products = [factor for factor in above if isinstance(factor, Dot)]
+    if len(products) != 1:
         if any(isinstance(n, Dot) for n in result.walk()):
             return Miss("the product with the values has something added to it", node.name)
         return Miss("the product with the values is not one sum of products", node.name)
+    (product,) = products
+    outside = reduce(lambda e, f: op("mul", e, f), [f for f in above if f is not product], Operand.ONE)
+    outside = reduce(lambda e, f: op("div", e, f), below, outside)
     misses = []
-    for weights, values in ((result.lhs, result.rhs), (result.rhs, result.lhs)):
-        proof = _prove_sides(reader, node, output, axes, result.axis, weights, values)
+    for weights, values in ((product.lhs, product.rhs), (product.rhs, product.lhs)):
+        proof = _prove_sides(reader, node, output, axes, product.axis, weights, values, outside)
         if isinstance(proof, Site):
-            return proof
+            if proof.softmax or not _is_layer(proof, parameters):
+                return proof
+            proof = Miss("a product with the weights of a layer", node.name)
         misses.append(proof)
     return max(misses, key=lambda miss: miss.depth)
+
+
+def _is_layer(site: Site, parameters: frozenset[fx.Node]) -> bool:
+    """Keys or values are weights of the model: a feed-forward layer, not attention."""
+
+    def held(node: fx.Node) -> bool:
+        while node not in parameters and op_name(node) in _CARRIES:
+            node = node.all_input_nodes[0]
+        return node in parameters
+
+    return held(site.keys.node) or held(site.values.node)
 
 
 def _fix_head_sizes(site: Site) -> bool:
@@ -167,9 +242,11 @@ def _prove_sides(
     key: Axis,
     weights: Access,
     values: Access,
+    outside: Expr,
 ) -> Site | Miss:
-    weight = reader.at(weights.source, _plain(weights))  # type: ignore[arg-type]
-    normalised = softmax(weight, key)
+    """``outside`` multiplies the product: the division by a sum that other spellings do before it."""
+    weight = op("mul", reader.at(weights.source, _plain(weights)), outside)  # type: ignore[arg-type]
+    normalised = unnormalised(weight) or softmax(weight, key)
     if isinstance(normalised, str) and _drops(weight):
         return Miss(_DROPOUT, node.name, depth=2)
     if isinstance(normalised, str):
@@ -182,6 +259,8 @@ def _prove_sides(
     if isinstance(roles, Miss):
         return roles
     row, feature = roles
+    if feature in outside.axes:
+        return Miss("the result is divided by something that differs from feature to feature", node.name, depth=4)
     operands = _operands(reader, node, output, dot, query, keys, values, row, key, feature)
     if isinstance(operands, Miss):
         return operands
@@ -193,7 +272,7 @@ def _prove_sides(
     batch = tuple(a for a in axes if a not in (row, feature))
     return Site(
         output, axes, batch, row, key, dot.axis, feature, q, k, v, dot, score,
-        normalised.sinks, normalised.zero_if_empty, reader, interior,
+        normalised.sinks, normalised.zero_if_empty, normalised.softmax, reader, interior,
     )  # fmt: skip
 
 
@@ -209,7 +288,7 @@ def _scaled(dot: Dot, *operands: Operand) -> Expr:
     return result
 
 
-def _score_dot(normalised: Softmax, key: Axis) -> Dot | Miss:
+def _score_dot(normalised: Normalised, key: Axis) -> Dot | Miss:
     """The contraction of query and key: exactly one side of it moves with the key axis."""
     dots = [e for e in normalised.score.walk() if isinstance(e, Dot) and (key in e.lhs.axes) != (key in e.rhs.axes)]
     dots = [e for e in dots if _other_side(e, key).axes - {e.axis}] or dots

@@ -59,17 +59,19 @@ class Writer:
     def cast(self, node: fx.Node, value: Tensor, dtype: torch.dtype) -> fx.Node:
         return node if value.dtype == dtype else self.call(torch.ops.aten.to.dtype, (node, dtype))
 
-    def table(self, table: Table, sizes: dict[sp.Symbol, tuple[fx.Node, int]]) -> fx.Node:
+    def table(self, table: Table, sizes: dict[sp.Symbol, tuple[fx.Node, int]], like: fx.Node) -> fx.Node:
         """The tensor ``[*batch, diagonals]`` of a table; ``sizes`` names a lowered node and a dimension for each symbol.
+
+        It is built on the device of the lowered node ``like``.
 
         Sites that need the same one share it.
         """
         known = self._lowered.tables.get(table)
         if known in self._before:
             return known  # type: ignore[return-value]
-        loads = list(dict.fromkeys(n.source for n in table.expr.walk() if isinstance(n, Load)))
-        measured = list(dict.fromkeys(node for node, _ in sizes.values()))
-        sources: list[fx.Node] = [*loads, *(n for n in measured if n not in loads)]  # type: ignore[list-item]
+        loads = [n.source for n in table.expr.walk() if isinstance(n, Load)]
+        measured = [node for node, _ in sizes.values()]
+        sources: list[fx.Node] = list(dict.fromkeys([like, *loads, *measured]))  # type: ignore[list-item]
         graph = _traced_table(table, sources, sizes)
         inner = dict(zip(graph.find_nodes(op="placeholder"), (self.value(s) for s in sources), strict=True))
         self._lowered.tables[table] = self._inlined(graph, inner)
@@ -160,7 +162,7 @@ def _nodes_before(anchor: fx.Node) -> frozenset[fx.Node]:
 
 
 def _traced_table(table: Table, sources: Sequence[fx.Node], sizes: dict[sp.Symbol, tuple[fx.Node, int]]) -> fx.Graph:
-    """The ATen operators that compute ``table`` from the values of ``sources``."""
+    """The ATen operators that compute ``table`` from the values of ``sources``, on the device of the first."""
     values = [source.meta["val"] for source in sources]
 
     def body(*tensors: Tensor) -> Tensor:

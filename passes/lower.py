@@ -25,12 +25,14 @@ class Lowered:
 
     ``origins`` lists for each lowered node the captured nodes that hold exactly its value, in program order.
     ``emitted`` lists for each captured node the lowered nodes it was traced into.
+    ``parameters`` are the placeholders that stand for weights of the model.
     ``tables`` are those that replaced sites needed, each with the captured node that holds it now.
     """
 
     graph: fx.Graph
     origins: dict[fx.Node, list[fx.Node]]
     emitted: dict[fx.Node, list[fx.Node]]
+    parameters: frozenset[fx.Node] = frozenset()
     tables: dict[Hashable, fx.Node] = field(default_factory=dict)
 
     def parent(self, node: fx.Node) -> fx.Node | None:
@@ -62,7 +64,9 @@ def run(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Lowered:
         if node in kept:
             origins.setdefault(node, []).append(captured)
     emitted = {node: [n for n in new if n in kept] for node, new in tracer.record.emitted.items()}
-    return Lowered(lowered.graph, origins, emitted)
+    placeholders = lowered.graph.find_nodes(op="placeholder")
+    weights = (n for n, x in zip(placeholders, inputs, strict=True) if isinstance(x, torch.nn.Parameter))
+    return Lowered(lowered.graph, origins, emitted, frozenset(weights))
 
 
 def _write_out_constants(lowered: fx.GraphModule) -> None:

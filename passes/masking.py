@@ -37,6 +37,8 @@ class Split:
 
 def split(site: Site) -> Split:
     """Take the mask out of the score: ``where(c, x, -big)`` and ``x + where(c, y, -big)`` in any nesting of sums."""
+    if not site.softmax:
+        return Split(*_without_zeros(_without_idle_drowning(site.score)), None, None)
     dtype = dtype_of(site.dot.node)  # type: ignore[arg-type]
     whole_score = _without_idle_drowning(site.score, site.row, site.key)
     score, mask, fills = _unmask(whole_score, dtype)
@@ -48,6 +50,21 @@ def split(site: Site) -> Split:
     if whole is None and not site.sinks:
         score = _without_row_terms(score, site.key)
     return Split(score, mask, whole, redo_below)
+
+
+def _without_zeros(weight: Expr) -> tuple[Expr, Expr]:
+    """A weight that no sum normalises, where it is not zero; and the mask that says where."""
+    if isinstance(weight, Op) and weight.name in ("mul", "div"):
+        left, kept = _without_zeros(weight.args[0])
+        right, also = _without_zeros(weight.args[1]) if weight.name == "mul" else (weight.args[1], TRUE)
+        return op(weight.name, left, right), op("and", kept, also)
+    if isinstance(weight, Op) and weight.name == "where":
+        condition, yes, no = weight.args
+        for keep, kept, zero in ((condition, yes, no), (negate(condition), no, yes)):
+            if number(zero) == 0:
+                inner, mask = _without_zeros(kept)
+                return inner, op("and", keep, mask)
+    return weight, TRUE
 
 
 def _without_idle_drowning(score: Expr, *pair: Axis) -> Expr:

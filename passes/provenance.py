@@ -1,39 +1,90 @@
-"""Where a captured node came from: module path and source line, as a person would write them."""
+"""Where a captured node came from: module path, file, line and code, as a person would look them up."""
 
 from __future__ import annotations
 
 import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import fx
 
 _ROOT = re.compile(r"^(?:L|G)\['[^']*'\](?:\[\d+\])?\.?")
 _MODULES = re.compile(r"_modules\['([^']*)'\]|\['([^']*)'\]")
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)[^\n]*(?:\n +(?!File)(?P<code>\S[^\n]*))?')
+_TORCH = str(Path(torch.__file__).parent)
+
+
+@dataclass(frozen=True)
+class Place:
+    """``module`` is the path of the module that runs there; ``code`` is the text of the line. Each may be unknown."""
+
+    module: str = ""
+    file: str = ""
+    line: int = 0
+    code: str = ""
+
+    @property
+    def short(self) -> str:
+        """``modeling_llama.py:197``"""
+        return f"{Path(self.file).name}:{self.line}" if self.file else ""
+
+
+def place(node: fx.Node) -> Place:
+    """The line of the model that ``node`` belongs to.
+
+    That is the innermost one in the file that defines the module: helpers that many models share (and torch's own
+    layers) lie deeper, and would name the same line for each.
+    """
+    home = _home(node)
+    frames = _frames(node)
+    return _placed(node, [frame for frame in frames if frame["file"] == home] or frames)
+
+
+def exact_place(node: fx.Node) -> Place:
+    """The very line that computes ``node``, in whatever file outside torch."""
+    return _placed(node, _frames(node))
+
+
+def _frames(node: fx.Node) -> list[dict[str, str]]:
+    frames = [match.groupdict() for match in _FRAME.finditer(node.meta.get("stack_trace") or "")]
+    return [frame for frame in frames if not frame["file"].startswith(_TORCH)] or frames
+
+
+def _placed(node: fx.Node, frames: list[dict[str, str]]) -> Place:
+    if not frames:
+        return Place(module_path(node))
+    return Place(module_path(node), frames[-1]["file"], int(frames[-1]["line"]), frames[-1]["code"] or "")
 
 
 def module_path(node: fx.Node) -> str:
     """``layers.0.self_attn``; empty for code outside any module."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values()] if isinstance(stack, dict) else []
-    if not paths:
+    stack = _stack(node)
+    if not stack:
         return ""
-    path = _ROOT.sub("", str(paths[-1]))
+    path = _ROOT.sub("", str(stack[-1][0]))
     path = _MODULES.sub(lambda m: m.group(1) or m.group(2), path)
     return path.removeprefix("_orig_mod.").removeprefix("_orig_mod").strip(".")
 
 
-def source_line(node: fx.Node) -> str:
-    """``modeling_llama.py:197``: the innermost line of the model that made the node."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    if not frames:
-        return ""
-    file, line = frames[-1]
-    return f"{file.rsplit('/', 1)[-1]}:{line}"
-
-
 def where(node: fx.Node) -> str:
     """Module path and source line; the node's name where neither is known."""
-    path, line = module_path(node), source_line(node)
-    if path and line:
-        return f"{path} ({line})"
-    return path or line or node.name
+    here = place(node)
+    if here.module and here.short:
+        return f"{here.module} ({here.short})"
+    return here.module or here.short or node.name
+
+
+def _stack(node: fx.Node) -> list[tuple[Any, ...]]:
+    stack = node.meta.get("nn_module_stack") or {}
+    return list(stack.values()) if isinstance(stack, dict) else []
+
+
+def _home(node: fx.Node) -> str:
+    """The file that defines the class of the innermost module, if it is not one of torch's."""
+    stack = _stack(node)
+    defined = getattr(stack[-1][1], "__module__", "") if stack else ""
+    file = getattr(sys.modules.get(defined), "__file__", None) or ""
+    return "" if file.startswith(_TORCH) else file

@@ -117,7 +117,8 @@ def _arguments(placed: Placed, writer: Writer) -> list[fx.Node]:
         arguments.append(writer.cast(node, operand.node.meta["val"], operand.dtype))
     sizes = sizes_of([site.query.node, site.keys.node, site.values.node])
     for binding in placed.specialised.bindings:
-        arguments.append(writer.table(binding, sizes) if isinstance(binding, Table) else writer.value(binding))
+        is_table = isinstance(binding, Table)
+        arguments.append(writer.table(binding, sizes, site.query.node) if is_table else writer.value(binding))
     return arguments
 
 

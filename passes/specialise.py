@@ -89,6 +89,7 @@ def run(site: Site) -> Specialised | Miss:
         redo_below=split.redo_below,
         sinks=tuple(renamed[count:]),
         empty="zero" if site.zero_if_empty else "nan",
+        softmax=site.softmax,
     )
     return Specialised(spec, tuple(bindings))
 

@@ -111,6 +111,7 @@ CHUNKS = op("and", CAUSAL, op("eq", Int(FloorDiv(ROW, 48)), Int(FloorDiv(KEY, 48
 DILATED = op("and", CAUSAL, op("eq", Int(sp.Mod(ROW - KEY, 3)), integer(0)))
 BESIDE = op("ge", Int(FloorDiv(ROW - KEY, 32)), integer(-1))  # keys up to the end of the next block of 32
 PREFIX = op("or", CAUSAL, op("lt", Int(KEY), integer(40)))
+POSITIVE = op("max", QK, Const(0.0))
 
 
 def _filled(score: Expr, mask: Expr, fill: float) -> dict[str, object]:
@@ -174,6 +175,10 @@ CASES = (
     Case("fill_lowest", attention(**_filled(QK, STRICTLY_CAUSAL, LOWEST))),
     Case("fill_added", attention(**_added(QK, STRICTLY_CAUSAL, LOWEST), lse=True)),
     Case("fill_shows_padding", attention(**_filled(QK, PADDING, -1e9), extras=BOOLEANS)),
+    Case("sigmoid", attention(score=op("sigmoid", plus(QK, Const(-4.0))), softmax=False, lse=True)),
+    Case("squared_relu", attention(score=op("mul", POSITIVE, POSITIVE), mask=CAUSAL, softmax=False)),
+    Case("decay", attention(score=op("mul", QK, loaded("t0", H, DIAGONAL)), extras=TABLE, mask=CAUSAL, softmax=False)),
+    Case("no_softmax", attention(mask=window(40), softmax=False, dtype=torch.bfloat16)),
     Case("multi_query", attention(batch=(H,), keys=Input("k", (KEY, INNER), HALF), mask=CAUSAL), batch=(3,)),
     Case(
         "one_query",

@@ -188,11 +188,9 @@ def test_missed_with_its_reason(name: str) -> None:
     "function",
     [
         lambda q, k: weights(q, k),
-        lambda q, k, v: torch.sigmoid(scores(q, k)) @ v,
-        lambda q, k, v: scores(q, k) @ v,
         lambda q, v: q.softmax(-1) * v,
     ],
-    ids=["contrastive logits", "sigmoid", "linear", "no product"],
+    ids=["contrastive logits", "no product"],
 )
 def test_no_candidate(function: Function) -> None:
     assert analysed(function).found == []

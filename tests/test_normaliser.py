@@ -9,7 +9,7 @@ import torch
 from attngen.algebra import Const, Expr, Int, Load, Reduce, integer, op, substitute, to_float, where
 from attngen.evaluate import Evaluator
 from attngen.index import Axis
-from attngen.normaliser import Softmax, softmax
+from attngen.normaliser import Normalised, softmax
 
 ROW, KEY = Axis("i", 4), Axis("j", 6)
 POSITIONS = {ROW: torch.arange(4).reshape(-1, 1), KEY: torch.arange(6)}
@@ -79,7 +79,7 @@ def value(expr: Expr) -> torch.Tensor:
     return torch.broadcast_to(evaluate(expr), (4, 6))
 
 
-def meaning(found: Softmax) -> torch.Tensor:
+def meaning(found: Normalised) -> torch.Tensor:
     score = value(found.score)
     total = score.exp().sum(-1, keepdim=True)
     for sink in found.sinks:
@@ -90,7 +90,7 @@ def meaning(found: Softmax) -> torch.Tensor:
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_spelling_is_recognised(name: str) -> None:
     found = softmax(SPELLINGS[name], KEY)
-    assert isinstance(found, Softmax), found
+    assert isinstance(found, Normalised), found
     assert len(found.sinks) == SINKS.get(name, 0)
     assert found.zero_if_empty == (name == "zero where empty")
     torch.testing.assert_close(meaning(found), value(SPELLINGS[name]))
@@ -103,7 +103,7 @@ def test_stable_spellings_with_a_logarithm() -> None:
     total = op("log", over("sum", exp(shifted)))
     for weight in (exp(minus(shifted, total)), exp(minus(SCORE, op("add", total, largest)))):
         found = softmax(weight, KEY)
-        assert isinstance(found, Softmax), found
+        assert isinstance(found, Normalised), found
         torch.testing.assert_close(meaning(found), value(weight))
 
 
@@ -111,7 +111,7 @@ def test_stable_spellings_with_a_logarithm() -> None:
 def test_every_spelling_gives_the_same_score(name: str) -> None:
     found = softmax(SPELLINGS[name], KEY)
     plain = softmax(SPELLINGS["no maximum"], KEY)
-    assert isinstance(found, Softmax) and isinstance(plain, Softmax)
+    assert isinstance(found, Normalised) and isinstance(plain, Normalised)
     torch.testing.assert_close(value(found.score), value(plain.score))
     assert not any(isinstance(node, Reduce) for node in found.score.walk())
 
@@ -119,7 +119,7 @@ def test_every_spelling_gives_the_same_score(name: str) -> None:
 def test_a_column_joined_to_the_scores_is_a_sink() -> None:
     x, total = with_column(SCORE, SINK)
     found = softmax(op("div", exp(x), total), KEY)
-    assert isinstance(found, Softmax) and len(found.sinks) == 1
+    assert isinstance(found, Normalised) and len(found.sinks) == 1
     joined = torch.cat([value(SCORE), TENSORS["s"].reshape(4, 1)], -1).softmax(-1)[:, :6]
     torch.testing.assert_close(meaning(found), joined)
 
@@ -164,6 +164,6 @@ def test_a_shift_on_one_side_only_is_kept() -> None:
     power = exp(stable(SCORE))
     weight = op("div", power, op("add", over("sum", power), exp(SINK)))
     found = softmax(weight, KEY)
-    assert isinstance(found, Softmax)
+    assert isinstance(found, Normalised)
     torch.testing.assert_close(meaning(found), value(weight))
     assert any(isinstance(node, Reduce) for node in found.score.walk())

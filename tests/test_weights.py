@@ -1,0 +1,197 @@
+"""Weights that are no softmax, softmaxes that are normalised last, and contractions written as sums: found and right.
+
+Each has a twin that differs in one point and must be left alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from analysis import watched
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import attngen
+
+BATCH, HEADS, LENGTH, SIZE = 2, 3, 37, 16
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-1, -2) * SIZE**-0.5
+
+
+def sigmoid(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(scores(q, k) - math.log(LENGTH)) @ v
+
+
+def squared_relu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (F.relu(scores(q, k)) ** 2 / LENGTH).tril() @ v
+
+
+def product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).tril() @ v
+
+
+def masked_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    far = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    return scores(q, k).masked_fill(far, 0.0) @ v
+
+
+def retention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
+    rate = torch.log(1 - torch.exp2(-5 - torch.arange(HEADS).float()))[:, None, None]
+    decay = torch.where(distance >= 0, torch.exp(rate * distance), 0.0)
+    return (scores(q, k) * decay) @ v
+
+
+def fixed_decay(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    distance = (torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)).float()
+    return (scores(q, k) * 0.9**distance).tril() @ v
+
+
+def late(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    e = torch.exp(s - s.amax(-1, keepdim=True))
+    return (e @ v) / e.sum(-1, keepdim=True)
+
+
+def late_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = torch.exp(torch.einsum("bhid,bhjd->bhij", q, k) * 0.25)
+    return torch.einsum("bhij,bhjd->bihd", e, v) / e.sum(-1).transpose(1, 2)[..., None]
+
+
+def late_reciprocal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = scores(q, k).exp()
+    return (e @ v) * (1 / e.sum(-1, keepdim=True))
+
+
+def summed_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.softmax((q[:, :, :, None] * k[:, :, None]).sum(-1) * 0.25, -1)
+    return (weights[..., None] * v[:, :, None]).sum(-2)
+
+
+def summed_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax((q[:, :, :, None] * k[:, :, None]).sum(-1) * 0.25, -1) @ v
+
+
+FOUND = {
+    sigmoid: "sigmoid",
+    squared_relu: "weights",
+    product: "weights",
+    masked_product: "weights",
+    retention: "weights",
+    fixed_decay: "weights",
+    late: "softmax",
+    late_einsum: "softmax",
+    late_reciprocal: "softmax",
+    summed_products: "softmax",
+    summed_scores: "softmax",
+}
+
+
+class Call(nn.Module):
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.function(*args)
+
+
+def inputs(grad: bool = False) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(BATCH, HEADS, LENGTH, SIZE, generator=generator, requires_grad=grad) for _ in range(3)]
+
+
+@pytest.mark.parametrize("function", FOUND, ids=lambda f: f.__name__)
+def test_found_and_equal(function: Callable[..., Tensor]) -> None:
+    run, analyses = watched(Call(function))
+    args = inputs()
+    torch.testing.assert_close(run(*args), function(*args))
+    (analysis,) = analyses
+    assert len(analysis.hits) == 1 and not analysis.misses
+    assert analysis.errors()[0] < 2e-6
+    assert analysis.hits[0][1].spec.softmax == (FOUND[function] == "softmax")
+
+
+@pytest.mark.parametrize("function", FOUND, ids=lambda f: f.__name__)
+def test_replaced_with_its_gradient(function: Callable[..., Tensor]) -> None:
+    ours, theirs = inputs(grad=True), inputs(grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="attngen", options={"inner": "eager"})
+    with attngen.record() as reports:
+        out = compiled(*ours)
+    assert [site.status for report in reports for site in report.sites] == ["replaced"]
+    expected = function(*theirs)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    out.backward(grad)
+    expected.backward(grad)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- left as they are
+
+
+def feed_forward(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return torch.sigmoid(x @ up) @ down
+
+
+def late_other_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The sum runs over the queries: each result is divided by the sum of another row."""
+    e = scores(q, k).exp()
+    return (e @ v) / e.sum(-2)[..., None]
+
+
+def late_feature_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Divided by what differs from feature to feature."""
+    e = scores(q, k).exp()
+    return (e @ v) / e.sum(-1, keepdim=True).expand(-1, -1, -1, SIZE).cumsum(-1)
+
+
+def gated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two products in one weight."""
+    return (torch.sigmoid(scores(q, k)) * scores(k, q)) @ v
+
+
+def normed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The weights of a row depend on each other."""
+    return F.layer_norm(scores(q, k), (LENGTH,)) @ v
+
+
+@pytest.mark.parametrize("function", [late_other_sum, late_feature_sum, gated, normed], ids=lambda f: f.__name__)
+def test_left_alone(function: Callable[..., Tensor]) -> None:
+    run, analyses = watched(Call(function))
+    args = inputs()
+    torch.testing.assert_close(run(*args), function(*args))
+    assert not analyses[0].hits
+
+
+def test_a_layer_with_batched_weights_is_no_attention() -> None:
+    """Experts' weights have a batch dimension, and are still weights."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.randn(3, 16, 64)), nn.Parameter(torch.randn(3, 64, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return feed_forward(x, self.up, self.down)
+
+    run, analyses = watched(Experts())
+    run(torch.randn(3, 10, 16))
+    assert not analyses[0].hits and not analyses[0].misses
+
+
+def test_a_weights_product_that_is_read_elsewhere_stays() -> None:
+    def both(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        weights = torch.sigmoid(scores(q, k))
+        return weights @ v, weights.sum(-1)
+
+    run, analyses = watched(Call(both))
+    run(*inputs())
+    assert not analyses[0].hits
