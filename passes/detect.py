@@ -9,7 +9,6 @@ axes, and an axis either is the key axis everywhere or the match fails.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field, replace
 from functools import reduce
 
@@ -24,12 +23,11 @@ from attngen.errors import Miss
 from attngen.index import Axis, numbered
 from attngen.normaliser import Normalised, quotient, softmax, unnormalised
 from attngen.passes import effects
+from attngen.passes.candidates import ATTENTION, CARRIES, divided, is_candidate, is_product, mark, weighs_pairs
 from attngen.passes.decompose import Decomposer
 from attngen.passes.lower import Lowered
 from attngen.passes.operands import Operand, peel
-from attngen.passes.pointwise import POINTWISE
-from attngen.passes.semantics import Reader, bind, dtype_of, is_tensor, op_name, shape_of
-from attngen.passes.values import is_contraction
+from attngen.passes.semantics import Reader, bind, dtype_of, op_name, shape_of
 from attngen.passes.views import VIEWS
 
 
@@ -64,112 +62,29 @@ class Site:
 def run(lowered: Lowered) -> list[Site | Miss]:
     """Every proved site and every near miss of the graph, in program order."""
     facts = effects.run(lowered.graph)
-    marks = _mark(lowered.graph)
+    marks = mark(lowered.graph)
     decompose = Decomposer()
     found: list[Site | Miss] = []
     for node in lowered.graph.nodes:
-        if node not in facts.live or not _is_product(node):
+        if node not in facts.live or not is_product(node):
             continue
-        if _is_candidate(node, marks):
+        if is_candidate(node, marks):
             found.append(_prove(node, lowered, facts, decompose))
-        elif _weighs_pairs(node, marks) and isinstance(site := _prove(node, lowered, facts, decompose), Site):
+        elif weighs_pairs(node, marks) and isinstance(site := _prove(node, lowered, facts, decompose), Site):
             found.append(site)  # what is not proved here is an ordinary product, not a near miss
     return found
 
 
-# -------------------------------------------------------------------------------------------------------- candidates
-
-_SOFTMAX = frozenset(["softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "logsumexp"])
-_TRIANGLES = frozenset(["tril", "triu"])
-_JOINS = frozenset(["cat", "amax", "max", "constant_pad_nd"])
-# What people put between softmax and values, or scores and softmax, and no kernel computes: worth a ``Miss``.
-_CHANGES = frozenset(["layer_norm", "rms_norm", "nan_to_num", "roll", "cumsum", "scatter", "gather", "topk"])
-_CARRIES = frozenset(VIEWS) | {"to", "_to_copy"}
-_ATTENTION = "scaled_dot_product_attention"
-_DROPOUT = "the attention weights are dropped at random"
-
-
-@dataclass(frozen=True)
-class _Marks:
-    """How far each node got: 1 follows a contraction, 2 an exponential after it, 3 a normaliser after that.
-
-    ``pairs`` follow a batched contraction without leaving its elements: they may weigh pairs of rows and keys.
-    """
-
-    level: dict[fx.Node, int] = field(default_factory=dict)
-    pairs: set[fx.Node] = field(default_factory=set)
-
-    def highest(self, nodes: list[fx.Node]) -> int:
-        return max((self.level.get(n, 0) for n in nodes), default=0)
-
-
-def _mark(graph: fx.Graph) -> _Marks:
-    marks = _Marks()
-    for node in graph.nodes:
-        name, inputs = op_name(node), node.all_input_nodes
-        before = marks.highest(inputs)
-        passes = name in VIEWS or name in POINTWISE or name in _TRIANGLES
-        if _contracts(node, before):
-            marks.level[node] = 1
-        elif name in _SOFTMAX and before:
-            marks.level[node] = 3
-        elif name in ("exp", "exp2") and before:
-            marks.level[node] = max(before, 2)
-        elif name == "sum" and before:
-            marks.level[node] = 3 if before >= 2 else 1
-        elif before and (passes or name in _JOINS | _CHANGES or node.target is operator.getitem):
-            marks.level[node] = before
-        if (_contracts(node, before) and _is_batched(node)) or (passes and any(n in marks.pairs for n in inputs)):
-            marks.pairs.add(node)
-    return marks
-
-
-def _contracts(node: fx.Node, before: int) -> bool:
-    return _is_product(node) and (op_name(node) != "sum" or before < 2)
-
-
-def _is_batched(node: fx.Node) -> bool:
-    """Not a product with a layer's weights, which have no batch of their own."""
-    return all(len(shape_of(n)) > 2 for n in node.all_input_nodes if is_tensor(n))
-
-
-def _is_product(node: fx.Node) -> bool:
-    """A contraction; among sums, only those of products."""
-    return is_contraction(node) and (op_name(node) != "sum" or any(op_name(n) == "mul" for n in node.all_input_nodes))
-
-
-def _is_candidate(node: fx.Node, marks: _Marks) -> bool:
-    if op_name(node) == _ATTENTION:
-        return True
-    inputs = node.all_input_nodes
-    return marks.highest(inputs) == 3 or (marks.highest(inputs) == 2 and _divided(node) is not None)
-
-
-def _weighs_pairs(node: fx.Node, marks: _Marks) -> bool:
-    return _is_batched(node) and any(n in marks.pairs for n in node.all_input_nodes)
-
-
-def _divided(node: fx.Node) -> fx.Node | None:
-    """The division of the result by the sum of the weights, in a softmax whose normalisation comes last."""
-    while len(node.users) == 1:
-        (user,) = node.users
-        if op_name(user) in ("div", "mul") and is_tensor(user.args[0]) and is_tensor(user.args[1]):
-            return user
-        if op_name(user) not in _CARRIES:
-            return None
-        node = user
-    return None
-
-
 # ------------------------------------------------------------------------------------------------------------- proof
 
+_DROPOUT = "the attention weights are dropped at random"
 
 def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: Decomposer) -> Site | Miss:
-    if op_name(node) == _ATTENTION and bind(node)["dropout_p"]:
+    if op_name(node) == ATTENTION and bind(node)["dropout_p"]:
         return Miss(_DROPOUT, node.name, depth=1)
     reader = Reader(lowered.graph, facts.stale, decompose)
     misses = []
-    for end in filter(None, (_divided(node), node)):
+    for end in filter(None, (divided(node), node)):
         for output, axes in _sinks(end, lowered, reader, facts):
             proof = _prove_output(reader, end, output, axes, lowered.parameters)
             if isinstance(proof, Site):
@@ -180,6 +95,18 @@ def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: D
             misses.append(proof)
     deepest = max(misses, key=lambda miss: miss.depth)
     return deepest if deepest.node else replace(deepest, node=node.name)
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """The product of weights and values over ``key``, as ``output`` at ``axes`` holds it; it is complete at ``node``."""
+
+    node: fx.Node
+    output: fx.Node
+    axes: tuple[Axis, ...]
+    key: Axis
+    weights: Access
+    values: Access
 
 
 def _prove_output(
@@ -197,7 +124,7 @@ def _prove_output(
     outside = reduce(lambda e, f: op("div", e, f), below, outside)
     misses = []
     for weights, values in ((product.lhs, product.rhs), (product.rhs, product.lhs)):
-        proof = _prove_sides(reader, node, output, axes, product.axis, weights, values, outside)
+        proof = _prove_sides(reader, _Sides(node, output, axes, product.axis, weights, values), outside)
         if isinstance(proof, Site):
             if proof.softmax or not _is_layer(proof, parameters):
                 return proof
@@ -210,7 +137,7 @@ def _is_layer(site: Site, parameters: frozenset[fx.Node]) -> bool:
     """Keys or values are weights of the model: a feed-forward layer, not attention."""
 
     def held(node: fx.Node) -> bool:
-        while node not in parameters and op_name(node) in _CARRIES:
+        while node not in parameters and op_name(node) in CARRIES:
             node = node.all_input_nodes[0]
         return node in parameters
 
@@ -234,44 +161,46 @@ def _drops(expr: Expr) -> bool:
     return any(isinstance(n, Load) and op_name(n.source) == "dropout" for n in expr.walk())  # type: ignore[arg-type]
 
 
-def _prove_sides(
-    reader: Reader,
-    node: fx.Node,
-    output: fx.Node,
-    axes: tuple[Axis, ...],
-    key: Axis,
-    weights: Access,
-    values: Access,
-    outside: Expr,
-) -> Site | Miss:
+def _prove_sides(reader: Reader, sides: _Sides, outside: Expr) -> Site | Miss:
     """``outside`` multiplies the product: the division by a sum that other spellings do before it."""
+    weights, key, node = sides.weights, sides.key, sides.node.name
     weight = op("mul", reader.at(weights.source, _plain(weights)), outside)  # type: ignore[arg-type]
     normalised = unnormalised(weight) or softmax(weight, key)
     if isinstance(normalised, str) and _drops(weight):
-        return Miss(_DROPOUT, node.name, depth=2)
+        return Miss(_DROPOUT, node, depth=2)
     if isinstance(normalised, str):
-        return Miss(normalised, node.name, depth=1 if any(isinstance(n, Dot) for n in weight.walk()) else 0)
-    dot = _score_dot(normalised, key)
-    if isinstance(dot, Miss):
-        return dot
+        return Miss(normalised, node, depth=1 if any(isinstance(n, Dot) for n in weight.walk()) else 0)
+    dots = _score_dots(normalised, key)
+    if isinstance(dots, Miss):
+        return dots
+    misses = []
+    for dot in dots:  # the graph's own tensor is loaded for the others
+        proof = _prove_scores(reader, sides, normalised, dot)
+        if isinstance(proof, Site):
+            differs = proof.feature in outside.axes
+            return Miss("the result is divided by something per feature", node, depth=4) if differs else proof
+        misses.append(proof)
+    return max(misses, key=lambda miss: miss.depth)
+
+
+def _prove_scores(reader: Reader, sides: _Sides, normalised: Normalised, dot: Dot) -> Site | Miss:
+    key, axes = sides.key, sides.axes
     query, keys = (dot.lhs, dot.rhs) if key in dot.rhs.axes else (dot.rhs, dot.lhs)
-    roles = _roles(node, axes, key, query, keys, weights, values)
+    roles = _roles(sides, query, keys)
     if isinstance(roles, Miss):
         return roles
     row, feature = roles
-    if feature in outside.axes:
-        return Miss("the result is divided by something that differs from feature to feature", node.name, depth=4)
-    operands = _operands(reader, node, output, dot, query, keys, values, row, key, feature)
+    operands = _operands(reader, sides, dot, query, keys, row, feature)
     if isinstance(operands, Miss):
         return operands
     q, k, v = operands
     score = transform(normalised.score, lambda e: _scaled(dot, q, k) if e == dot else None)
-    interior = _interior(dot, node)
+    interior = _interior(dot, sides.node)
     if any(operand.node in interior for operand in operands):
-        return Miss("an operand is computed from the scores", node.name, depth=5)
+        return Miss("an operand is computed from the scores", sides.node.name, depth=5)
     batch = tuple(a for a in axes if a not in (row, feature))
     return Site(
-        output, axes, batch, row, key, dot.axis, feature, q, k, v, dot, score,
+        sides.output, axes, batch, row, key, dot.axis, feature, q, k, v, dot, score,
         normalised.sinks, normalised.zero_if_empty, normalised.softmax, reader, interior,
     )  # fmt: skip
 
@@ -288,26 +217,26 @@ def _scaled(dot: Dot, *operands: Operand) -> Expr:
     return result
 
 
-def _score_dot(normalised: Normalised, key: Axis) -> Dot | Miss:
-    """The contraction of query and key: exactly one side of it moves with the key axis."""
-    dots = [e for e in normalised.score.walk() if isinstance(e, Dot) and (key in e.lhs.axes) != (key in e.rhs.axes)]
+def _score_dots(normalised: Normalised, key: Axis) -> list[Dot] | Miss:
+    """The contractions of query and key, longest first: exactly one side of each moves with the key axis."""
+    found = dict.fromkeys(e for e in normalised.score.walk() if isinstance(e, Dot))
+    dots = [e for e in found if (key in e.lhs.axes) != (key in e.rhs.axes)]
     dots = [e for e in dots if _other_side(e, key).axes - {e.axis}] or dots
     if not dots:
         reason = "the softmax is not over a product of queries and keys"
         return Miss(_DROPOUT if _drops(normalised.score) else reason, depth=2)
-    if len(dots) > 1:
-        return Miss(f"the scores are made of {len(dots)} products", str(dots[1].node), depth=3)
-    return dots[0]
+    if len(dots) > 1 and not normalised.softmax:
+        return Miss(f"the weights are made of {len(dots)} products", str(dots[1].node), depth=3)
+    return sorted(dots, key=lambda e: -int(e.axis.extent) if e.axis.extent.is_Integer else 0)
 
 
 def _other_side(dot: Dot, key: Axis) -> Access:
     return dot.rhs if key in dot.lhs.axes else dot.lhs
 
 
-def _roles(
-    node: fx.Node, axes: tuple[Axis, ...], key: Axis, query: Access, keys: Access, weights: Access, values: Access
-) -> tuple[Axis, Axis] | Miss:
+def _roles(sides: _Sides, query: Access, keys: Access) -> tuple[Axis, Axis] | Miss:
     """Which dimension of the output counts queries, and which counts the features of the values."""
+    node, axes, weights, values = sides.node, sides.axes, sides.weights, sides.values
     features = [a for a in axes if a in values.axes and a not in weights.axes]
     if len(features) != 1:
         return Miss("the values have no feature dimension of their own", node.name, depth=4)
@@ -324,9 +253,9 @@ def _roles(
 
 
 def _operands(
-    reader: Reader, node: fx.Node, output: fx.Node, dot: Dot, query: Access, keys: Access, values: Access,
-    row: Axis, key: Axis, feature: Axis,
-) -> tuple[Operand, Operand, Operand] | Miss:  # fmt: skip
+    reader: Reader, sides: _Sides, dot: Dot, query: Access, keys: Access, row: Axis, feature: Axis
+) -> tuple[Operand, Operand, Operand] | Miss:
+    key, values, output = sides.key, sides.values, sides.output
     score_dtype = dtype_of(dot.node)  # type: ignore[arg-type]
     q = peel(reader, query, (row, dot.axis), score_dtype, direct=True)
     k = peel(reader, keys, (key, dot.axis), score_dtype)

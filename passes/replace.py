@@ -117,8 +117,10 @@ def _arguments(placed: Placed, writer: Writer) -> list[fx.Node]:
         arguments.append(writer.cast(node, operand.node.meta["val"], operand.dtype))
     sizes = sizes_of([site.query.node, site.keys.node, site.values.node])
     for binding in placed.specialised.bindings:
-        is_table = isinstance(binding, Table)
-        arguments.append(writer.table(binding, sizes, site.query.node) if is_table else writer.value(binding))
+        if isinstance(binding, Table):
+            arguments.append(writer.table(binding, sizes, like=site.query.node))
+        else:
+            arguments.append(writer.value(binding))
     return arguments
 
 

@@ -1,0 +1,93 @@
+"""Where attention could be: one sweep over a lowered graph, cheap and generous. ``passes.detect`` proves or refuses."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from attngen.passes.pointwise import POINTWISE
+from attngen.passes.semantics import is_tensor, op_name, shape_of
+from attngen.passes.values import is_contraction
+from attngen.passes.views import VIEWS
+
+_SOFTMAX = frozenset(["softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "logsumexp"])
+_TRIANGLES = frozenset(["tril", "triu"])
+_JOINS = frozenset(["cat", "amax", "max", "constant_pad_nd"])
+# What people put between softmax and values, or scores and softmax, and no kernel computes: worth a ``Miss``.
+_CHANGES = frozenset(["layer_norm", "rms_norm", "nan_to_num", "roll", "cumsum", "scatter", "gather", "topk"])
+CARRIES = frozenset(VIEWS) | {"to", "_to_copy"}
+ATTENTION = "scaled_dot_product_attention"
+
+
+@dataclass(frozen=True)
+class Marks:
+    """How far each node got: 1 follows a contraction, 2 an exponential after it, 3 a normaliser after that.
+
+    ``pairs`` follow a batched contraction without leaving its elements: they may weigh pairs of rows and keys.
+    """
+
+    level: dict[fx.Node, int] = field(default_factory=dict)
+    pairs: set[fx.Node] = field(default_factory=set)
+
+    def highest(self, nodes: list[fx.Node]) -> int:
+        return max((self.level.get(n, 0) for n in nodes), default=0)
+
+
+def mark(graph: fx.Graph) -> Marks:
+    marks = Marks()
+    for node in graph.nodes:
+        name, inputs = op_name(node), node.all_input_nodes
+        before = marks.highest(inputs)
+        passes = name in VIEWS or name in POINTWISE or name in _TRIANGLES
+        if _contracts(node, before):
+            marks.level[node] = 1
+        elif name in _SOFTMAX and before:
+            marks.level[node] = 3
+        elif name in ("exp", "exp2") and before:
+            marks.level[node] = max(before, 2)
+        elif name == "sum" and before:
+            marks.level[node] = 3 if before >= 2 else 1
+        elif before and (passes or name in _JOINS | _CHANGES or node.target is operator.getitem):
+            marks.level[node] = before
+        if (_contracts(node, before) and _is_batched(node)) or (passes and any(n in marks.pairs for n in inputs)):
+            marks.pairs.add(node)
+    return marks
+
+
+def _contracts(node: fx.Node, before: int) -> bool:
+    return is_product(node) and (op_name(node) != "sum" or before < 2)
+
+
+def _is_batched(node: fx.Node) -> bool:
+    """Not a product with a layer's weights, which have no batch of their own."""
+    return all(len(shape_of(n)) > 2 for n in node.all_input_nodes if is_tensor(n))
+
+
+def is_product(node: fx.Node) -> bool:
+    """A contraction; among sums, only those of products."""
+    return is_contraction(node) and (op_name(node) != "sum" or any(op_name(n) == "mul" for n in node.all_input_nodes))
+
+
+def is_candidate(node: fx.Node, marks: Marks) -> bool:
+    if op_name(node) == ATTENTION:
+        return True
+    inputs = node.all_input_nodes
+    return marks.highest(inputs) == 3 or (marks.highest(inputs) == 2 and divided(node) is not None)
+
+
+def weighs_pairs(node: fx.Node, marks: Marks) -> bool:
+    return _is_batched(node) and any(n in marks.pairs for n in node.all_input_nodes)
+
+
+def divided(node: fx.Node) -> fx.Node | None:
+    """The division of the result by the sum of the weights, in a softmax whose normalisation comes last."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if op_name(user) in ("div", "mul") and is_tensor(user.args[0]) and is_tensor(user.args[1]):
+            return user
+        if op_name(user) not in CARRIES:
+            return None
+        node = user
+    return None
