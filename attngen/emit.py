@@ -97,7 +97,7 @@ def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     scale, shaped = (LOG2E, spec.score) if natural else scaled_score(spec.score)
     score = _score(printer, spec, scale, shaped, natural)
     sinks = [printer.hoisted(s if natural else op("mul", s, Const(LOG2E))) for s in _scalars(spec.sinks)]
-    keep, whole = _keep(printer, spec.mask), _whole(printer, spec)
+    whole = _whole(printer, spec)
     bounds, has_head, has_full = _bounds(printer, cover)
     heavy_first = any(i.high != KEY.extent for i in cover.visit)
     unit = [f"scale = {scale!r}  # scores times this are in base 2, as the running maximum is"] if score["times"] else []
@@ -110,7 +110,6 @@ def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
             "drowned": printer.uses_drowned,
         },
         "score": score,
-        "keep": keep,
         "whole": whole,
         "prologue": [*unit, *printer.prologue],
         "bounds": bounds,
@@ -199,9 +198,14 @@ def _keep(printer: Printer, mask: Expr) -> str:
 
 def _score(printer: Printer, spec: AttentionSpec, scale: float, shaped: Expr, natural: bool) -> dict[str, Any]:
     scaled = scale != 1 and not natural
+    full, full_reads = bare(printer.value(shaped, masked=False)), printer.blocks()
+    masked, keep = bare(printer.value(shaped, masked=True)), _keep(printer, spec.mask)
     return {
-        "full": bare(printer.value(shaped, masked=False)),
-        "masked": bare(printer.value(shaped, masked=True)),
+        "full": full,
+        "full_reads": full_reads,
+        "masked": masked,
+        "masked_reads": printer.blocks(),
+        "keep": keep,
         "times": " * scale" if scaled else "",
         "natural": natural,
         "may_be_infinite": any(isinstance(n, Load) and n != SCORE for n in spec.score.walk()),
@@ -214,6 +218,7 @@ def _whole(printer: Printer, spec: AttentionSpec) -> dict[str, Any] | None:
     sinks = [printer.hoisted(sink) for sink in _scalars(spec.sinks)]
     return {
         "score": bare(printer.value(spec.whole, masked=True)),
+        "reads": printer.blocks(),
         "below": repr(spec.redo_below),
         "sink_lines": _sink_lines(sinks, f" * {LOG2E!r}"),
     }

@@ -39,6 +39,7 @@ _CALLS = {
     "where": "tl.where",
     "drown": "drowned",
 }
+_GUARDS = {True: ["row_ok", "col_ok"], False: ["row_ok"]}  # of a load per pair, in masked and in full blocks
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", **COMPARISONS}
 
 
@@ -56,10 +57,22 @@ class Printer:
     uses_tanh: bool = False
     uses_drowned: bool = False
     _names: dict[Expr, str] = field(default_factory=dict)
+    _blocks: dict[str, str] = field(default_factory=dict)
 
     def value(self, expr: Expr, *, masked: bool) -> str:
         """``expr`` inside the loop; ``masked`` blocks also guard their loads against keys beyond the end."""
         return self._show(expr, masked)
+
+    def blocks(self) -> list[str]:
+        """Lines that read what the values printed since the last call load per pair.
+
+        They belong before the product of query and key: Triton settles the layout of the rows' maxima and sums by the
+        last of the operations that the scores come from. If that is a load, softmax is computed twice, once in the
+        layout of the load and once in that of the product.
+        """
+        lines = [f"{name} = {text}" for name, text in self._blocks.items()]
+        self._blocks.clear()
+        return lines
 
     def hoisted(self, expr: Expr) -> str:
         """A key-free expression as a variable of the prologue."""
@@ -163,19 +176,29 @@ class Printer:
 
     def _load(self, expr: Load, masked: bool) -> str:
         source = next(x for x in self.spec.extras if x.name == expr.source)
-        pointer = f"{source.name}_base"
-        for dim, place in moving_dims(source):
-            pointer += f" + {self._wide(place)} * {source.name}_stride_{dim}"
-        guards = [text for axis, text in ((ROW, "row_ok"), (KEY, "col_ok")) if axis in expr.axes]
-        if not masked:
-            guards = [g for g in guards if g != "col_ok"]
-        text = f"tl.load({pointer}, mask={' & '.join(guards)}, other=0)" if guards else f"tl.load({pointer})"
+        if {ROW, KEY} <= expr.axes:
+            text = f"{source.name}_block"
+            self._blocks[text] = self._read(source, {ROW: "rows[:, None]", KEY: "cols[None, :]"}, _GUARDS[masked])
+        elif KEY in expr.axes:
+            text = self._read(source, {KEY: "cols"}, ["cols < size_j"] if masked else []) + "[None, :]"
+        elif ROW in expr.axes:
+            text = self._read(source, {ROW: "rows"}, ["rows < size_i"]) + "[:, None]"
+        else:
+            text = self._read(source, {}, [])
         if expr.kind == "bool":
             return f"({text} != 0)"
         return f"{text}.to(tl.float32)" if expr.kind == "float" else text
 
-    def _wide(self, place: sp.Expr) -> str:
-        text = self._int(place)
+    def _read(self, source: Input, axes: dict[Axis, str], guards: list[str]) -> str:
+        """Vectors are read as such: as a row or column of a block they would give scores and row statistics their
+        layout. Offsets are added up before the pointer, so that 32 bits of each are kept rather than 64."""
+        steps = [f"{self._wide(place, axes)} * {source.name}_stride_{dim}" for dim, place in moving_dims(source)]
+        offset = f" + ({' + '.join(steps)})" if len(steps) > 1 else "".join(f" + {step}" for step in steps)
+        guard = f", mask={' & '.join(guards)}, other=0" if guards else ""
+        return f"tl.load({source.name}_base{offset}{guard})"
+
+    def _wide(self, place: sp.Expr, axes: dict[Axis, str]) -> str:
+        text = self.index(place, axes)
         return f"({text}).to(tl.int64)" if self.spec.wide and place.atoms(Axis) else text
 
 
