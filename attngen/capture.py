@@ -23,9 +23,7 @@ from attngen.report import Report
 Look = Callable[[fx.GraphModule, Sequence[Any]], Report]
 
 
-def optimize(
-    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
-) -> Any:
+def optimize(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
     """``model`` compiled for the given inputs, with its attention replaced. Raises ``BadOption`` or ``CannotTrace``."""
     option_parsing.parse(options)
     compiled = torch.compile(model, backend=backend.attngen, options=dict(options))
@@ -37,9 +35,13 @@ def optimize(
 
 
 def explain(
-    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
-) -> Report:
-    """What would be done to ``model``, over all of its graphs. Traced on fake tensors, so nothing is computed."""
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any],
+    *, may_run: bool = False,
+) -> Report:  # fmt: skip
+    """What would be done to ``model``, over all of its graphs. Traced on fake tensors, so nothing is computed.
+
+    With ``may_run``, a model whose control flow needs real values is run, once, as it is.
+    """
     chosen = option_parsing.parse(options)
     device = _named(chosen)
 
@@ -47,6 +49,8 @@ def explain(
         return pipeline.explain(gm, example_inputs, chosen, device)
 
     reports, stopped = _traced(model, *_fakes(args, kwargs), chosen, look)
+    if stopped is not None and may_run:
+        reports, stopped = _traced(model, None, args, kwargs, chosen, look)
     return _merged(reports, stopped)
 
 
@@ -81,9 +85,7 @@ def _named(options: Options) -> Device | None:
 # ---------------------------------------------------------------------------------------------------------------- trace
 
 
-def _fakes(
-    args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[compat.FakeTensorMode, Sequence[Any], Mapping[str, Any]]:
+def _fakes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[compat.FakeTensorMode, Sequence[Any], Mapping[str, Any]]:
     """The inputs as fake tensors, and the mode that they live in."""
     mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -116,7 +118,7 @@ def _traced(
                 with mode:
                     traced(*args, **kwargs)
     except Exception as problem:  # whatever the model itself raises
-        if options.raises:
+        if options.raises and not isinstance(_cause(problem), compat.DataDependentOutputException):
             raise
         if not reports:
             raise CannotTrace(_untraceable(problem)) from problem
@@ -131,7 +133,7 @@ def _looked(look: Look, gm: fx.GraphModule, example_inputs: Sequence[Any], optio
     except Exception as problem:
         if options.raises:
             raise
-        return Report("", (), (f"A graph was not analysed: {type(problem).__name__}: {problem}",))
+        return Report("", (), (f"A graph was not analysed: {type(problem).__name__}: {problem}",), partial=True)
 
 
 def _merged(reports: list[Report], stopped: Exception | None) -> Report:
@@ -142,7 +144,7 @@ def _merged(reports: list[Report], stopped: Exception | None) -> Report:
         reason = _first_line(_cause(stopped))
         if isinstance(stopped, compat.DataDependentOutputException):
             reason = f"the model then decides by values, which only running it can tell ({reason})"
-        reports = [*reports, Report("", (), (f"Tracing stopped after {graphs}: {reason}",))]
+        reports = [*reports, Report("", (), (f"Tracing stopped after {graphs}: {reason}",), partial=True)]
     return report.merge(reports)
 
 

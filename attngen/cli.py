@@ -55,9 +55,7 @@ Target = Annotated[
     str, typer.Option(help="Device to plan for, as 'attngen info' lists them; auto is the GPU here, else h200.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout and nothing else there.")]
-Only = Annotated[
-    list[str] | None, typer.Option(help="Replace only sites whose module path matches, e.g. 'layers.0.*'.")
-]
+Only = Annotated[list[str] | None, typer.Option(help="Replace only sites whose module path matches, e.g. 'layers.0.*'.")]
 Skip = Annotated[list[str] | None, typer.Option(help="Leave sites whose module path matches.")]
 Train = Annotated[bool, typer.Option("--train", help="Plan for training: gradients will be asked for.")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")]
@@ -140,7 +138,8 @@ def explain(
         options = _options(target, only, skip, traceback)
         progress = show.Progress(show.console(stderr=True))
         with _read(progress, model, train) as example, progress.stage("analyse", "tracing the model") as stage:
-            report = _advice(capture.explain(example.model, example.args, example.kwargs, options), example.model)
+            found = capture.explain(example.model, example.args, example.kwargs, options, may_run=True)
+            report = _advice(found, example.model)
             stage.result = show.found(report)
         _print(report, json, formula=formula)
 
@@ -187,9 +186,7 @@ def _planned_for(progress: Progress, target: str) -> tuple[Device, str | None]:
         return device, "cuda"
     why = f"not the {probe().label} here" if here else "no GPU here" if target == "auto" else "not here"
     how = f"compiled ahead of time for sm_{device.arch} and " if isinstance(device.arch, int) else ""
-    progress.say(
-        f"Planning for {device.label} ({why}). Kernels are {how}checked in Triton's interpreter at small sizes."
-    )
+    progress.say(f"Planning for {device.label} ({why}). Kernels are {how}checked in Triton's interpreter at small sizes.")
     return device, None
 
 
@@ -272,9 +269,7 @@ def _compiled(
 ) -> trial.Binaries:
     from attngen import show
 
-    with progress.stage(
-        "compile", f"{show.counted(len(uses), 'kernel')} for sm_{device.arch}", started=started
-    ) as stage:
+    with progress.stage("compile", f"{show.counted(len(uses), 'kernel')} for sm_{device.arch}", started=started) as stage:
         binaries = dict(zip((use.kernel.name for use in uses), compilation.results(), strict=True))
         stage.result = f"{stage.doing}: {show.binaries(binaries.values())}"
     return binaries
@@ -333,9 +328,7 @@ def _ending(traceback: bool) -> Iterator[None]:
             tracebacks.print_exc()
         known = isinstance(problem, AttngenError)
         text = (
-            str(problem)
-            if known
-            else f"internal error: {type(problem).__name__}: {problem}\nPass --traceback to see where."
+            str(problem) if known else f"internal error: {type(problem).__name__}: {problem}\nPass --traceback to see where."
         )
         typer.secho(f"error: {text}", fg="red", err=True)
         raise typer.Exit(problem.exit_code if isinstance(problem, AttngenError) else 1) from None

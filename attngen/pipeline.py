@@ -91,9 +91,7 @@ def optimize(
     return Report(device.label, tuple(sites), seconds=seconds), list(uses.values())
 
 
-def explain(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, device: Device | None = None
-) -> Report:
+def explain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, device: Device | None = None) -> Report:
     """What ``optimize`` would do; nothing is emitted or changed."""
     started = time.perf_counter()
     device = device or planning_device(example_inputs, options)
@@ -133,7 +131,7 @@ def analyse(
     """Every site of the graph with its spec and tile, and every near miss with its reason."""
     facts = effects.run(lowered.graph)
     captured = _captured_by_name(lowered)
-    lowered_by_name = {node.name: node for node in lowered.graph.nodes}
+    nodes = {node.name: node for node in lowered.graph.nodes}
     found: list[Found | Missed] = []
     for each in detect.run(lowered):
         outcome = _analysed(each, lowered, facts, device, options, training, plans)
@@ -141,11 +139,12 @@ def analyse(
             found.append(outcome)
             continue
         site = each if isinstance(each, Site) else None
-        named = lowered_by_name[outcome.node] if outcome.node in lowered_by_name else None
+        named = nodes.get(outcome.node)
         end = site.output if site else named and extract.product_of(named)
+        name = outcome.node or (end.name if end else "")
         anchor = captured.get(end.name) if end else None
-        where = outcome.node if anchor is None else provenance.where(anchor)
-        found.append(Missed(where, outcome.reason, outcome.node, anchor, captured.get(outcome.node, anchor), end, site))
+        where = name if anchor is None else provenance.where(anchor)
+        found.append(Missed(where, outcome.reason, name, anchor, captured.get(name, anchor), end, site))
     return found
 
 
@@ -252,9 +251,7 @@ def _problem(site: Site) -> Problem:
 # -------------------------------------------------------------------------------------------------------------- replace
 
 
-def _replace(
-    each: Found | Missed, lowered: Lowered, device: Device, uses: dict[str, Use], options: Options
-) -> SiteReport:
+def _replace(each: Found | Missed, lowered: Lowered, device: Device, uses: dict[str, Use], options: Options) -> SiteReport:
     if isinstance(each, Missed):
         return describe.missed(each)
     try:

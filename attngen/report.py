@@ -16,9 +16,12 @@ from typing import Any
 class SiteReport:
     """One place in the model that computes attention, or looks like it.
 
-    ``where``         module path and source line
+    ``where``         module path and source line; ``module``, ``file`` and ``line`` are its parts, the file in full
     ``status``        "replaced", "found" (by ``explain``, which changes nothing) or "missed"
     ``reason``        why it was missed; empty otherwise
+    ``node``          the ATen node that computes it; of a miss, the one that the reason is about
+    ``blamed``        where that node of a miss was written: {"file": ..., "line": ..., "code": ...}
+    ``advice``        what would let it be replaced, where the user can do something
     ``computes``      the expression, readable
     ``family``        template family of the kernel
     ``tile``          queries x keys per block, warps, stages
@@ -34,6 +37,12 @@ class SiteReport:
     where: str
     status: str
     reason: str = ""
+    module: str = ""
+    file: str = ""
+    line: int = 0
+    node: str = ""
+    blamed: dict[str, Any] | None = None
+    advice: str = ""
     computes: str = ""
     family: str = ""
     tile: str = ""
@@ -51,11 +60,15 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Every site of a graph, or of all graphs of a model. ``device`` is what was planned for."""
+    """Every site of a graph, or of all graphs of a model. ``device`` is what was planned for.
+
+    ``partial``: some of the model was not looked at; a note says why.
+    """
 
     device: str
     sites: tuple[SiteReport, ...]
     notes: tuple[str, ...] = ()
+    partial: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -92,7 +105,7 @@ def merge(reports: list[Report]) -> Report:
     sites = tuple(site for report in reports for site in report.sites)
     notes = tuple(dict.fromkeys(note for report in reports for note in report.notes))
     device = next((report.device for report in reports if report.device), "")
-    return Report(device, sites, notes, seconds)
+    return Report(device, sites, notes, any(report.partial for report in reports), seconds)
 
 
 _LISTENERS: list[list[Report]] = []

@@ -12,15 +12,19 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from attngen.abbreviate import abbreviated
 from attngen.aot import Binary
 from attngen.errors import AttngenError
 from attngen.report import Report, SiteReport
 from attngen.verify import Check
 
+MOST_REASONS, MOST_PLACES = 6, 4  # that are shown of sites left as they were
+WIDEST = 90  # columns of an expression, however wide the terminal
 _WHERE = re.compile(r"(?P<path>.*) \((?P<line>[^()]*:\d+)\)|(?P<alone>[^ ]*:\d+)")
 
 
@@ -71,13 +75,17 @@ def groups(sites: Sequence[SiteReport]) -> list[Same]:
     for site in sites:
         path, line = _split(site.where)
         pattern = re.sub(r"\d+", "0", path)
-        key = (pattern, line, site.status, site.reason, site.computes, site.tile, site.kernel, site.error)
+        key = (pattern, line, site.status, unnumbered(site.reason), site.computes, site.tile, site.kernel, site.error)
         members.setdefault(key, []).append((path, site))
         lines[key] = line
     return [
-        Same(joined([path for path, _ in each]), lines[key], tuple(site for _, site in each))
-        for key, each in members.items()
+        Same(joined([path for path, _ in each]), lines[key], tuple(site for _, site in each)) for key, each in members.items()
     ]
+
+
+def unnumbered(reason: str) -> str:
+    """A reason as it reads for every layer: nodes lose their numbers (``mul_7`` is ``mul``)."""
+    return re.sub(r"(?<=[a-z])_\d+\b", "", reason)
 
 
 def _split(where: str) -> tuple[str, str]:
@@ -135,30 +143,63 @@ def _table(*columns: str) -> Table:
 def _replaced(found: list[Same]) -> Table:
     table = _table("Site", "Kernel", "Per call")
     table.columns[1].no_wrap = table.columns[2].no_wrap = True
+    table.columns[0].max_width = WIDEST
     for number, each in enumerate(found):
         if number:
             table.add_row()
         expression, *sizes = each.first.computes.rsplit(", ", 4)
-        site = _site(each).append(f"\n{expression}\n{', '.join(sizes)}", style="not dim")
+        lines = [*abbreviated(expression), ", ".join(sizes)]
+        site = _site(each).append("".join(f"\n{line}" for line in lines), style="not dim")
         table.add_row(site, _kernel(each.first), _per_call(each.first))
     return table
 
 
 def _missed(found: list[Same]) -> Table:
-    table = _table("Left as it was", "Reason")
-    for number, each in enumerate(found):
+    """By reason, those of most sites first: where, at which line of code, and what would help."""
+    reasons: dict[str, list[Same]] = {}
+    for each in found:
+        reasons.setdefault(unnumbered(each.first.reason), []).append(each)
+    most = sorted(reasons.items(), key=lambda item: -sum(len(each.sites) for each in item[1]))
+    table = _table("Left as it was")
+    table.columns[0].max_width = WIDEST
+    for number, (reason, places) in enumerate(most[:MOST_REASONS]):
         if number:
             table.add_row()
-        table.add_row(_site(each), Text(each.first.reason))
+        table.add_row(Text(reason, style="yellow"))
+        for each in places[:MOST_PLACES]:
+            table.add_row(_left(each))
+        if len(places) > MOST_PLACES:
+            table.add_row(_more(places[MOST_PLACES:], "with this reason"))
+        if advice := places[0].first.advice:
+            table.add_row(Padding(Text(f"-> {advice}"), (0, 0, 0, 2)))
+    if rest := [each for _, places in most[MOST_REASONS:] for each in places]:
+        table.add_row()
+        table.add_row(_more(rest, "with other reasons"))
     return table
 
 
-def _site(each: Same) -> Text:
+def _left(each: Same) -> RenderableType:
+    """Where, and the code of the line that the reason is about."""
+    lines = [Padding(_site(each, "  "), (0, 0, 0, 2))]
+    blamed = each.first.blamed
+    if blamed is not None and blamed["code"]:
+        line = f"{Path(blamed['file']).name}:{blamed['line']}"
+        text = blamed["code"] if line == each.line else f"{line}  {blamed['code']}"
+        lines.append(Padding(Text(text, style="dim", no_wrap=True, overflow="ellipsis"), (0, 0, 0, 4)))
+    return Group(*lines)
+
+
+def _more(places: list[Same], which: str) -> Text:
+    count = sum(len(each.sites) for each in places)
+    return Text(f"  and {counted(count, 'more site')} {which} (--json lists all)", style="dim")
+
+
+def _site(each: Same, before_line: str = "\n") -> Text:
     text = Text.assemble((each.path or each.line, "cyan"))
     if len(each.sites) > 1:
         text.append(f"  x{len(each.sites)}", style="bold")
     if each.path and each.line:
-        text.append(f"\n{each.line}", style="dim")
+        text.append(f"{before_line}{each.line}", style="dim not bold")
     return text
 
 
@@ -189,16 +230,13 @@ def _per_call(site: SiteReport) -> Text:
 def summary(report: Report) -> Text:
     """One paragraph of totals."""
     if not report.sites:
-        return Text("No attention was found in this model; nothing to replace.")
+        looked = "the part of this model that was looked at" if report.partial else "this model"
+        return Text(f"No attention was found in {looked}; nothing to replace.")
     if not report.replaced:
-        return Text(
-            f"Nothing was replaced: {counted(len(report.missed), 'site')} left as it was, see the reasons above."
-        )
+        return Text(f"Nothing was replaced: {counted(len(report.missed), 'site')} left as it was, see the reasons above.")
     verb = "can be replaced" if report.replaced[0].status == "found" else "replaced"
     time_ms = sum(site.predicted_ms or 0 for site in report.replaced)
-    before, after = (
-        sum((site.hbm_bytes or {}).get(which, 0) for site in report.replaced) for which in ("before", "after")
-    )
+    before, after = (sum((site.hbm_bytes or {}).get(which, 0) for site in report.replaced) for which in ("before", "after"))
     kernels = len({site.kernel for site in report.replaced if site.kernel})
     by = f" by {counted(kernels, 'kernel')}" if kernels else ""
     factor = f", {before / after:.0f}x less" if after and before >= 2 * after else ""

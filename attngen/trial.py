@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from attngen import aot, prepare, verify
+from attngen import advice, aot, prepare, verify
 from attngen.aot import Binary, Compilation, Job
 from attngen.compat import FloorDiv
 from attngen.device import Device
@@ -76,18 +76,14 @@ def _group(spec: AttentionSpec, axis: Axis) -> int:
 
 def applied(report: Report, results: Results, binaries: Binaries) -> Report:
     """The report with what came out. A site whose kernel failed counts as missed: nobody should use that kernel."""
-    return Report(
-        report.device,
-        tuple(_applied(site, results.get(site.kernel), binaries.get(site.kernel)) for site in report.sites),
-        report.notes,
-        report.seconds,
-    )
+    sites = (_applied(site, results.get(site.kernel), binaries.get(site.kernel)) for site in report.sites)
+    return replace(report, sites=tuple(sites))
 
 
 def _applied(site: SiteReport, result: Check | AttngenError | None, binary: Binary | AttngenError | None) -> SiteReport:
     for failed in (binary, result):
         if isinstance(failed, AttngenError):
-            return replace(site, status="missed", reason=f"{FAILED}: {failed}")
+            return replace(site, status="missed", reason=f"{FAILED}: {failed}", advice=advice.on(FAILED))
     if isinstance(result, Check):
         site = replace(site, error=result.error, budget=result.budget)
     return replace(site, compiled=asdict(binary)) if isinstance(binary, Binary) else site

@@ -20,7 +20,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import attngen
-from attngen import compat, output, pipeline, show, trial, verify
+from attngen import advice, compat, modelfile, output, pipeline, show, trial, verify
 from attngen.cli import app
 from attngen.device import DEVICES
 from attngen.emit import Kernel, emit
@@ -329,14 +329,19 @@ def test_a_model_that_decides_by_values_is_run_once() -> None:
     text += "    return part(q, k, v) if q.sum() < 1e9 else q\nexample_inputs = (torch.ones(1, 2, 8, 16),) * 3"
     explained, made = (run(command, model_file(text), "--json") for command in ("explain", "optimize"))
     first, both = json.loads(explained.stdout), json.loads(made.stdout)
-    assert (len(first["sites"]), len(both["sites"])) == (1, 2)
-    assert "decides by values" in first["notes"][0] and not both["notes"]
+    assert (len(first["sites"]), len(both["sites"])) == (2, 2)
+    assert not first["partial"] and not both["notes"]
+    api = attngen.explain(*_example("model.py"))
+    assert api.partial and len(api.sites) == 1 and "decides by values" in api.notes[0]
+
+
+def _example(path: str) -> tuple[Any, ...]:
+    with modelfile.opened(Path(path)) as example:
+        return (example.model, *example.args)
 
 
 def test_dropout_left_on_by_mistake_is_said() -> None:
-    text = (
-        ATTENTION.replace(".eval()", "").replace('float("-inf"))', 'float("-inf")').replace(", -1) @", "), -1), 0.1) @")
-    )
+    text = ATTENTION.replace(".eval()", "").replace('float("-inf"))', 'float("-inf")').replace(", -1) @", "), -1), 0.1) @")
     text = text.replace("torch.softmax", "nn.functional.dropout(torch.softmax")
     done = run("explain", model_file(text))
     assert done.exit_code == 0 and "call model.eval()" in " ".join(done.stdout.split())

@@ -1,0 +1,73 @@
+"""What a report says of each site: where it is, what it computes and at what cost, or why it stays and what would help."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from attngen import advice, cost, mask
+from attngen.algebra import TRUE
+from attngen.choose import Plan
+from attngen.device import Device
+from attngen.passes import provenance
+from attngen.report import SiteReport
+from attngen.spec import AttentionSpec, Problem
+from attngen.text import readable
+
+if TYPE_CHECKING:
+    from attngen.pipeline import Found, Missed
+
+FAMILY = "portable"
+
+
+def missed(each: Missed) -> SiteReport:
+    report = SiteReport(each.where, "missed", each.reason, node=each.node, advice=advice.on(each.reason))
+    if each.blamed is not None:
+        at = provenance.exact_place(each.blamed)
+        report = replace(report, blamed={"file": at.file, "line": at.line, "code": at.code})
+    return _placed(report, each.anchor)
+
+
+def found(each: Found, device: Device, status: str) -> SiteReport:
+    report = replace(_planned(each.plan, device), where=each.where, status=status)
+    return _placed(replace(report, node=each.placed.site.output.name), each.anchor)
+
+
+def _placed(report: SiteReport, anchor: fx.Node | None) -> SiteReport:
+    if anchor is None:
+        return report
+    place = provenance.place(anchor)
+    return replace(report, module=place.module, file=place.file, line=place.line)
+
+
+@lru_cache(maxsize=4096)
+def _planned(plan: Plan, device: Device) -> SiteReport:
+    """What a report says of every site that has this plan."""
+    before = int(cost.eager_hbm_bytes(plan.spec, plan.problem))
+    return SiteReport(
+        "",
+        "found",
+        computes=computes(plan.spec, plan.problem),
+        family=FAMILY,
+        tile=str(plan.tile),
+        predicted_ms=plan.cost.seconds * 1e3,
+        hbm_bytes={"before": before, "after": int(plan.cost.hbm_bytes)},
+        sizes={"batch": list(plan.problem.batch), "rows": plan.problem.rows, "keys": plan.problem.keys},
+        formula=tuple(cost.formula(plan, device)),
+        refused=tuple(f"{r.tile}: {r.reason}" for r in plan.refused),
+    )
+
+
+def computes(spec: AttentionSpec, problem: Problem) -> str:
+    """One line for people, "weights" where nothing normalises: ``softmax(0.125*qk; causal & window(4096)), 32 heads on 8, d=128, bfloat16``."""
+    score = readable(spec.score)
+    named = mask.describe(spec.mask)
+    shown = f"; {named}" if named else (f"; where {readable(spec.mask)}" if spec.mask != TRUE else "")
+    sinks = f"; sinks {', '.join(map(readable, spec.sinks))}" if spec.sinks else ""
+    sizes = f"d={spec.head_dim}" + (f"/{spec.value_dim}" if spec.value_dim != spec.head_dim else "")
+    lengths = f"{'x'.join(map(str, problem.batch)) or '1'} heads, {problem.rows} x {problem.keys}"
+    kind = str(spec.query.dtype).removeprefix("torch.")
+    return f"{'softmax' if spec.softmax else 'weights'}({score}{shown}{sinks}), {lengths}, {sizes}, {kind}"
