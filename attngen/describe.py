@@ -62,7 +62,10 @@ def _planned(plan: Plan, device: Device) -> SiteReport:
 
 
 def computes(spec: AttentionSpec, problem: Problem) -> str:
-    """One line for people, "weights" where nothing normalises: ``softmax(0.125*qk; causal & window(4096)), 32 heads on 8, d=128, bfloat16``."""
+    """One line for people: ``softmax(0.125*qk; causal & window(4096)), 32 heads on 8, d=128, bfloat16``.
+
+    It is "weights" where nothing normalises.
+    """
     score = readable(spec.score)
     named = mask.describe(spec.mask)
     shown = f"; {named}" if named else (f"; where {readable(spec.mask)}" if spec.mask != TRUE else "")

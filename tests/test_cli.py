@@ -20,7 +20,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import attngen
-from attngen import advice, compat, modelfile, output, pipeline, show, trial, verify
+from attngen import compat, modelfile, output, pipeline, show, trial, verify
 from attngen.cli import app
 from attngen.device import DEVICES
 from attngen.emit import Kernel, emit

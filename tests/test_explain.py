@@ -1,4 +1,4 @@
-"""What explain says of sites that were left: where, at which line, why, and what would help; and how long things are shown."""
+"""What explain says of sites that were left: where, at which line, why, and what would help; how long things are shown."""
 
 from __future__ import annotations
 
