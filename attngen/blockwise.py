@@ -50,7 +50,8 @@ def forward(
     """
     call = arrange(spec, inputs, dtype)
     step = call.rows_per_block()
-    blocks = [_block(call, r, min(r + step, call.sizes[ROW])) for r in range(0, call.sizes[ROW], step)]
+    starts = range(0, max(call.sizes[ROW], 1), step)  # no rows make one empty block
+    blocks = [_block(call, r, min(r + step, call.sizes[ROW])) for r in starts]
     out = torch.cat([block for block, _ in blocks], -2)
     lse = torch.cat([lse for _, lse in blocks], -1)
     return laid_out(call, out), lse
@@ -93,11 +94,12 @@ def _block(call: Call, first: int, last: int) -> tuple[Tensor, Tensor]:
     if spec.mask != TRUE:
         scores = scores.masked_fill(~evaluate(spec.mask), -torch.inf)
     scores = torch.broadcast_tensors(scores, qk)[0]  # type: ignore[no-untyped-call]
-    if spec.whole is not None and spec.redo_below is not None:
+    no_keys = call.sizes[KEY] == 0
+    if spec.whole is not None and spec.redo_below is not None and not no_keys:
         again = scores.amax(-1, keepdim=True) < spec.redo_below
         if bool(again.any()):
             scores = torch.where(again, evaluate(spec.whole), scores)
-    shift = scores.detach().amax(-1, keepdim=True)
+    shift = qk.new_full((*qk.shape[:-1], 1), -torch.inf) if no_keys else scores.detach().amax(-1, keepdim=True)
     sinks = [torch.broadcast_to(evaluate(s), shift.shape) for s in spec.sinks]
     for sink in sinks:
         shift = torch.maximum(shift, sink.detach())
@@ -108,7 +110,7 @@ def _block(call: Call, first: int, last: int) -> tuple[Tensor, Tensor]:
         total = total + torch.exp(sink - shift)
     values = weights @ call.values
     safe = torch.where(total == 0, 1.0, total)
-    out = torch.where(total == 0, values if spec.empty == "zero" else torch.nan, values / safe)
+    out = torch.where(total == 0, values if spec.empty == "zero" or no_keys else torch.nan, values / safe)
     return out, (shift + torch.log(total)).squeeze(-1)
 
 
@@ -190,7 +192,7 @@ def arranged(source: Input, tensor: Tensor, axes: tuple[Axis, ...], sizes: dict[
 
 def _along(tensor: Tensor, dim: int, place: sp.Expr, axis: Axis, sizes: dict[Axis, int]) -> Tensor:
     """``tensor`` read along ``dim`` at ``place``, an expression of ``axis``."""
-    times, rest = divmod(sizes[axis], tensor.shape[dim])
+    times, rest = divmod(sizes[axis], tensor.shape[dim]) if sizes[axis] else (1, 0)
     if rest == 0 and place == FloorDiv(axis, times):
         return tensor.repeat_interleave(times, dim)
     if place.atoms(Axis) != {axis}:

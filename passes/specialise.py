@@ -104,7 +104,7 @@ def _refuse(site: Site) -> Miss | None:
     for operand in (site.query, site.keys, site.values):
         if operand.dtype not in FLOATS:
             return Miss(f"kernels do not compute in {str(operand.dtype).removeprefix('torch.')}", where, depth=7)
-    if any(size == 0 for size in shape_of(site.output)):
+    if site.key.extent == 0 or any(size == 0 for size in shape_of(site.output)):
         return Miss("the attention is empty", where, depth=7)
     if len(site.batch) > len(BATCH_NAMES):
         return Miss(f"{len(site.batch)} batch dimensions", where, depth=7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from attngen import blockwise
 from attngen.algebra import Const
-from attngen.spec import KEY, ROW, AttentionSpec, Problem
+from attngen.index import Axis
+from attngen.spec import KEY, ROW, AttentionSpec, Problem, batch_axes
 from attngen.verify import check, eager, sample_inputs
 
 
@@ -172,3 +174,42 @@ def test_library_computes_the_same(name: str) -> None:
 )
 def test_library_is_not_asked_for_more(name: str) -> None:
     assert blockwise.plain(BY_NAME[name].spec) is None
+
+
+# ------------------------------------------------------------------------------------------------------------- nothing
+
+
+def emptied(spec: AttentionSpec, inputs: list[Tensor], axis: Axis) -> list[Tensor]:
+    """The inputs with nothing left along ``axis``, where it is a dimension."""
+    dims = [source.dim_of(axis) for source in spec.inputs]
+    return [x if dim is None else x.narrow(dim, 0, 0) for x, dim in zip(inputs, dims, strict=True)]
+
+
+def empty_cases() -> list[Any]:
+    """Each case without queries, keys or batch, where calls may lack them."""
+    pairs = [(case, axis) for case in CASES for axis in (ROW, KEY, *case.spec.batch[:1])]
+    operands = [(case, axis, [s.dim_of(axis) is not None for s in case.spec.inputs[:3]]) for case, axis in pairs]
+    has = [(case, axis) for case, axis, found in operands if found[0] or axis is KEY]
+    return [pytest.param(case, axis, id=f"{case.name}-{axis.name}") for case, axis in has]
+
+
+@pytest.mark.parametrize(("case", "axis"), empty_cases())
+def test_nothing_gives_what_eager_gives(case: Case, axis: Axis) -> None:
+    spec, inputs = doubled(case, 9)
+    inputs = emptied(spec, inputs, axis)
+    (out, lse), (expected, expected_lse) = blockwise.forward(spec, inputs), eager(spec, inputs)
+    assert torch.equal(out, expected) and out.shape == expected.shape
+    assert axis is not KEY or (out.numel() and not out.any())
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=0)
+    if (how := blockwise.plain(spec)) is not None:
+        assert torch.equal(blockwise.library(spec, how, inputs), expected)
+
+
+@pytest.mark.parametrize("name", ["causal", "bias", "sinks", "grouped", "fill_added"])
+@pytest.mark.parametrize("axis", [ROW, KEY, batch_axes(1)[0]], ids=str)
+def test_nothing_has_gradients_of_zero(name: str, axis: Axis) -> None:
+    spec, inputs = doubled(BY_NAME[name], 9)
+    inputs = emptied(spec, inputs, axis)
+    grad = torch.ones_like(blockwise.forward(spec, inputs)[0])
+    for x, found in zip(inputs, blockwise.backward(spec, inputs, grad, [True] * len(inputs)), strict=True):
+        assert found is not None and found.shape == x.shape and not found.any()

@@ -165,6 +165,17 @@ def test_a_mask_made_from_numbers(dtype: torch.dtype) -> None:
     close(*compared(model, *inputs_in(dtype), kept))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_that_no_sum_normalises_keep_large_numbers(dtype: torch.dtype) -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        return (scores(q, k) + m) @ v
+
+    q, k, v = inputs_in(dtype)
+    ours, theirs = compared(model, q, k, v * 2.0**-10, masked(dtype, -4.5e4).nan_to_num(neginf=-6e4))
+    assert theirs[:, :, ALL].abs().max() > 40
+    torch.testing.assert_close(ours, theirs, rtol=4 * torch.finfo(dtype).eps, atol=400 * torch.finfo(dtype).eps)
+
+
 # ------------------------------------------------------------------------------------------------------------- kernels
 
 

@@ -8,16 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 from pytest import MonkeyPatch
-from specs import BY_NAME, CASES, CAUSAL, LOWEST, QK, Case, attention, loaded, plus
+from specs import BY_NAME, CASES, CAUSAL, LOWEST, QK, B, Case, attention, loaded, plus
+from test_blockwise import emptied
 from test_emit import emitted
 
 from attngen import compat
 from attngen.emit import Kernel, emit
 from attngen.errors import AttngenError, Unavailable, VerificationFailed
+from attngen.index import Axis
 from attngen.spec import KEY, ROW, AttentionSpec, Problem, Tile
 from attngen.verify import (
     Check,
     check,
+    eager,
     in_half,
     reference,
     run_interpreted,
@@ -146,6 +149,39 @@ def test_old_interpreter_needs_an_old_numpy(triton: str, numpy: str, usable: boo
     problem = compat.interpreter_problem()
     assert (problem is None) == usable
     assert usable or "numpy<2.4" in str(problem)
+
+
+# ------------------------------------------------------------------------------------------------------------- nothing
+
+EMPTY = [("dense_lse", ROW), ("dense_lse", B), ("causal_lse", ROW), ("causal_lse", KEY), ("grouped", B), ("grouped", KEY)]
+EMPTY += [("heads_last", B), ("sinks", ROW), ("fill_shows", B)]
+WITHOUT_KEYS = "dense_lse causal_bottom_right window bias table_cross padding_causal documents sinks softmax_plus_one"
+EMPTY += [(name, KEY) for name in f"{WITHOUT_KEYS} empty_rows_zero fill_shows fill_added one_query".split()]
+
+
+def empty_inputs(name: str, axis: Axis) -> list[torch.Tensor]:
+    spec = BY_NAME[name].spec
+    return emptied(spec, sample_inputs(spec, BY_NAME[name].problem(40)), axis)
+
+
+@pytest.fixture(scope="module")
+def nothing() -> dict[tuple[str, Axis], list[torch.Tensor] | VerificationFailed]:
+    results = run_interpreted([(emitted(BY_NAME[name]), empty_inputs(name, axis)) for name, axis in EMPTY])
+    return dict(zip(EMPTY, results, strict=True))
+
+
+@pytest.mark.parametrize(("name", "axis"), EMPTY, ids=lambda x: str(x))
+def test_nothing_gives_what_eager_gives(
+    name: str, axis: Axis, nothing: dict[tuple[str, Axis], list[torch.Tensor] | VerificationFailed]
+) -> None:
+    """No queries or no batch: an empty result. No keys: zeros, and only sinks in the log-sum-exp."""
+    result = nothing[name, axis]
+    assert isinstance(result, list), str(result)
+    expected = eager(BY_NAME[name].spec, empty_inputs(name, axis))
+    assert torch.equal(result[0], expected[0]) and result[0].dtype == expected[0].dtype
+    assert bool(result[0].numel()) == (axis is KEY) and not result[0].any()
+    for mine, theirs in zip(result[1:], expected[1:], strict=False):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------- budget

@@ -114,6 +114,8 @@ MISSED: dict[str, tuple[Function, str]] = {
     "softmax over heads": (lambda q, k, v: scores(q, k).softmax(1) @ v, OTHER_DIM),
     "softmax over the batch": (lambda q, k, v: scores(q, k).softmax(0) @ v, OTHER_DIM),
     "softmax over heads, heads last": (heads_last_wrong, OTHER_DIM),
+    "no queries": (lambda q, k, v: weights(q[:, :, :0], k) @ v, "the attention is empty"),
+    "no keys": (lambda q, k, v: weights(q, k[:, :, :0]) @ v[:, :, :0], "the attention is empty"),
     "softmax over two dims": (flattened, "not the sum of these weights"),
     "weights transposed": (lambda q, k, v: weights(q, k).transpose(-1, -2) @ v, OTHER_DIM),
     "weights read by another product": (lambda q, k, v: weights(q, k)[..., :6] @ v[..., :6, :], "not the sum"),
