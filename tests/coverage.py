@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from coverage_results import pack, read, show
 from coverage_tracer import Traced, trace, without_fast_paths
 from torch import fx, nn
 
 from attngen import compat, pipeline
-from attngen.options import Options
+from attngen import options as option_parsing
 
 SECONDS, MEMORY, BATCH = 60, 9 << 30, 40
 NEVER = "never reported"
@@ -83,7 +84,7 @@ def measure(model: str, module: nn.Module, inputs: dict[str, Any], *, inductor: 
 
 def _reported(module: nn.Module, inputs: dict[str, Any], outcome: Outcome, inductor: bool) -> list[Reported]:
     """As ``attngen.explain``, on the real inputs: models that decide by values go on, and reused graphs count each time."""
-    device = pipeline.planning_device([], Options())
+    device = pipeline.planning_device([], option_parsing.parse({}))
     calls: list[list[Reported]] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -108,7 +109,7 @@ def _reported(module: nn.Module, inputs: dict[str, Any], outcome: Outcome, induc
 
 def _looked(gm: fx.GraphModule, example_inputs: Sequence[Any], device: Any, outcome: Outcome) -> list[Reported]:
     try:
-        report = pipeline.explain(gm, example_inputs, Options(), device)
+        report = pipeline.explain(gm, example_inputs, option_parsing.parse({}), device)
     except Exception as problem:
         outcome.problems.append(f"attngen: {_head(problem)}")
         return []
@@ -160,7 +161,7 @@ def _compared(
     left = sorted(reported, key=lambda site: bool(site.reason))
     fates: dict[int, str] = {}
     order = sorted(range(len(traced)), key=lambda k: traced[k].learned)
-    for near in (_same_module, _one_in_the_other, _same_file):
+    for near in (_same_module, _one_in_the_other, _same_parent, _same_file, _missed):
         for k in order:
             match = next((site for site in left if k not in fates and near(traced[k], site)), None)
             if match is not None:
@@ -178,6 +179,17 @@ def _same_module(seen: Traced, site: Reported) -> bool:
 def _one_in_the_other(seen: Traced, site: Reported) -> bool:
     longer, shorter = (seen.path, site.path) if len(seen.path) > len(site.path) else (site.path, seen.path)
     return bool(shorter) and (longer.startswith(f"{shorter}.") or longer.endswith(f".{shorter}"))
+
+
+def _same_parent(seen: Traced, site: Reported) -> bool:
+    """The views that a replacement takes along may belong to a neighbour."""
+    parent = seen.path.rpartition(".")[0]
+    return bool(parent) and parent == site.path.rpartition(".")[0]
+
+
+def _missed(seen: Traced, site: Reported) -> bool:
+    """A miss is reported where its proof failed, which may be far off."""
+    return bool(site.reason)
 
 
 def _same_file(seen: Traced, site: Reported) -> bool:
@@ -235,19 +247,21 @@ def append(out: Path, outcome: Outcome) -> None:
         file.write(json.dumps(asdict(outcome)) + "\n")
 
 
-def run(source: str, attention: str, out: Path, names: Sequence[str], inductor: bool) -> None:
-    """All models of a source that ``out`` does not have yet, in child processes."""
+def run(source: str, attention: str, out: Path, names: Sequence[str], inductor: bool, again: str) -> None:
+    """All models of a source that ``out`` does not have yet, or that had ``again`` in their outcome; in child processes."""
     import coverage_models
 
     wanted = list(names) or coverage_models.names(source)
     out.parent.mkdir(parents=True, exist_ok=True)
-    while todo := [name for name in wanted if name not in {o["model"] for o in read(out)}]:
+    old = {o["model"] for o in read(out) if not again or again not in json.dumps(o)}
+    lines = len(out.read_text().splitlines()) if out.exists() else 0
+    while todo := [name for name in wanted if name not in old | {o["model"] for o in read(out, lines)}]:
         command = [sys.executable, __file__, "work", "--source", source, "--attention", attention, "--out", str(out)]
         child = subprocess.Popen([*command, *(["--inductor"] if inductor else []), *todo[:BATCH]])
         _watch(child, out)
         if child.returncode != 0:
             name = current(out).read_text()
-            if name not in {o["model"] for o in read(out)}:
+            if name not in {o["model"] for o in read(out, lines)}:
                 append(out, Outcome(name, "not run", f"the process ended with {child.returncode}"))
         print(f"{source} {attention}: {len(wanted) - len(todo)} of {len(wanted)} and on", flush=True)
 
@@ -262,65 +276,6 @@ def _watch(child: subprocess.Popen[bytes], out: Path) -> None:
             child.wait()
 
 
-def read(out: Path) -> list[dict[str, Any]]:
-    """The last line of each model."""
-    if not out.exists():
-        return []
-    return list({o["model"]: o for o in map(json.loads, out.read_text().splitlines())}.values())
-
-
-# ------------------------------------------------------------------------------------------------------------- results
-
-
-def general(fate: str) -> str:
-    """A reason without the names and numbers of one graph."""
-    fate = re.sub(r"\b[a-z_]+(_\d+)+\b|\b\d+\b", "N", fate)
-    return fate if len(fate) < 140 else fate[:137] + "..."
-
-
-def summary(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Counts over the models of one source."""
-    ran = [o for o in outcomes if o["status"] == "run"]
-    sites = [site | {"model": o["model"]} for o in ran for site in o["sites"]]
-    missed: dict[str, dict[str, Any]] = {}
-    for site in sites:
-        if site["fate"] != "replaced":
-            entry = missed.setdefault(general(site["fate"]), {"sites": 0, "models": []})
-            entry["sites"] += 1
-            if site["model"] not in entry["models"]:
-                entry["models"].append(site["model"])
-    counted = [o["inductor"] for o in ran if o["inductor"] is not None]
-    return {
-        "models": len(ran),
-        "with_sites": sum(bool(o["sites"]) for o in ran),
-        "sites": len(sites),
-        "replaced": sum(site["fate"] == "replaced" for site in sites),
-        "learned": sum(site["learned"] for site in sites),
-        "learned_replaced": sum(site["learned"] and site["fate"] == "replaced" for site in sites),
-        "inductor": sum(counted) if counted else None,
-        "inductor_models": len(counted),
-        "missed": dict(sorted(missed.items(), key=lambda item: -item[1]["sites"])),
-        "not_run": {o["model"]: o["error"] for o in outcomes if o["status"] != "run"},
-    }
-
-
-def show(files: Sequence[Path]) -> str:
-    lines = []
-    for file in files:
-        s = summary(read(file))
-        share = 100 * s["replaced"] / max(1, s["sites"])
-        beside = "" if s["inductor"] is None else f", Inductor {s['inductor']} in {s['inductor_models']} models"
-        lines.append(
-            f"{file.stem}: {s['models']} models ({s['with_sites']} with attention), {s['sites']} sites,"
-            f" {s['replaced']} replaced ({share:.1f} %){beside}; {s['learned']} scored by weights,"
-            f" {s['learned_replaced']} of them replaced; {len(s['not_run'])} not run"
-        )
-        for reason, entry in s["missed"].items():
-            examples = ", ".join(entry["models"][:4])
-            lines.append(f"  {entry['sites']:5} sites {len(entry['models']):4} models  {reason}  ({examples})")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -332,14 +287,19 @@ def main() -> None:
         command.add_argument("--inductor", action="store_true", help="also count what PyTorch's own matcher fuses")
         command.add_argument("models", nargs="*")
     for name in ("show", "pack"):
-        commands.add_parser(name).add_argument("files", nargs="+", type=Path)
+        command = commands.add_parser(name)
+        command.add_argument("files", nargs="+", type=Path)
+        command.add_argument("--to", type=Path, default=Path(__file__).parent / "data" / "coverage.json")
+    commands.choices["run"].add_argument("--again", default="", metavar="TEXT", help="also what had TEXT in its outcome")
     chosen = parser.parse_args()
     if chosen.command == "run":
-        run(chosen.source, chosen.attention, chosen.out, chosen.models, chosen.inductor)
+        run(chosen.source, chosen.attention, chosen.out, chosen.models, chosen.inductor, chosen.again)
     elif chosen.command == "work":
         work(chosen.source, chosen.attention, chosen.models, chosen.out, chosen.inductor)
     elif chosen.command == "show":
         print(show(chosen.files))
+    else:
+        chosen.to.write_text(json.dumps(pack(chosen.files), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,16 +10,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from coverage_marks import NOTHING, Chain, Factor, Marked, Marks, covers, extent, factor_of, joined, longer, union
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
-
-Chain = tuple[str, ...]
-Marked = dict[int, Chain]
 
 CONTRACTIONS = {
     "mm": (0, 1), "bmm": (0, 1), "mv": (0, 1), "dot": (0, 1), "linear": (0, 1), "matmul": (0, 1), "_grouped_mm": (0, 1),
@@ -45,7 +43,6 @@ GATHERS = frozenset(["gather", "index", "index_select", "take_along_dim", "embed
 SOFTMAX = frozenset(["_softmax", "_safe_softmax", "softmax", "_masked_softmax"])
 LOG_SOFTMAX = frozenset(["_log_softmax", "log_softmax"])
 SUMS = frozenset(["sum", "nansum", "cumsum", "mean"])
-LONGEST = 14
 
 
 @dataclass(frozen=True)
@@ -62,38 +59,6 @@ class Traced:
     learned: bool = False
     scores: Chain = ()
     weights: Chain = ()
-
-
-@dataclass(frozen=True)
-class Marks:
-    """Where a tensor came from.
-
-    ``scores``: contractions, with the operators since. ``exps``: exponentials of them; ``totals``: those that were summed
-    up. ``logsums``: contractions under a logsumexp. ``logs``: log-softmaxes. ``weights``: normalised.
-    ``late``: exponentials that were multiplied with values before they were divided by their total.
-    ``product``: the two factors that were multiplied, if nothing but views and casts happened since.
-    ``learned``: made of parameters alone.
-    """
-
-    scores: Marked = field(default_factory=dict)
-    exps: Marked = field(default_factory=dict)
-    totals: frozenset[int] = frozenset()
-    logsums: frozenset[int] = frozenset()
-    logs: Marked = field(default_factory=dict)
-    weights: Marked = field(default_factory=dict)
-    late: Marked = field(default_factory=dict)
-    product: tuple[Factor, Factor] | None = None
-    learned: bool = False
-
-
-@dataclass(frozen=True)
-class Factor:
-    marks: Marks
-    shape: tuple[int, ...]
-    rank: int
-
-
-NOTHING = Marks()
 
 
 @dataclass
@@ -139,7 +104,7 @@ class Tracer(TorchDispatchMode):
             self._set(output, made, in_place=any(output is t for t in inputs))
 
     def _made(self, name: str, func: Any, args: Any, inputs: list[Tensor], marks: list[Marks], output: Tensor) -> Marks:
-        plain = name.rstrip("_") if name not in MOVES else name
+        plain = name.rstrip("_")
         if name in WHOLE:
             return self._whole(name)
         if name in CONTRACTIONS:
@@ -154,7 +119,7 @@ class Tracer(TorchDispatchMode):
             return self._exponential(plain, marks[0])
         if plain == "sigmoid":
             return self._sigmoid(marks[0])
-        if torch.Tag.pointwise in func.tags or plain in MOVES or name in MOVES or plain in GATHERS:
+        if torch.Tag.pointwise in func.tags or plain in MOVES or plain in GATHERS:
             return self._through(name, plain, inputs, marks, output)
         return NOTHING
 
@@ -195,7 +160,7 @@ class Tracer(TorchDispatchMode):
             return Marks(weights=self._normalised("exp", shared))
         if not source.scores:
             return NOTHING
-        return Marks(exps=self._normalised("exp", _longer(source.scores, name)))
+        return Marks(exps=self._normalised("exp", longer(source.scores, name)))
 
     def _sigmoid(self, source: Marks) -> Marks:
         """Scored by activations alone: gates are sigmoids of a product with weights."""
@@ -214,7 +179,7 @@ class Tracer(TorchDispatchMode):
         """A product summed over one dimension is a contraction if some factor lacks another dimension of it."""
         summed = {d % source.dim() for d in (dims if isinstance(dims, (tuple, list)) else [dims]) if d is not None}
         kept = [d for d in range(source.dim()) if d not in summed and source.shape[d] > 1]
-        lacking = [any(_extent(f, d, source) == 1 for d in kept) for f in factors]
+        lacking = [any(extent(f, d, source) == 1 for d in kept) for f in factors]
         if len(summed) != 1 or not any(lacking):
             return None
         for factor, lacks in zip(factors, lacking, strict=True):
@@ -223,6 +188,8 @@ class Tracer(TorchDispatchMode):
         return self._fresh("mul-sum", learned=any(f.marks.learned for f in factors))
 
     def _through(self, name: str, plain: str, inputs: list[Tensor], marks: list[Marks], output: Tensor) -> Marks:
+        if plain in ("copy", "fill", "zero"):  # what was there is gone
+            inputs, marks = inputs[1:], marks[1:]
         if plain in ("div", "mul", "true_divide") and len(marks) == 2:
             divided = self._divided(plain, marks)
             if divided is not None:
@@ -230,16 +197,16 @@ class Tracer(TorchDispatchMode):
         moved = plain in MOVES
         product = marks[0].product if moved and len(marks) == 1 else None
         if plain == "mul" and len(inputs) == 2 and output.dim() > 1:
-            product = (_factor(inputs[0], marks[0], output), _factor(inputs[1], marks[1], output))
-        full = [m for t, m in zip(inputs, marks, strict=True) if plain not in GATHERS and _covers(t, output, moved)]
+            product = (factor_of(inputs[0], marks[0], output), factor_of(inputs[1], marks[1], output))
+        full = [m for t, m in zip(inputs, marks, strict=True) if plain not in GATHERS and covers(t, output, moved)]
         return Marks(
-            scores=_joined([m.scores for m in marks], name),
-            exps=_joined([m.exps for m in marks], name),
+            scores=joined([m.scores for m in marks], name),
+            exps=joined([m.exps for m in marks], name),
             totals=frozenset().union(*(m.totals for m in marks)) if plain != "exp" else frozenset(),
             logsums=frozenset().union(*(m.logsums for m in marks)),
-            logs=_joined([m.logs for m in marks], name),
-            weights=_joined([m.weights for m in full], name),
-            late=_joined([m.late for m in full], name),
+            logs=joined([m.logs for m in marks], name),
+            weights=joined([m.weights for m in full], name),
+            late=joined([m.late for m in full], name),
             product=product,
             learned=bool(marks) and all(m.learned for m in marks),
         )
@@ -249,7 +216,7 @@ class Tracer(TorchDispatchMode):
         over, under = marks if name != "mul" or not marks[0].totals else marks[::-1]
         self._finish({e: chain for e, chain in over.late.items() if e in under.totals})
         own = {e: chain for e, chain in over.exps.items() if e in under.totals}
-        return Marks(weights=_longer(own, name)) if own else None
+        return Marks(weights=longer(own, name)) if own else None
 
     # --------------------------------------------------------------------------------------------------------- records
 
@@ -267,7 +234,7 @@ class Tracer(TorchDispatchMode):
             return NOTHING
         own: Marks = self._marks.get(value, NOTHING)
         below = self._memory.get(_storage(value)) if self._memory else None
-        return own if below is None else _union(own, below)
+        return own if below is None else union(own, below)
 
     def _set(self, output: Tensor, made: Marks, *, in_place: bool) -> None:
         self._marks[output] = made
@@ -276,7 +243,7 @@ class Tracer(TorchDispatchMode):
         key = _storage(output)
         whole = output.numel() * output.element_size() == output.untyped_storage().nbytes()
         below = self._memory.get(key)
-        self._memory[key] = made if whole or below is None else _union(below, made)
+        self._memory[key] = made if whole or below is None else union(below, made)
         self._alive.append(output)
 
     def _path(self) -> str:
@@ -309,50 +276,7 @@ def trace(model: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Traced]:
     return tracer.sites
 
 
-# ----------------------------------------------------------------------------------------------------------------- marks
-
-
-def _longer(marked: Marked, name: str) -> Marked:
-    return {number: (*chain, name)[-LONGEST:] for number, chain in marked.items()}
-
-
-def _joined(parts: list[Marked], name: str) -> Marked:
-    joined: Marked = {}
-    for part in parts:
-        for number, chain in part.items():
-            if number not in joined or len(chain) < len(joined[number]):
-                joined[number] = chain
-    return _longer(joined, name)
-
-
-def _union(first: Marks, second: Marks) -> Marks:
-    return replace(
-        first,
-        scores=second.scores | first.scores,
-        exps=second.exps | first.exps,
-        totals=first.totals | second.totals,
-        logsums=first.logsums | second.logsums,
-        logs=second.logs | first.logs,
-        weights=second.weights | first.weights,
-        late=second.late | first.late,
-    )
-
-
-def _factor(tensor: Tensor, marks: Marks, output: Tensor) -> Factor:
-    return Factor(marks, tuple(tensor.shape), output.dim())
-
-
-def _extent(factor: Factor, dim: int, product: Tensor) -> int:
-    """Of a factor along a dimension of the product; -1 where views since then hide it."""
-    if factor.rank != product.dim():
-        return -1
-    place = dim - (factor.rank - len(factor.shape))
-    return factor.shape[place] if place >= 0 else 1
-
-
-def _covers(tensor: Tensor, output: Tensor, moved: bool) -> bool:
-    """The tensor is not stretched: weights that are become gates, not attention."""
-    return moved or tensor.numel() >= output.numel()
+# ------------------------------------------------------------------------------------------------------------- helpers
 
 
 def _storage(tensor: Tensor) -> int:

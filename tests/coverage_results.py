@@ -1,0 +1,91 @@
+"""Results of the coverage tool: read, counted, shown, and packed into one small file."""
+
+from __future__ import annotations
+
+import collections
+import json
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+def read(out: Path, since: int = 0) -> list[dict[str, Any]]:
+    """The last line of each model, leaving out the first lines of the file."""
+    if not out.exists():
+        return []
+    return list({o["model"]: o for o in map(json.loads, out.read_text().splitlines()[since:])}.values())
+
+
+def general(fate: str) -> str:
+    """A reason without the names and numbers of one graph."""
+    fate = re.sub(r"\b[a-z_]+(_\d+)+\b|\b\d+\b", "N", fate)
+    return fate if len(fate) < 140 else fate[:137] + "..."
+
+
+def summary(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Counts over the models of one source."""
+    ran = [o for o in outcomes if o["status"] == "run"]
+    sites = [site | {"model": o["model"]} for o in ran for site in o["sites"]]
+    missed: dict[str, dict[str, Any]] = {}
+    for site in sites:
+        if site["fate"] != "replaced":
+            entry = missed.setdefault(general(site["fate"]), {"sites": 0, "models": []})
+            entry["sites"] += 1
+            if site["model"] not in entry["models"]:
+                entry["models"].append(site["model"])
+    counted = [o["inductor"] for o in ran if o["inductor"] is not None]
+    return {
+        "models": len(ran),
+        "with_sites": sum(bool(o["sites"]) for o in ran),
+        "sites": len(sites),
+        "replaced": sum(site["fate"] == "replaced" for site in sites),
+        "learned": sum(site["learned"] for site in sites),
+        "learned_replaced": sum(site["learned"] and site["fate"] == "replaced" for site in sites),
+        "inductor": sum(counted) if counted else None,
+        "inductor_models": len(counted),
+        "missed": dict(sorted(missed.items(), key=lambda item: -item[1]["sites"])),
+        "not_run": {o["model"]: o["error"] for o in outcomes if o["status"] != "run"},
+    }
+
+
+def show(files: Sequence[Path]) -> str:
+    lines = []
+    for file in files:
+        s = summary(read(file))
+        share = 100 * s["replaced"] / max(1, s["sites"])
+        beside = "" if s["inductor"] is None else f", Inductor {s['inductor']} in {s['inductor_models']} models"
+        lines.append(
+            f"{file.stem}: {s['models']} models ({s['with_sites']} with attention), {s['sites']} sites,"
+            f" {s['replaced']} replaced ({share:.1f} %){beside}; {s['learned']} scored by weights,"
+            f" {s['learned_replaced']} of them replaced; {len(s['not_run'])} not run"
+        )
+        for reason, entry in s["missed"].items():
+            examples = ", ".join(entry["models"][:4])
+            lines.append(f"  {entry['sites']:5} sites {len(entry['models']):4} models  {reason}  ({examples})")
+    return "\n".join(lines)
+
+
+def pack(files: Sequence[Path]) -> dict[str, Any]:
+    """What is kept of several runs: counts by source; of each model sites, replaced, fused by Inductor, and reasons."""
+    packed: dict[str, Any] = {"versions": _versions(), "sources": {}}
+    for file in files:
+        outcomes = read(file)
+        models = {}
+        for o in sorted(outcomes, key=lambda o: o["model"]):
+            if o["status"] == "run" and o["sites"]:
+                reasons = dict(collections.Counter(general(s["fate"]) for s in o["sites"] if s["fate"] != "replaced"))
+                replaced = sum(s["fate"] == "replaced" for s in o["sites"])
+                models[o["model"]] = [len(o["sites"]), replaced, o["inductor"], reasons]
+        packed["sources"][file.stem] = summary(outcomes) | {"by_model": models}
+    return packed
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("torch", "transformers", "timm", "diffusers", "x-transformers"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -1,0 +1,263 @@
+"""The observer that counts attention, on functions small enough to count by hand; and the count in forty models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from coverage import Outcome, Reported, _compared, measure
+from coverage_tracer import Traced, trace
+from torch import Tensor, nn
+
+DATA = Path(__file__).parent / "data" / "coverage.json"
+
+
+def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def found(function: Callable[..., Any], *shapes: tuple[int, ...]) -> list[Traced]:
+    with torch.no_grad():
+        return trace(function, *tensors(*shapes))
+
+
+def kinds(function: Callable[..., Any], *shapes: tuple[int, ...]) -> list[str]:
+    return [site.kind for site in found(function, *shapes)]
+
+
+QKV = ((2, 4, 8, 16),) * 3
+
+# ------------------------------------------------------------------------------------------------------ what is attention
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def masked_and_cast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT * 0.25).masked_fill(torch.ones(8, 8).triu(1).bool(), -1e9)
+    return F.dropout(scores.double().softmax(-1).float(), 0.1, training=True) @ v
+
+
+def einsums(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bhqk,bhkd->bqhd", torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(-1), v)
+
+
+def multiplied_and_summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q[..., :, None, :] * k[..., None, :, :]).sum(-1)
+    return (scores.softmax(-1)[..., None] * v[..., None, :, :]).sum(-2)
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+def divided_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT).exp()
+    return weights @ v / weights.sum(-1, keepdim=True)
+
+
+def by_logsumexp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    return (scores - scores.logsumexp(-1, keepdim=True)).exp() @ v
+
+
+def by_log_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).log_softmax(-1).exp() @ v
+
+
+def with_sink(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.cat([q @ k.mT, torch.zeros(2, 4, 8, 1)], -1)
+    return scores.softmax(-1)[..., :-1] @ v
+
+
+def in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.zeros(2, 4, 8, 8)
+    scores[..., :4] = q @ k[..., :4, :].mT
+    scores[..., 4:].copy_(q @ k[..., 4:, :].mT)
+    return scores.mul_(0.25).softmax(-1) @ v
+
+
+def by_sigmoid(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(q @ k.mT) @ v
+
+
+def by_call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def gathered(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    places = (torch.arange(8)[:, None] - torch.arange(8)).clamp(min=0).expand(2, 4, 8, 8)
+    return ((q @ k.mT).gather(-1, places) + q @ k.mT).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        (plain, "softmax"), (masked_and_cast, "softmax"), (einsums, "softmax"), (multiplied_and_summed, "softmax"),
+        (by_hand, "exp"), (divided_last, "exp"), (by_logsumexp, "exp"), (by_log_softmax, "log_softmax"),
+        (with_sink, "softmax"), (in_place, "softmax"), (by_sigmoid, "sigmoid"), (by_call, "sdpa"), (gathered, "softmax"),
+    ],
+)  # fmt: skip
+def test_attention_counts_once(function: Callable[..., Tensor], kind: str) -> None:
+    assert kinds(function, *QKV) == [kind]
+
+
+def test_differential_attention_is_two_sites() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first, second = ((x @ y.mT).softmax(-1) for x, y in zip(q.chunk(2, -1), k.chunk(2, -1), strict=True))
+        return (first - 0.2 * second) @ v
+
+    assert kinds(function, *QKV) == ["softmax", "softmax"]
+
+
+def test_weights_read_twice_are_one_site() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = (q @ k.mT).softmax(-1)
+        return weights @ v + weights @ (2 * v)
+
+    assert len(found(function, *QKV)) == 1
+
+
+# -------------------------------------------------------------------------------------------------- what only looks like it
+
+
+def no_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q[..., :8] + k[..., :8]).softmax(-1) @ v
+
+
+def no_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) + v[..., :8]
+
+
+def not_normalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.tanh(q @ k.mT) @ v
+
+
+def exponential_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).exp() @ v
+
+
+def sum_of_another(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).exp() / (k @ q.mT).exp().sum(-1, keepdim=True) @ v
+
+
+def sorted_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).sort(-1).values.softmax(-1) @ v
+
+
+def chosen_after(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1).topk(4).values @ v[..., :4, :]
+
+
+def gate(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A weight for each row, not for each pair."""
+    return ((q @ k.mT).softmax(-1)[..., :1] * v) @ v.mT
+
+
+def squares_summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The norm of a row is no product of two operands."""
+    norms = (q * q).sum(-1, keepdim=True)
+    return (norms - k[..., :8]).softmax(-1) @ v
+
+
+def renormalised_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT).softmax(-1) * v[..., :8]
+    return weights / weights.sum(-1, keepdim=True)
+
+
+NEGATIVES = (
+    no_scores, no_values, not_normalised, exponential_alone, sum_of_another, sorted_between, chosen_after, gate,
+    squares_summed, renormalised_only,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("function", NEGATIVES)
+def test_look_alike_does_not_count(function: Callable[..., Tensor]) -> None:
+    assert found(function, *QKV) == []
+
+
+def test_memory_that_is_used_again_carries_no_marks() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        buffer = q @ k.mT
+        buffer.copy_(v[..., :8])
+        return buffer.softmax(-1) @ v
+
+    assert found(function, *QKV) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------- modules
+
+
+class Pooled(nn.Module):
+    """Scored by a weight vector, as attention pooling and routers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.score(x).softmax(-2) * x).sum(-2)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Identity(), Attention())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.inner(x))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return plain(self.q(x), self.k(x), self.v(x))
+
+
+def test_scores_of_weights_are_told_apart() -> None:
+    (site,) = found(Pooled(), (2, 8, 16))
+    assert site.learned
+    assert not any(site.learned for site in found(Attention(), (2, 8, 16)))
+
+
+def test_site_has_module_and_line() -> None:
+    sites = found(Twice(), (2, 8, 16))
+    assert [site.path for site in sites] == ["inner.1", "inner.1"]
+    assert sites[0].line.startswith("test_coverage.py:")
+    assert sites[0].scores[0] == "bmm"
+
+
+# -------------------------------------------------------------------------------------------------------------- comparing
+
+
+def test_fates_go_by_module_and_replaced_first() -> None:
+    seen = [Traced("softmax", "a.attn", "m.py:1"), Traced("softmax", "b.attn", "m.py:1"), Traced("softmax", "c", "n.py:2")]
+    reported = [
+        Reported("b.attn", "m.py:1", "too odd"), Reported("a.attn.out", "m.py:9", ""), Reported("b.attn", "m.py:1", ""),
+        Reported("d", "x.py:3", ""),
+    ]  # fmt: skip
+    sites, others = _compared(seen, reported, Outcome("model"))
+    assert [site["fate"] for site in sites] == ["replaced", "replaced", "too odd"]
+    assert others == [["d", "x.py:3", "replaced"]]
+    sites, _ = _compared(seen, reported[1:2], Outcome("model"))
+    assert [site["fate"] for site in sites] == ["replaced", "never reported", "never reported"]
+    sites, _ = _compared(seen[:1], [], Outcome("model", problems=["attngen: it broke"]))
+    assert sites[0]["fate"] == "attngen: it broke"
+
+
+def test_measure_counts_each_call_of_a_shared_graph() -> None:
+    model, inputs = Twice().eval(), {"x": torch.randn(2, 8, 16)}
+    outcome = measure("twice", model, inputs)
+    assert [site["fate"] for site in outcome.sites] == ["replaced", "replaced"]
+    assert (outcome.others, outcome.problems) == ([], [])
