@@ -161,6 +161,7 @@ CASES = (
     Case("alibi", attention(mask=CAUSAL, score=ALIBI, extras=SLOPES)),
     Case("alibi_distance", attention(score=ALIBI_DISTANCE, extras=SLOPES)),
     Case("bias", attention(score=plus(QK, BIAS), extras=DENSE)),
+    Case("mask_added_in_half", attention(score=plus(QK, op("drown", BIAS, Const(2.0**-10))), extras=DENSE)),
     Case("table_cross", attention(score=plus(SCORE, loaded("t0", H, DIAGONAL)), extras=TABLE), cross=29),
     Case("temperature", attention(score=op("mul", SCORE, SLOPE), extras=SLOPES)),
     Case("padding", attention(mask=PADDING, extras=BOOLEANS)),

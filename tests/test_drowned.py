@@ -207,7 +207,7 @@ LOADED: dict[str, tuple[torch.dtype, Tensor, tuple[Any, ...], Expr, Callable[[Te
 }  # fmt: skip
 
 
-def case(name: str) -> tuple[AttentionSpec, list[Tensor]]:
+def case_of(name: str) -> tuple[AttentionSpec, list[Tensor]]:
     dtype, mask, index, term, _ = LOADED[name]
     spec = attention(dtype=dtype, score=plus(QK, term), extras={"t0": (mask.dtype, index)})
     return spec, [*sample_inputs(spec, Problem((1, 2), 12, 12))[:3], mask]
@@ -218,7 +218,7 @@ def launched() -> dict[str, Tensor]:
     """What the kernel of each case gives, all from one child process."""
     jobs = []
     for name in LOADED:
-        spec, inputs = case(name)
+        spec, inputs = case_of(name)
         kernel = emit(spec, Tile(32, 16, 4, 1))
         assert isinstance(kernel, Kernel), kernel
         jobs.append((kernel, inputs))
@@ -229,7 +229,7 @@ def launched() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", LOADED)
 def test_kernels_give_such_rows_as_the_model(name: str, launched: dict[str, Tensor]) -> None:
-    spec, inputs = case(name)
+    spec, inputs = case_of(name)
     q, k, v, mask = inputs
     added = LOADED[name][-1](mask)
     theirs = ((q @ k.mT) * 0.125 + added).softmax(-1).to(q.dtype) @ v
@@ -239,5 +239,5 @@ def test_kernels_give_such_rows_as_the_model(name: str, launched: dict[str, Tens
 
 def test_float64_drowns_what_float32_does(launched: dict[str, Tensor]) -> None:
     """The reference that kernels are checked against loses the same scores."""
-    verdict = check(launched["fp16"], *case("fp16"))
+    verdict = check(launched["fp16"], *case_of("fp16"))
     assert verdict.ok and verdict.budget < 0.01, verdict

@@ -22,6 +22,7 @@ REVIEWED = (
     "grouped",
     "softcap_window",
     "alibi",
+    "mask_added_in_half",
     "table_cross",
     "padding_causal",
     "sinks",

@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from specs import BY_NAME, CASES, CAUSAL, Case, attention, window
+from test_drowned import LOADED, case_of, close
 from test_emit import emitted
+from test_kernels import EMPTY, empty_inputs
 
 from attngen import aot
+from attngen.emit import Kernel, emit
+from attngen.index import Axis
 from attngen.interpret import import_file
-from attngen.spec import AttentionSpec, Input, Problem, Tile
-from attngen.verify import check, sample_inputs
+from attngen.spec import KEY, AttentionSpec, Input, Problem, Tile
+from attngen.verify import check, eager, sample_inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -62,6 +66,25 @@ def test_large_problem(case: Case, rows: int, tmp_path: Path) -> None:
     launched(case, case.problem(rows), tmp_path)
 
 
+@pytest.mark.parametrize(("name", "axis"), EMPTY, ids=str)
+def test_nothing_gives_what_eager_gives(name: str, axis: Axis, tmp_path: Path) -> None:
+    inputs = [x.cuda() for x in empty_inputs(name, axis)]
+    result = _result_of(emitted(BY_NAME[name]), inputs, tmp_path)
+    for mine, theirs in zip(result, eager(BY_NAME[name].spec, inputs), strict=False):
+        torch.testing.assert_close(mine, theirs.to(mine.dtype), rtol=1e-5, atol=1e-6)
+    assert bool(result[0].numel()) == (axis is KEY)
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_masks_of_the_lowest_number(name: str, tmp_path: Path) -> None:
+    spec, inputs = case_of(name)
+    q, k, v, mask = (x.cuda() for x in inputs)
+    kernel = emit(spec, Tile(64, 32, 4, 2))
+    assert isinstance(kernel, Kernel), kernel
+    theirs = ((q @ k.mT) * 0.125 + LOADED[name][-1](mask)).softmax(-1).to(q.dtype) @ v
+    close(_result_of(kernel, [q, k, v, mask], tmp_path)[0], theirs)
+
+
 def test_more_programs_than_a_grid_dimension_of_65535(tmp_path: Path) -> None:
     case = Case("many", attention(mask=CAUSAL), Tile(16, 16, 4, 1), (70000, 1))
     launched(case, Problem(case.batch, 17, 17), tmp_path)
@@ -85,10 +108,15 @@ def test_rows_beyond_two_billion_elements(tmp_path: Path) -> None:
 
 
 def _launched_on(case: Case, inputs: list[torch.Tensor], folder: Path) -> None:
-    path = folder / "kernel.py"
-    path.write_text(emitted(case).source)
-    verdict = check(import_file(path).launch(*inputs), case.spec, inputs)
+    verdict = check(_result_of(emitted(case), inputs, folder), case.spec, inputs)
     assert verdict.ok, verdict
+
+
+def _result_of(kernel: Kernel, inputs: list[torch.Tensor], folder: Path) -> list[torch.Tensor]:
+    path = folder / "kernel.py"
+    path.write_text(kernel.source)
+    result = import_file(path).launch(*inputs)
+    return [result] if isinstance(result, torch.Tensor) else list(result)
 
 
 def test_launch_finds_what_was_compiled_ahead_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
