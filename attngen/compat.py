@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
+from torch._functorch.predispatch import _vmap_decrement_nesting, _vmap_increment_nesting
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_mode, get_proxy_slot, make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.functions import Max as _TorchMax
@@ -39,7 +40,9 @@ __all__ = [
     "cuobjdump",
     "enable_python_dispatcher",
     "enter_autocast",
+    "enter_vmap",
     "exit_autocast",
+    "exit_vmap",
     "get_proxy_mode",
     "has_triton",
     "hint",
@@ -49,12 +52,14 @@ __all__ = [
     "size_expr",
     "specialised",
     "storage_of",
+    "traced_below_transforms",
     "traced_node",
     "tracing",
     "triton_build",
 ]
 
 enter_autocast, exit_autocast = _enter_autocast, _exit_autocast
+enter_vmap, exit_vmap = _vmap_increment_nesting, _vmap_decrement_nesting
 
 # Higher-order operators that run their first argument, a graph, on the rest of their arguments and change nothing else.
 INLINED_BODIES = tuple(
@@ -74,6 +79,13 @@ def size_expr(size: Any) -> sp.Expr:
 def hint(size: Any) -> int:
     """The size seen while tracing. Adds no guard."""
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def traced_below_transforms() -> ProxyTorchDispatchMode:
+    """A context in which tracing goes on below ``vmap`` and autograd: on what batched tensors are made of."""
+    mode = get_proxy_mode()
+    assert mode is not None
+    return ProxyTorchDispatchMode(mode.tracer, "real")
 
 
 def traced_node(value: Any) -> fx.Node | None:

@@ -99,6 +99,7 @@ class _Recorder(fx.Interpreter):
         self.record = record or _Record()
         self._attribute_names = attributes
         self._attributes: dict[str, torch.Tensor] = {}
+        self._depth = 0  # of vmap
 
     def lowered(self, *inputs: Any) -> Any:
         count = len(inputs) - len(self._attribute_names)
@@ -116,7 +117,13 @@ class _Recorder(fx.Interpreter):
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self._attributes[target] if target in self._attributes else super().get_attr(target, args, kwargs)
 
+    def run(self, *args: Any, **options: Any) -> Any:
+        with ExitStack() as self._region:
+            return super().run(*args, **options)
+
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in (compat.enter_vmap, compat.exit_vmap):
+            return self._nest(target, args, kwargs)
         if target in compat.INLINED_BODIES and isinstance(args[0], fx.GraphModule):
             return _Recorder(args[0], record=self.record).run(*args[1:])
         if target is compat.enter_autocast:
@@ -126,6 +133,17 @@ class _Recorder(fx.Interpreter):
         if target is compat.exit_autocast:
             return args[0].__exit__(None, None, None)
         return super().call_function(target, args, kwargs)
+
+
+    def _nest(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Inside ``vmap`` a batched tensor is no plain value: there, what it is made of is traced."""
+        if target is compat.enter_vmap and self._depth == 0:
+            self._region.enter_context(compat.traced_below_transforms())
+        level = super().call_function(target, args, kwargs)
+        self._depth += 1 if target is compat.enter_vmap else -1
+        if self._depth == 0:
+            self._region.close()
+        return level
 
 
 def _last_node() -> fx.Node | None:

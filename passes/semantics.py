@@ -20,8 +20,8 @@ from torch import fx
 
 from attngen import compat
 from attngen.algebra import Access, Const, Dot, Expr, Int, Kind, Load
-from attngen.compat import GuardOnDataDependentSymNode
-from attngen.index import ZERO, Axis, numbered
+from attngen.compat import FloorDiv, GuardOnDataDependentSymNode
+from attngen.index import ZERO, Axis, always_less, never_negative, numbered
 from attngen.passes.decompose import Decomposer
 
 Index = tuple[sp.Expr, ...]
@@ -85,6 +85,16 @@ def is_tensor(value: object) -> bool:
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
 
+def is_inside(node: fx.Node, index: Index) -> bool:
+    """``index`` is provably within the tensor. A dimension of size one is read at zero, whatever the index says."""
+    pairs = zip(index, shape_of(node), strict=True)
+    return all(size == 1 or (never_negative(place) and always_less(place, size)) for place, size in pairs)
+
+
+def _clumsiness(node: fx.Node, index: Index) -> tuple[bool, bool]:
+    return not is_inside(node, index), any(place.has(FloorDiv, sp.Mod) for place in index)
+
+
 class Reader:
     """Reads elements of one lowered graph; ``stale`` nodes changed in place later and are only ever loaded.
 
@@ -114,9 +124,13 @@ class Reader:
             except Unknown:
                 expr = self.load(node, index)
             self._memo[key] = expr
-            if node.graph is self.graph:
-                self.provenance.setdefault(expr, key)
+            if node.graph is self.graph and (expr not in self.provenance or self._is_plainer(key, expr)):
+                self.provenance[expr] = key
         return self._memo[key]
+
+    def _is_plainer(self, key: tuple[fx.Node, Index], expr: Expr) -> bool:
+        """Read at a better place than the tensor which holds ``expr`` so far: surely inside, without divisions."""
+        return _clumsiness(*key) < _clumsiness(*self.provenance[expr])
 
     def load(self, node: fx.Node, index: Index) -> Expr:
         """The element as a load; dimensions of size one are read at zero, whatever the index says.

@@ -17,14 +17,14 @@ import sympy as sp
 import torch
 from torch import fx
 
-from attngen.algebra import Const, Dot, Expr, Int, Load, Op, op, substitute, transform
+from attngen.algebra import Const, Dot, Expr, Int, Load, Op, Reduce, op, substitute, transform
 from attngen.errors import Miss
-from attngen.index import Axis, always_less, never_negative, numbered
+from attngen.index import Axis, numbered
 from attngen.passes import masking
 from attngen.passes.detect import Site
 from attngen.passes.masking import CHEAP
 from attngen.passes.operands import Operand
-from attngen.passes.semantics import Index, dtype_of, shape_of
+from attngen.passes.semantics import Index, dtype_of, is_inside, shape_of
 from attngen.passes.strides import memory_order
 from attngen.spec import BATCH_NAMES, FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input, batch_axes
 
@@ -91,7 +91,15 @@ def run(site: Site) -> Specialised | Miss:
         empty="zero" if site.zero_if_empty else "nan",
         softmax=site.softmax,
     )
+    unmeasured = [a for a in (*site.batch, site.row, site.key) if a.extent != 1 and not _is_dimension(names[a], spec)]
+    if unmeasured:
+        return Miss("every operand is broadcast along one dimension of the result", site.output.name, depth=7)
     return Specialised(spec, tuple(bindings))
+
+
+def _is_dimension(axis: sp.Expr, spec: AttentionSpec) -> bool:
+    """Some input has ``axis`` as a dimension, so that its size can be read off there."""
+    return any(source.dim_of(axis) is not None for source in spec.inputs)  # type: ignore[arg-type]
 
 
 def _refuse(site: Site) -> Miss | None:
@@ -147,11 +155,14 @@ class _Loads:
 
     def _reads_outside(self, expr: Expr) -> bool:
         """A branch of ``expr`` reads at places only valid where it is chosen, and the graph has no tensor for it."""
-        return any(
-            not self._plain(part) if isinstance(part, Load) else (part not in self._held and self._reads_outside(part))
-            for part in expr.children
-            if not (isinstance(part, Load) and isinstance(part.source, Table))
-        )
+        return any(self._lacks(part) for part in expr.children)
+
+    def _lacks(self, part: Expr) -> bool:
+        if isinstance(part, Load):
+            return not isinstance(part.source, Table) and not self._plain(part)
+        if part == self._site.dot or (part in self._held and is_inside(*self._held[part])):
+            return False
+        return isinstance(part, (Dot, Reduce)) or self._reads_outside(part)
 
     def _is_per_pair(self, expr: Expr) -> bool:
         return self._site.row in expr.axes and self._site.key in expr.axes
@@ -161,12 +172,9 @@ class _Loads:
 
     def _plain(self, load: Load) -> bool:
         """Read at positions that are plain index arithmetic and provably inside the tensor."""
-        if not isinstance(load.source, fx.Node):
+        if not isinstance(load.source, fx.Node) or not all(isinstance(place, Int) for place in load.index):
             return False
-        for place, size in zip(load.index, shape_of(load.source), strict=True):
-            if not isinstance(place, Int) or not (never_negative(place.value) and always_less(place.value, size)):
-                return False
-        return True
+        return is_inside(load.source, tuple(place.value for place in load.index))  # type: ignore[attr-defined]
 
     def _loaded(self, expr: Expr) -> Expr:
         """The element of the graph's own tensor for ``expr``; where it has none, of the tensors for its parts."""

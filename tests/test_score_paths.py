@@ -1,0 +1,134 @@
+"""Scores of several products, and pads, slices and gathers between a product and the softmax: found and right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from analysis import Analysis, watched
+from torch import Tensor
+from torch.nn import functional as F
+
+import attngen
+from attngen.spec import KEY, ROW
+
+BATCH, HEADS, LENGTH, SIZE = 2, 3, 36, 16
+BLOCK = 12
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-1, -2) * SIZE**-0.5
+
+
+def decomposed_positions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Relative positions of a 6 x 6 window, rows and columns apart: two more products in the score."""
+    generator = torch.Generator().manual_seed(2)
+    rows, columns = torch.randn(2, 6, 6, SIZE, generator=generator)
+    image = q.reshape(BATCH * HEADS, 6, 6, SIZE)
+    by_row = torch.einsum("bhwc,hkc->bhwk", image, rows)
+    by_column = torch.einsum("bhwc,wkc->bhwk", image, columns)
+    score = scores(q, k).view(BATCH * HEADS, 6, 6, 6, 6) + by_row[..., :, None] + by_column[..., None, :]
+    return torch.softmax(score.view(BATCH, HEADS, LENGTH, LENGTH), -1) @ v
+
+
+def split_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One score from two products, the second over one key head that all share."""
+    shared = k[:, :1, :, :8]
+    return torch.softmax(scores(q, k) + 0.25 * (q[..., :8] @ shared.transpose(-1, -2)), -1) @ v
+
+
+def disentangled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scores of queries with positions, gathered by distance."""
+    positions = torch.randn(16, SIZE, generator=torch.Generator().manual_seed(2))
+    bucket = (torch.arange(LENGTH)[:, None] - torch.arange(LENGTH) + 8).clamp(0, 15)
+    by_distance = torch.gather(q @ positions.t(), -1, bucket.expand(BATCH, HEADS, LENGTH, LENGTH))
+    return torch.softmax(scores(q, k) + 0.25 * by_distance, -1) @ v
+
+
+def shifted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Products with all distances, brought into place by a pad and two views (Transformer-XL, Conformer)."""
+    distances = torch.randn(HEADS, 2 * LENGTH - 1, SIZE, generator=torch.Generator().manual_seed(2))
+    product = F.pad((q + 1) @ distances.transpose(-1, -2), (1, 0))
+    product = product.view(BATCH, HEADS, -1, LENGTH)[:, :, 1:].view(BATCH, HEADS, LENGTH, 2 * LENGTH - 1)
+    return torch.softmax(scores(q, k) + product[..., :LENGTH] * 0.25, -1) @ v
+
+
+def blocks_beside(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Blocks of queries over their own and both neighbouring blocks of keys, padded at the ends (LongT5)."""
+
+    def blocks(x: Tensor) -> Tensor:
+        return x.reshape(BATCH, HEADS, -1, BLOCK, SIZE)
+
+    def beside(x: Tensor) -> Tensor:
+        padded = F.pad(blocks(x), (0, 0, 0, 0, 1, 1))
+        return torch.cat([padded[:, :, start : start + LENGTH // BLOCK] for start in range(3)], 3)
+
+    real = beside(torch.ones_like(k))[..., 0] > 0
+    score = scores(blocks(q), beside(k)).masked_fill(~real[:, :, :, None], -1e10)
+    return (torch.softmax(score, -1) @ beside(v)).reshape(BATCH, HEADS, LENGTH, SIZE)
+
+
+def mask_by_vmap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A mask that is written for one pair and mapped over all."""
+    place = torch.arange(LENGTH)
+    keep = torch.vmap(torch.vmap(lambda i, j: (j <= i) & (j > i - 8), (None, 0)), (0, None))(place, place)
+    return torch.softmax(scores(q, k).masked_fill(~keep, -torch.inf), -1) @ v
+
+
+FOUND = (decomposed_positions, split_heads, disentangled, shifted, blocks_beside, mask_by_vmap)
+
+
+def inputs(grad: bool = False) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(BATCH, HEADS, LENGTH, SIZE, generator=generator, requires_grad=grad) for _ in range(3)]
+
+
+@pytest.mark.parametrize("function", FOUND, ids=lambda f: f.__name__)
+def test_replaced_with_its_gradient(function: Callable[..., Tensor]) -> None:
+    ours, theirs = inputs(grad=True), inputs(grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="attngen", options={"inner": "eager"})
+    with attngen.record() as reports:
+        out = compiled(*ours)
+    assert [site.status for report in reports for site in report.sites] == ["replaced"]
+    expected = function(*theirs)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    out.backward(grad)
+    expected.backward(grad)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_loaded_is_read_without_divisions() -> None:
+    analysis = _analysed(shifted)
+    (spec,) = [special.spec for _, special in analysis.hits]
+    assert spec.extras[0].index[2:] == (ROW, KEY)
+
+
+def test_a_mask_by_vmap_is_a_window() -> None:
+    analysis = _analysed(mask_by_vmap)
+    (spec,) = [special.spec for _, special in analysis.hits]
+    assert not spec.extras
+
+
+def _analysed(function: Callable[..., Tensor]) -> Analysis:
+    class Call(torch.nn.Module):
+        def forward(self, *args: Tensor) -> Tensor:
+            return function(*args)
+
+    run, analyses = watched(Call())
+    run(*inputs())
+    (analysis,) = analyses
+    return analysis
+
+
+def test_a_second_product_that_changes_the_weights_of_another_row_is_no_term() -> None:
+    """The second product is over the queries' own dimension: the softmax would mix rows."""
+
+    def wrong(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(scores(q, k) + scores(q, k).transpose(-1, -2), -2) @ v
+
+    analysis = _analysed(wrong)
+    assert not analysis.hits
