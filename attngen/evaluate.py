@@ -122,8 +122,13 @@ class Evaluator:
     def _loaded(self, expr: Load) -> Tensor:
         tensor = self._load(expr.source)
         # A branch that is not selected may look outside the tensor; what it reads there never counts.
-        places = tuple(self(p).clamp(0, max(n - 1, 0)) for p, n in zip(expr.index, tensor.shape, strict=True))
-        value = tensor[tuple(torch.broadcast_tensors(*places))] if places else tensor
+        value = tensor
+        for place in reversed(range(len(expr.index))):  # numbers first: a tracer cannot index by a tensor of one number
+            if (fixed := _fixed(expr.index[place])) is not None:
+                value = value.select(place, min(max(fixed, 0), tensor.shape[place] - 1))
+        moving = [place for place in expr.index if _fixed(place) is None]
+        places = tuple(self(p).clamp(0, max(n - 1, 0)) for p, n in zip(moving, value.shape, strict=True))
+        value = value[tuple(torch.broadcast_tensors(*places))] if places else value
         return value.to(self._dtype) if expr.kind == "float" else value
 
     def _contraction(self, expr: Dot) -> Tensor:
@@ -160,6 +165,11 @@ class Evaluator:
         if isinstance(expr, (sp.Max, sp.Min)):
             return reduce(_larger if isinstance(expr, sp.Max) else _smaller, args)
         raise NotImplementedError(f"{expr} in an index")
+
+
+def _fixed(place: Expr) -> int | None:
+    """The number that an index always is, if it is one."""
+    return int(place.value) if isinstance(place, Int) and place.value.is_Integer else None
 
 
 def _larger(a: Tensor | int, b: Tensor | int) -> Tensor | int:

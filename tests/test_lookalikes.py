@@ -171,6 +171,10 @@ MISSED: dict[str, tuple[Function, str]] = {
     "dropout inside": (lambda q, k, v: scaled_dot_product_attention(q, k, v, dropout_p=0.1), DROPPED),
     "dropout on scores": (lambda q, k, v: dropout(scores(q, k), 0.1, True).softmax(-1) @ v, DROPPED),
     "gumbel": (lambda q, k, v: gumbel_softmax(scores(q, k), dim=-1) @ v, ""),
+    "all operands of one batch element": (
+        lambda q, k, v: weights(*(x[:1].expand(2, 4, 12, 16) for x in (q, k))) @ v[:1].expand(2, 4, 12, 16),
+        "every operand is broadcast",
+    ),
     "head size over the limit": (lambda q, k, v: weights(q.repeat(1, 1, 1, 17), k.repeat(1, 1, 1, 17)) @ v, "272"),
     "double": (lambda q, k, v: weights(q.double(), k.double()) @ v.double(), "float64"),
 }

@@ -221,3 +221,15 @@ def test_under_ddp() -> None:
     assert len(reports) > 2 and sum(len(report.replaced) for report in reports) == 2
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close([p.grad for p in model.parameters()], list(theirs), rtol=1e-3, atol=1e-3)
+
+
+def test_a_table_of_a_slope_that_is_one_number() -> None:
+    def step(q: Tensor, k: Tensor, v: Tensor, slope: Tensor) -> Tensor:
+        distance = torch.arange(8) - torch.arange(8)[:, None]
+        return (q @ k.transpose(-1, -2) + slope * distance).softmax(-1) @ v
+
+    tensors = [torch.randn(2, 3, 8, 16, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    with torch.no_grad(), attngen.record() as reports:
+        out = torch.compile(step, backend="attngen", options=EAGER)(*tensors, torch.full((1, 1, 1), 0.3))
+    assert sum(len(report.replaced) for report in reports) == 1
+    torch.testing.assert_close(out, step(*tensors, torch.full((1, 1, 1), 0.3)))

@@ -1,0 +1,128 @@
+"""Is a replaced graph as good as eager? The judge is float64: results may be off by twice what eager is.
+
+Rows that eager computes well are held to that. Rows that it loses to rounding (huge scores, fills that drown scores) must
+be what either of the two says, as far as that is stable when the inputs are one rounding off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from fuzz_graphs import Case
+from torch import Tensor, fx
+
+from attngen.verify import within_budget
+
+# A row's error may be this many times what one rounding of the inputs does to it.
+UNSTABLE = {torch.float32: 64, torch.float16: 4, torch.bfloat16: 4}
+GRADIENT = 32  # roundings of the largest value that a gradient may be off
+
+
+class _Exact(fx.Interpreter):
+    """A graph in float64: whatever is asked for in a floating type comes in that."""
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        return fx.node.map_aggregate(super().fetch_args_kwargs_from_env(n), _in_double)  # type: ignore[arg-type]
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_method("double" if target in ("float", "half", "bfloat16") else target, args, kwargs)
+
+
+def _in_double(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+
+Run = Callable[..., Any]
+
+
+def results_of(run: Run, case: Case, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Results, then inputs as the graph leaves them, then gradients if asked for."""
+    leaves = [x.clone().requires_grad_(case.training and x.is_floating_point()) for x in inputs]
+    with torch.set_grad_enabled(case.training):
+        given = [x.clone() for x in leaves]
+        results = list(run(*given))
+        seen = [x.detach().clone() for x in (*results, *given)]
+        parts = [(r * torch.arange(r.numel()).cos().view(r.shape).to(r.dtype)).sum() for r in results if r.requires_grad]
+    if not parts:
+        return seen
+    wanted = [x for x in leaves if x.requires_grad]
+    grads = torch.autograd.grad(parts, wanted, allow_unused=True)
+    return [*seen, *(torch.zeros_like(x) if g is None else g for g, x in zip(grads, wanted, strict=True))]
+
+
+def judged(case: Case, ours: Sequence[Tensor], eager: Sequence[Tensor]) -> str:
+    """What is wrong with ``ours``, if anything; both are ``results_of`` the case."""
+    return difference(ours, *references(case), eager, _values(case))
+
+
+def _values(case: Case) -> int:
+    """How many of ``results_of`` are values, not gradients."""
+    return len(case.gm.graph.output_node().args[0]) + len(case.inputs)  # type: ignore[arg-type]
+
+
+def references(case: Case) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Results in float64, and eager's for inputs that are one rounding off, twice."""
+    doubled = [x.double() if x.is_floating_point() else x for x in case.inputs]
+    exact = results_of(_Exact(case.gm).run, case, doubled)
+    return exact, [results_of(case.gm.forward, case, [_nudged(x, phase) for x in case.inputs]) for phase in range(2)]
+
+
+def _nudged(x: Tensor, phase: int) -> Tensor:
+    if not x.is_floating_point():
+        return x
+    return x * (1 + 2 * torch.finfo(x.dtype).eps * (torch.arange(x.numel()) + phase).cos().view(x.shape)).to(x.dtype)
+
+
+def difference(
+    ours: Sequence[Tensor], exact: Sequence[Tensor], nudged: Sequence[Sequence[Tensor]], eager: Sequence[Tensor],
+    values: int,
+) -> str:  # fmt: skip
+    """Empty if ``ours`` is as good as ``eager``; else what is off. The first ``values`` are results, others gradients."""
+    largest = max((float(x.double().nan_to_num(0, 0, 0).abs().max()) for x in exact if x.numel()), default=0.0)
+    for place, (mine, truth, theirs, *near) in enumerate(zip(ours, exact, eager, *nudged, strict=True)):
+        if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+            return f"result {place} is {mine.dtype} {tuple(mine.shape)}, not {theirs.dtype} {tuple(theirs.shape)}"
+        if not mine.dtype.is_floating_point:
+            if not torch.equal(mine, theirs):
+                return f"result {place} differs"
+            continue
+        info = torch.finfo(mine.dtype)
+        # The gradient of a saturated row is a difference of equal numbers, which only eager's order makes exactly zero.
+        floor = info.tiny if place < values else GRADIENT * info.eps * largest
+        if place >= values:  # eager's gradients of rows without any pair are NaN for all of a head; nobody can use them
+            defined = truth.isfinite() & theirs.isfinite()
+            mine, truth, theirs = (torch.where(defined, x, 0.0) for x in (mine, truth, theirs))
+        if wrong := _off(mine, truth, near, theirs, floor):
+            return f"result {place}: {wrong}"
+    return ""
+
+
+def _off(mine: Tensor, truth: Tensor, near: Sequence[Tensor], theirs: Tensor, floor: float) -> str:
+    """What is off with ``mine``; below ``floor`` nothing counts. ``near``: eager's for inputs one rounding off."""
+    kinds = [_kind(x) for x in (mine, truth.to(mine.dtype), theirs)]
+    vast = (kinds[0] != 0) & (kinds[2] != 0) & (truth.abs() > 1e-3 * torch.finfo(mine.dtype).max)
+    alike = (kinds[0] == kinds[1]) | (kinds[0] == kinds[2]) | vast
+    if not alike.all():
+        place = tuple((~alike).nonzero()[0].tolist())
+        return f"{mine[place]} at {place} instead of {truth[place]} (eager {theirs[place]})"
+    finite = torch.stack([*(kind == 0 for kind in kinds), *(x.isfinite() for x in near)]).all(0)
+    ours, exact, eager, *nudged = (
+        torch.where(finite, x.double(), 0.0).reshape(-1, x.shape[-1] if x.dim() else 1) for x in (mine, truth, theirs, *near)
+    )
+    rows = (eager - exact).abs().amax(-1)
+    good = rows <= 8 * rows[rows > 0].median().nan_to_num()
+    check = within_budget(ours[good].to(mine.dtype), exact[good], eager[good].to(mine.dtype))
+    distance = torch.minimum((ours - exact).abs(), (ours - eager).abs()).amax(-1)
+    unstable = torch.stack([(eager - x).abs().amax(-1) for x in nudged]).amax(0)
+    allowed = check.budget + UNSTABLE[mine.dtype] * unstable + floor
+    if (check.ok and good.all()) or bool((distance <= allowed).all()):
+        return ""
+    worst = int((distance - allowed).argmax())
+    return f"error {distance[worst]:.2e} in row {worst}, allowed {allowed[worst]:.2e}"
+
+
+def _kind(x: Tensor) -> Tensor:
+    """0 finite, 1 NaN, 2 inf, 3 -inf, elementwise."""
+    return x.isnan() + 2 * x.isposinf() + 3 * x.isneginf()
