@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attngen import backend, compat, pipeline, report
 from attngen import options as option_parsing
@@ -48,9 +48,23 @@ def explain(
     def look(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Report:
         return pipeline.explain(gm, example_inputs, chosen, device)
 
-    reports, stopped = _traced(model, *_fakes(args, kwargs), chosen, look)
+    return over_graphs(model, args, kwargs, chosen, look, may_run=may_run)
+
+
+def over_graphs(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: Options, look: Look,
+    *, may_run: bool,
+) -> Report:  # fmt: skip
+    """What ``look`` reports of every graph of ``model``; see ``explain``. It is given the real inputs of a graph."""
+    mode, fake_args, fake_kwargs = _fakes(args, kwargs)
+    real = dict(zip(map(id, tree_leaves([fake_args, fake_kwargs])), tree_leaves([tuple(args), dict(kwargs)]), strict=True))
+
+    def look_at_real(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Report:
+        return look(gm, [real.get(id(value), value) for value in example_inputs])
+
+    reports, stopped = _traced(model, mode, fake_args, fake_kwargs, options, look_at_real)
     if stopped is not None and may_run:
-        reports, stopped = _traced(model, None, args, kwargs, chosen, look)
+        reports, stopped = _traced(model, None, args, kwargs, options, look)
     return _merged(reports, stopped)
 
 
@@ -71,10 +85,7 @@ def generate(
         uses.update({use.kernel.name: use for use in used if use.kernel.name not in uses})
         return found
 
-    reports, stopped = _traced(model, *_fakes(args, kwargs), chosen, look)
-    if stopped is not None:
-        reports, stopped = _traced(model, None, args, kwargs, chosen, look)
-    return _merged(reports, stopped), list(uses.values())
+    return over_graphs(model, args, kwargs, chosen, look, may_run=True), list(uses.values())
 
 
 def _named(options: Options) -> Device | None:

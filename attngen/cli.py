@@ -5,24 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import attngen
-from attngen.errors import AttngenError, Unavailable, VerificationFailed
+from attngen.errors import AttngenError, VerificationFailed
 
 if TYPE_CHECKING:
-    from attngen import trial
-    from attngen.aot import Compilation
     from attngen.device import Device
     from attngen.modelfile import Example
-    from attngen.prepare import Use
     from attngen.report import Report
     from attngen.show import Progress
 
@@ -97,7 +92,7 @@ def optimize(
 ) -> None:
     with _ending(traceback):
         from attngen import output as outputs
-        from attngen import plan, show
+        from attngen import plan, show, stages
 
         options = _options(target, only, skip, traceback)
         folder = output or Path("attngen-out") / model.stem
@@ -106,9 +101,9 @@ def optimize(
             progress = show.Progress(show.console(stderr=True))
             device, card = _planned_for(progress, target)
             with _read(progress, model, train) as example:
-                report, uses = _generated(progress, example, options)
-            report = _tried(progress, report, uses, device, card)
-            if failed := _failed(report):
+                report, uses = stages.generated(progress, example, options)
+            report = stages.tried(progress, report, uses, device, card)
+            if failed := stages.failed(report):
                 _print(report, json)
                 raise VerificationFailed(failed)
             with progress.stage("write", str(folder)):
@@ -133,15 +128,45 @@ def explain(
     traceback: Traceback = False,
 ) -> None:
     with _ending(traceback):
-        from attngen import capture, show
+        from attngen import capture, show, stages
 
         options = _options(target, only, skip, traceback)
         progress = show.Progress(show.console(stderr=True))
         with _read(progress, model, train) as example, progress.stage("analyse", "tracing the model") as stage:
             found = capture.explain(example.model, example.args, example.kwargs, options, may_run=True)
-            report = _advice(found, example.model)
+            report = stages.advised(found, example.model)
             stage.result = show.found(report)
         _print(report, json, formula=formula)
+
+
+@app.command(
+    help=f"Write one site of a model as a script of its own, to send with a report or to look at.\n\n{CONVENTION}",
+    epilog=EXIT_CODES,
+)
+def minify(
+    model: Model,
+    site: Annotated[
+        str, typer.Option("--site", metavar="PATH", help="The site, as explain names it: a module path or a line.")
+    ],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write; MODEL_SITE.py by default.")] = None,
+    train: Train = False,
+    traceback: Traceback = False,
+) -> None:
+    with _ending(traceback):
+        from attngen import minify as minifying
+        from attngen import output as outputs
+        from attngen import show
+
+        file = output or outputs.named(model.stem, site)
+        outputs.refuse_foreign_script(file)
+        progress = show.Progress(show.console(stderr=True))
+        with _read(progress, model, train) as example, progress.stage("minify", "tracing the model") as stage:
+            made = minifying.run(example.model, example.args, example.kwargs, site, file.name)
+            outputs.write_script(file, made.text)
+            stage.result = f"{made.site.where}, {made.site.status}"
+        if made.alone:
+            show.console(stderr=True).print(f"Note: by itself the site has another outcome: {made.alone}.")
+        show.console().print(f"Written to {file}. Run it: python {file}")
 
 
 @app.command()
@@ -218,84 +243,6 @@ def _quiet_torch() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _advice(report: Report, model: object) -> Report:
-    """With a note, if sites were missed for dropout that nobody may have wanted."""
-    dropout = any("dropped" in site.reason or "dropout" in site.reason for site in report.missed)
-    if not dropout or not getattr(model, "training", False):
-        return report
-    note = "The model is in training mode, so dropout is active. For inference, call model.eval() in the file."
-    return replace(report, notes=(*report.notes, note))
-
-
-def _generated(progress: Progress, example: Example, options: dict[str, Any]) -> tuple[Report, list[Use]]:
-    from attngen import capture, show
-
-    with progress.stage("analyse", "tracing the model") as stage:
-        report, uses = capture.generate(example.model, example.args, example.kwargs, options)
-        stage.result = f"{show.found(report)}, {show.counted(len(uses), 'kernel')} emitted"
-    return _advice(report, example.model), uses
-
-
-def _tried(progress: Progress, report: Report, uses: list[Use], device: Device, card: str | None) -> Report:
-    """The report with what became of its kernels: compiled in child processes, and checked."""
-    from attngen import trial
-
-    if not uses:
-        return report
-    started = time.perf_counter()
-    notes: list[str] = []
-    binaries: trial.Binaries = {}
-    results: trial.Results = {}
-    try:
-        compilation = trial.begin(uses, device)
-    except Unavailable as why:
-        compilation = None
-        notes.append(f"Not compiled ahead of time: {why}")
-    if compilation is not None and card is not None:  # so that what runs on the card comes from the disk
-        binaries = _compiled(progress, compilation, uses, device, started)
-    try:
-        results = _checked(progress, uses, card)
-    except Unavailable as why:
-        notes.append(f"Not verified: {why}")
-    if compilation is not None and card is None:
-        binaries = _compiled(progress, compilation, uses, device, started)
-    return replace(trial.applied(report, results, binaries), notes=(*report.notes, *notes))
-
-
-def _compiled(
-    progress: Progress, compilation: Compilation, uses: list[Use], device: Device, started: float
-) -> trial.Binaries:
-    from attngen import show
-
-    with progress.stage("compile", f"{show.counted(len(uses), 'kernel')} for sm_{device.arch}", started=started) as stage:
-        binaries = dict(zip((use.kernel.name for use in uses), compilation.results(), strict=True))
-        stage.result = f"{stage.doing}: {show.binaries(binaries.values())}"
-    return binaries
-
-
-def _checked(progress: Progress, uses: list[Use], card: str | None) -> trial.Results:
-    from attngen import show, trial
-
-    place = "on the GPU" if card else "in Triton's interpreter"
-    with progress.stage("verify", f"{show.counted(len(uses), 'kernel')} {place}") as stage:
-        results = trial.check(uses, card)
-        half = "" if card else trial.substitution(uses)
-        stage.result = f"{stage.doing}{half}: {show.verdict(results.values())}"
-    return results
-
-
-def _failed(report: Report) -> str:
-    """What to say of the sites whose kernel does not compile or is off; empty if there are none."""
-    from attngen import paths, show, trial
-
-    failed = show.groups([site for site in report.missed if site.reason.startswith(trial.FAILED)])
-    if not failed:
-        return ""
-    lines = "\n".join(f"  {each.path or each.line}: {each.first.kernel}: {each.first.reason}" for each in failed)
-    kernels = show.counted(len({each.first.kernel for each in failed}), "kernel")
-    return f"{kernels} failed, so nothing was written. Their text is in {paths.cache_dir() / 'kernels'}.\n{lines}"
 
 
 def _print(report: Report, json: bool, *, formula: bool = False) -> None:

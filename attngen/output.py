@@ -7,6 +7,7 @@ place at the end, the plan last: whatever happens, the plan that is there names 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from attngen.errors import CannotWrite
 
 PLAN, REPORT, LOADER, KERNELS = "plan.json", "report.json", "load.py", "kernels"
 STAGE = ".attngen-"
+SCRIPT = "Cut out by attngen"  # stands in every script of ``attngen minify``
 
 LOADER_TEXT = '''\
 """The choices attngen made for {model}, planned for {device}. They are in plan.json, beside this file:
@@ -71,6 +73,24 @@ def write(stage: Path, model: str, device: str, plan: str, report: str, kernels:
         (stage / PLAN).write_text(plan + "\n")
 
 
+def named(model: str, site: str) -> Path:
+    """``model_layers.0.attn.py``"""
+    return Path(f"{model}_{re.sub(r'[^A-Za-z0-9_.-]+', '_', site).strip('_.')}.py")
+
+
+def refuse_foreign_script(file: Path) -> None:
+    """A script of somebody else is not overwritten. Raises ``CannotWrite``."""
+    with _writing(file):
+        if file.exists() and SCRIPT not in file.read_text(errors="replace"):
+            raise CannotWrite(f"{file} exists and was not written by attngen minify. Choose another file with -o.")
+
+
+def write_script(file: Path, text: str) -> None:
+    with _writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
 def refuse_bad_cache() -> None:
     """Kernels are kept in the cache directory too. Raises ``CannotWrite`` if they cannot be."""
     try:
@@ -112,6 +132,4 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        raise CannotWrite(
-            f"{folder} cannot be written: {problem.strerror or problem}. Choose another with -o."
-        ) from problem
+        raise CannotWrite(f"{folder} cannot be written: {problem.strerror or problem}. Choose another with -o.") from problem

@@ -81,7 +81,7 @@ def optimize(
     started = time.perf_counter()
     device = device or planning_device(example_inputs, options)
     lowered = lower.run(gm, example_inputs)
-    found = analyse(lowered, device, options, _trains(gm, example_inputs), plans)
+    found = analyse(lowered, device, options, trains(gm, example_inputs), plans)
     analysed = time.perf_counter()
     uses: dict[str, Use] = {}
     sites = [_replace(each, lowered, device, uses, options) for each in found]
@@ -95,9 +95,13 @@ def explain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
     """What ``optimize`` would do; nothing is emitted or changed."""
     started = time.perf_counter()
     device = device or planning_device(example_inputs, options)
-    found = analyse(lower.run(gm, example_inputs), device, options, _trains(gm, example_inputs))
-    sites = [describe.missed(each) if isinstance(each, Missed) else describe.found(each, device, "found") for each in found]
+    found = analyse(lower.run(gm, example_inputs), device, options, trains(gm, example_inputs))
+    sites = [reported(each, device) for each in found]
     return Report(device.label, tuple(sites), notes(), seconds={"analyse": time.perf_counter() - started})
+
+
+def reported(each: Found | Missed, device: Device) -> SiteReport:
+    return describe.missed(each) if isinstance(each, Missed) else describe.found(each, device, "found")
 
 
 def notes() -> tuple[str, ...]:
@@ -119,7 +123,7 @@ def card(example_inputs: Sequence[Any]) -> torch.device | None:
 # -------------------------------------------------------------------------------------------------------------- analyse
 
 
-def _trains(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
+def trains(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
     """Somebody may ask for gradients of this graph's results."""
     known = [*example_inputs, *(n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder"))]
     return torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in known)

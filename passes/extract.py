@@ -2,14 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import fx
 
+from attngen import compat
+from attngen.passes import effects
+from attngen.passes.candidates import ATTENTION, CARRIES, divided
+from attngen.passes.detect import Site
+from attngen.passes.lower import Lowered
+from attngen.passes.pointwise import POINTWISE
 from attngen.passes.semantics import op_name
-from attngen.passes.values import is_contraction
+from attngen.passes.values import CONTRACTIONS, VALUES, is_contraction
+from attngen.passes.views import PARTS, VIEWS
 
 _POWERS = frozenset(["softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "exp", "exp2"])
+_PRODUCTS = CONTRACTIONS - {"sum", "linear", ATTENTION}
+# What masks and biases are made of. Anything else beside the way from scores to result is read as a tensor.
+_CHEAP = (frozenset(VIEWS) | frozenset(PARTS) | frozenset(POINTWISE) | frozenset(VALUES)) - CONTRACTIONS | {"sum"}
+_SCALES = frozenset(["mul", "div"])
+
+
+@dataclass(frozen=True)
+class Region:
+    """``nodes`` in program order compute ``outputs`` (the result first) from ``inputs``.
+
+    ``operands`` are query, keys and values among the inputs, where these can be told.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    operands: tuple[fx.Node, ...] = ()
+
+
+def of_site(site: Site, loaded: Sequence[fx.Node], lowered: Lowered) -> Region:
+    """The region of a proved site. ``loaded`` are the tensors beside its operands that a kernel would read."""
+    stops = [site.query.node, site.keys.node, site.values.node, *loaded]
+    scores = {site.dot.node} if isinstance(site.dot.node, fx.Node) else set()
+    return replace(_cut(site.output, stops, scores, lowered, ()), operands=tuple(stops[:3]))
+
+
+def of_miss(end: fx.Node, blamed: fx.Node | None, lowered: Lowered) -> Region:
+    """The region of what is not proved: from ``end``, the product with the values, back to what looks like operands.
+
+    ``blamed`` belongs to it too if it is a write in place, wherever it stands.
+    """
+    end = divided(end) or end
+    scores = set() if op_name(end) == ATTENTION else _score_products(end)
+    products = [*scores, end if op_name(end) in {*_PRODUCTS, ATTENTION} else product_of(end)]
+    operands = [source for product in products for source in _operand_sources(product)]
+    stops = [_behind_layout(source) for source in operands if source not in _descended(scores, end)]
+    extra = (blamed,) if blamed is not None and effects.written(blamed) else ()
+    region = _cut(end, list(dict.fromkeys(stops)), scores, lowered, extra)
+    return replace(region, operands=tuple(stops)) if len(stops) == 3 else region
 
 
 def product_of(node: fx.Node) -> fx.Node:
@@ -18,19 +67,145 @@ def product_of(node: fx.Node) -> fx.Node:
     return next((n for n in below if _is_weighted(n)), below[0] if below else node)
 
 
+# ------------------------------------------------------------------------------------------------------------------ cut
+
+
+def _cut(
+    end: fx.Node, stops: Sequence[fx.Node], scores: Collection[fx.Node], lowered: Lowered, extra: Sequence[fx.Node]
+) -> Region:
+    facts = effects.run(lowered.graph)
+    path = _descended(scores, end)
+    nodes = _reached([end, *extra], set(stops), path)
+    if writes := _writes(nodes, stops, end, facts):
+        stops = [_first_alias(stop) if _is_written(stop, writes) else stop for stop in stops]
+        nodes = _reached([end, *extra, *writes], set(stops), path)
+    readers = [user for node in nodes & path - {end} for user in node.users if user in facts.live and user not in nodes]
+    returned = [node for node in nodes & path for user in node.users if user.op == "output" and node is not end]
+    computed = [user for user in dict.fromkeys(readers) if user.op != "output"]
+    inside = nodes | set(computed)
+    inputs = {n for node in inside for n in node.all_input_nodes if n not in inside and _is_value(n)}
+    order = facts.order
+    first = [stop for stop in dict.fromkeys(stops) if stop in inputs]
+    rest = sorted(inputs - set(first), key=order.__getitem__)
+    outputs = (end, *sorted({*computed, *returned}, key=order.__getitem__))
+    return Region(tuple(sorted(inside, key=order.__getitem__)), (*first, *rest), outputs)
+
+
+def _reached(ends: Sequence[fx.Node], stops: Collection[fx.Node], path: Collection[fx.Node]) -> set[fx.Node]:
+    """What ``ends`` are computed from, as far as it is on ``path`` or cheap to compute, without ``stops``."""
+    found: set[fx.Node] = set()
+    stack = list(ends)
+    while stack:
+        node = stack.pop()
+        if node in found or node in stops or node.op != "call_function" or not _is_value(node):
+            continue
+        if node in path or node in ends or _is_cheap(node):
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def _is_cheap(node: fx.Node) -> bool:
+    """Also whatever computes integers and truth values, which random ones could not stand for."""
+    value = node.meta.get("val")
+    discrete = isinstance(value, torch.Tensor) and not value.dtype.is_floating_point
+    return discrete or op_name(node) in _CHEAP or node.target is operator.getitem or not node.all_input_nodes
+
+
+def _is_value(node: fx.Node) -> bool:
+    """A tensor, or several; sizes are written as numbers."""
+    return not isinstance(node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _writes(nodes: set[fx.Node], stops: Sequence[fx.Node], end: fx.Node, facts: effects.Effects) -> list[fx.Node]:
+    """Writes in place, between the first of ``nodes`` and ``end``, to memory of ``nodes`` or of what they start from."""
+    first = min(facts.order[node] for node in nodes)
+    found = [write for node in filter(_is_tensor, {*nodes, *stops}) for write in facts.writes.get(_storage(node), ())]
+    return [write for write in dict.fromkeys(found) if first < facts.order[write] <= facts.order[end]]
+
+
+def _is_written(node: fx.Node, writes: Sequence[fx.Node]) -> bool:
+    return any(_storage(node) == _storage(target) for write in writes for target in effects.written(write))
+
+
+def _first_alias(node: fx.Node) -> fx.Node:
+    """The first node with the memory of ``node``: a write through one name is seen through the others."""
+    return next(n for n in node.graph.nodes if _is_tensor(n) and _storage(n) == _storage(node))
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _storage(node: fx.Node) -> int:
+    return compat.storage_of(node.meta["val"])
+
+
+# ----------------------------------------------------------------------------------------------------------- of a miss
+
+
+def _score_products(end: fx.Node) -> set[fx.Node]:
+    """The products above ``end`` that its weights are made of: no other product lies between."""
+    found: set[fx.Node] = set()
+    stack, seen = [n for n in end.all_input_nodes if _above_power(n)], {end}
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if op_name(node) in _PRODUCTS:
+            found.add(node)
+        elif op_name(node) != "linear":
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def _operand_sources(product: fx.Node) -> list[fx.Node]:
+    """The tensors that a product multiplies (not the mask of a library call, nor what is added)."""
+    factors = [n for n in product.all_input_nodes if _is_tensor(n)]
+    if op_name(product) == ATTENTION:
+        return factors[:3]
+    return factors[1:] if op_name(product) in ("baddbmm", "addmm") else factors
+
+
+def _behind_layout(node: fx.Node) -> fx.Node:
+    """``node`` without the views, casts and scales that belong to how the product is spelt."""
+    while op_name(node) in CARRIES | _SCALES and node.op == "call_function":
+        tensors = [n for n in node.all_input_nodes if _is_tensor(n)]
+        if len(tensors) != 1:
+            break
+        (node,) = tensors
+    return node
+
+
 def _is_weighted(node: fx.Node) -> bool:
     """A product whose input comes from an exponential, or attention as a whole."""
-    if op_name(node) == "scaled_dot_product_attention":
-        return True
-    stack, seen = list(node.all_input_nodes), set[fx.Node]()
+    return op_name(node) == ATTENTION or any(_above_power(n) for n in node.all_input_nodes)
+
+
+def _above_power(node: fx.Node) -> bool:
+    """An exponential made ``node``, with no product in between."""
+    stack, seen = [node], set[fx.Node]()
     while stack:
         above = stack.pop()
         if op_name(above) in _POWERS:
             return True
-        if above not in seen and not is_contraction(above):
+        if above not in seen and op_name(above) not in CONTRACTIONS - {"sum"}:
             seen.add(above)
             stack.extend(above.all_input_nodes)
     return False
+
+
+def _descended(starts: Collection[fx.Node], end: fx.Node) -> set[fx.Node]:
+    """``starts``, ``end``, and what is computed from ``starts`` before ``end``."""
+    below = {*starts, end}
+    if starts:
+        node = next(n for n in end.graph.nodes if n in starts)
+        while node is not end:
+            if any(n in below for n in node.all_input_nodes):
+                below.add(node)
+            node = node.next
+    return below
 
 
 def _descendants(node: fx.Node) -> Iterator[fx.Node]:

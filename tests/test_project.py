@@ -41,7 +41,7 @@ LAYERS = (
     {"printer", "work", "formulas", "blockwise", "layout"},
     {"emit", "cost"},
     {"choose", "interpret"},
-    {"verify", "aot", "runtime", "plan", "report", "options", "advice"},
+    {"verify", "aot", "runtime", "plan", "report", "options", "advice", "sample"},
     {"prepare"},
     {"passes"},
     {"describe"},
@@ -49,6 +49,7 @@ LAYERS = (
     {"backend", "capture"},
     {"trial", "output", "modelfile"},
     {"info", "show"},
+    {"stages", "minify"},
     {"cli", "__init__"},
 )
 
