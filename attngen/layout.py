@@ -12,6 +12,9 @@ from attngen.index import Axis
 from attngen.printer import Printer, Unprintable, fixed_dims, moving_dims
 from attngen.spec import FEATURE, INNER, KEY, ROW, AttentionSpec, Input
 
+UNIT = 8  # elements, 16 bytes of a 16-bit type: what one load takes, and the shortest that is copied asynchronously
+KNOWN = 16  # elements; Triton tells of a stride whether it is a multiple of this, and of nothing smaller
+
 
 def addresses(spec: AttentionSpec) -> dict[str, Any]:
     """Dimension numbers of the moving axes, base pointers, and how a head number unpacks into batch positions."""
@@ -82,12 +85,16 @@ def arguments(spec: AttentionSpec, heavy_first: bool) -> dict[str, Any]:
     for dim in range(len(spec.output)):
         strides.append(f"out_stride_{dim}")
         call_strides.append(f"out.stride({dim})")
+    in_units = _in_units(spec)
     axes = [*spec.batch, ROW, KEY]
     sizes = {f"size_{a.name}": _extent(spec, a) for a in axes}
     shape = {**{a: f"size_{a.name}" for a in axes}, FEATURE: str(spec.value_dim)}
     return {
         "tensors": tensors,
         "strides": strides,
+        "unit": UNIT,
+        "in_units": in_units,
+        "call_in_units": [call for name, call in zip(strides, call_strides, strict=True) if name in in_units],
         "sizes": [*sizes],
         "arguments": [x.name for x in spec.inputs],
         "call_tensors": [x.name for x in spec.inputs] + ["out"] + (["lse"] if spec.lse else []),
@@ -99,6 +106,18 @@ def arguments(spec: AttentionSpec, heavy_first: bool) -> dict[str, Any]:
         "lse_shape": _tuple([f"size_{a.name}" for a in (*spec.batch, ROW)]),
         "heads_python": _product([f"size_{a.name}" for a in spec.batch]),
     }
+
+
+def _in_units(spec: AttentionSpec) -> list[str]:
+    """Strides over heads and rows that follow from a head size of whole units that Triton does not see to be such."""
+    operands = ((spec.query, spec.head_dim), (spec.keys, spec.head_dim), (spec.values, spec.value_dim))
+    output = Input("out", spec.output, spec.out_dtype)
+    names = []
+    for source, size in (*operands, (output, spec.value_dim)):
+        if size % KNOWN and size % UNIT == 0:
+            dims = [d for d in used_dims(source) if source.index[d] not in (INNER, FEATURE)]
+            names += [f"{source.name}_stride_{d}" for d in dims]
+    return names
 
 
 def used_dims(source: Input) -> list[int]:

@@ -119,6 +119,15 @@ def test_alignment_is_that_of_the_view(offset: int, aligned: bool, tmp_path: Pat
     assert bool(source.attrs.get((0,))) == aligned
 
 
+@pytest.mark.parametrize(("row", "unit"), [(40, 8), (41, 1)])
+def test_heads_of_40_are_read_in_units_of_16_bytes_where_their_strides_allow_it(row: int, unit: int, tmp_path: Path) -> None:
+    path = tmp_path / "kernel.py"
+    path.write_text(emitted(BY_NAME["head_40"]).source)
+    inputs = [torch.empty(2, 64, 4, row, dtype=torch.half)[..., :40].transpose(1, 2) for _ in range(3)]
+    call = aot.launch_of(aot.import_file(path), [layout_of(x) for x in inputs])
+    assert call.args[-1] == unit
+
+
 def test_layouts_survive_the_journey() -> None:
     tensor = torch.randn(2, 5, 3, 8)[:, 1:, 1].transpose(0, 1)
     layout = layout_of(tensor)

@@ -1,4 +1,4 @@
-"""Emitted kernels: eight are reviewed files; all are deterministic, standalone Python."""
+"""Emitted kernels: a few are reviewed files; all are deterministic, standalone Python."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ REVIEWED = (
     "padding_causal",
     "sinks",
     "fill_shows",
+    "head_40",
 )
 NOTES = (
     "Predicted for h200: 0.120 ms, 33.6 MB of HBM traffic at b=2 h=4 i=1024 j=1024.",
@@ -98,6 +99,16 @@ def test_what_no_kernel_computes_is_a_miss() -> None:
     assert "more than plain positions" in emit(uneven, Tile(64, 32, 4, 2)).reason
     per_row = attention(sinks=(loaded("t0", ROW),), extras={"t0": (attention().out_dtype, (ROW,))})
     assert "query to query" in emit(per_row, Tile(64, 32, 4, 2)).reason
+
+
+def test_what_is_loaded_per_pair_comes_before_the_product_and_vectors_stay_vectors() -> None:
+    """Otherwise Triton computes softmax twice: in the layout of the load as well as in that of the product."""
+    bias = emitted(BY_NAME["bias"]).source
+    for loop in bias.split("    for block in range(")[1:]:
+        assert loop.index("t0_block = tl.load(") < loop.index("qk = tl.dot(") < loop.index("t0_block.to(tl.float32)")
+    documents = emitted(BY_NAME["documents"]).source
+    assert "tl.load(t0_base + rows * t0_stride_1, mask=rows < size_i, other=0)[:, None]" in documents
+    assert "tl.load(t1_base + cols * t1_stride_1, mask=cols < size_j, other=0)[None, :]" in documents
 
 
 def test_full_blocks_load_without_masks() -> None:
