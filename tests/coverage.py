@@ -257,10 +257,13 @@ def run(source: str, attention: str, out: Path, names: Sequence[str], inductor: 
     lines = len(out.read_text().splitlines()) if out.exists() else 0
     while todo := [name for name in wanted if name not in old | {o["model"] for o in read(out, lines)}]:
         command = [sys.executable, __file__, "work", "--source", source, "--attention", attention, "--out", str(out)]
+        current(out).write_text("")
         child = subprocess.Popen([*command, *(["--inductor"] if inductor else []), *todo[:BATCH]])
         _watch(child, out)
         if child.returncode != 0:
             name = current(out).read_text()
+            if not name:
+                raise SystemExit(f"the child process ended with {child.returncode} before its first model")
             if name not in {o["model"] for o in read(out, lines)}:
                 append(out, Outcome(name, "not run", f"the process ended with {child.returncode}"))
         print(f"{source} {attention}: {len(wanted) - len(todo)} of {len(wanted)} and on", flush=True)

@@ -70,8 +70,14 @@ def example_inputs(module: nn.Module, sizes: Sizes, *, optional: bool) -> dict[s
         wanted = required or key in mains or key in _ALWAYS or (optional and key in _OPTIONAL)
         if key in ("pixel_values", "hidden_states") and {"grid_thw", "image_grid_thw"} & set(parameters):
             inputs[key] = _patches(sizes)
+        elif key == "pixel_values" and "spatial_shapes" in parameters:
+            inputs[key] = _patches(sizes).unflatten(0, (BATCH, 16))
         elif wanted and (make := _INPUTS.get(key)) is not None and (value := make(sizes)) is not None:
             inputs[key] = value
+    if "query_embeds" in inputs:
+        inputs.pop("attention_mask", None)
+    if "input_features" in inputs and "input_ids" not in inputs and "attention_mask" in inputs:
+        inputs["attention_mask"] = _padding(sizes, inputs["input_features"].shape[1])
     return inputs
 
 
@@ -96,6 +102,9 @@ def _padding(sizes: Sizes, length: int | None = None) -> Tensor:
 
 
 def _pixels(sizes: Sizes, *lead: int) -> Tensor:
+    """Images; several at a time for models of video."""
+    if not lead and sizes.config.model_type in _VIDEO:
+        lead = (sizes.get("num_frames", "frames_per_clip", default=2),)
     size = sizes.get("image_size", "input_size", "img_size", default=64)
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     channels = sizes.get("num_channels", "in_channels", "in_chans", default=3)
@@ -108,7 +117,16 @@ def _features(sizes: Sizes) -> Tensor:
     positions = sizes.get("max_source_positions")
     if positions is not None and sizes.config.model_type not in ("speech_to_text",):
         return torch.randn(BATCH, bins, 2 * positions)
+    if sizes.config.model_type.startswith("clap"):
+        return torch.randn(BATCH, 1, 64, bins)
     return torch.randn(BATCH, 64, bins)
+
+
+def _sound(sizes: Sizes) -> Tensor:
+    """Samples, or a spectrogram for models that look at one as an image."""
+    if sizes.config.model_type == "audio-spectrogram-transformer":
+        return torch.randn(BATCH, sizes.get("max_length"), sizes.get("num_mel_bins"))
+    return torch.randn(BATCH, *([1] if sizes.config.model_type in _CODECS else []), 3840)
 
 
 def _width(sizes: Sizes) -> int:
@@ -152,7 +170,7 @@ _INPUTS: dict[str, Callable[[Sizes], Any]] = {
     "pixel_values": _pixels,
     "pixel_values_videos": lambda sizes: _pixels(sizes, sizes.get("num_frames", "frames_per_clip", default=4)),
     "input_features": _features,
-    "input_values": lambda sizes: torch.randn(BATCH, 4000),
+    "input_values": _sound,
     "spectrogram": lambda sizes: torch.randn(BATCH, 20, sizes.get("model_in_dim", "num_mel_bins", default=80)),
     "past_values": _series,
     "query_embeds": lambda sizes: torch.randn(BATCH, 4, _width(sizes)),
@@ -161,6 +179,10 @@ _INPUTS: dict[str, Callable[[Sizes], Any]] = {
     "image_grid_thw": _grid,
     "mm_token_type_ids": lambda sizes: (_tokens(sizes) == _placeholder(sizes)).long(),
     "image": _pixels,
+    "spatial_shapes": lambda sizes: torch.tensor([[4, 4]] * BATCH),
+    "pixel_attention_mask": lambda sizes: torch.ones(BATCH, 16, dtype=torch.long),
+    "past_values_padding": lambda sizes: torch.zeros_like(_series(sizes)),
+    "freq": lambda sizes: torch.zeros(BATCH, 1, dtype=torch.long),
     "num_patches": lambda sizes: 16,
     "flattened_patches": lambda sizes: torch.rand(BATCH, 12, 2 + 3 * sizes.get("patch_size", default=16) ** 2),
     "is_longer": _ones(torch.bool, 1),
@@ -181,15 +203,17 @@ _INPUTS: dict[str, Callable[[Sizes], Any]] = {
     "visual_pos": lambda sizes: torch.rand(BATCH, 5, 4),
     "prompt_pixel_values": _pixels,
     "prompt_masks": _pixels,
-    "padding_mask": lambda sizes: torch.ones(BATCH, 4000, dtype=torch.long),
+    "padding_mask": lambda sizes: torch.ones(BATCH, 3840, dtype=torch.long),
     "image_embeddings": lambda sizes: torch.randn(BATCH, _width(sizes), 4, 4),
     "langs": lambda sizes: torch.zeros(BATCH, sizes.length, dtype=torch.long),
 }
+_VIDEO = ("xclip", "videomae", "vivit", "timesformer", "vjepa2", "efficientloftr", "superglue", "lightglue")
+_CODECS = ("mimi", "encodec", "dac", "xcodec", "xcodec2", "higgs_audio_v2_tokenizer", "vibevoice_acoustic_tokenizer")
 _ALWAYS = frozenset(
     ["input_ids", "decoder_input_ids", "bbox", "task_inputs", "states", "actions", "returns_to_go", "timesteps"]
 )
 _OPTIONAL = frozenset({
     "attention_mask", "decoder_attention_mask", "token_type_ids", "pixel_values", "image_grid_thw",
-    "mm_token_type_ids", "input_features", "is_longer", "aspect_ratio_ids", "aspect_ratio_mask", "visual_feats",
-    "visual_pos", "input_boxes", "encoder_hidden_states",
+    "mm_token_type_ids", "input_features", "input_features_mask", "is_longer", "aspect_ratio_ids",
+    "aspect_ratio_mask", "visual_feats", "visual_pos", "input_boxes", "encoder_hidden_states",
 })  # fmt: skip

@@ -36,7 +36,7 @@ def summary(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
             entry["sites"] += 1
             if site["model"] not in entry["models"]:
                 entry["models"].append(site["model"])
-    counted = [o["inductor"] for o in ran if o["inductor"] is not None]
+    counted = [o for o in ran if o["inductor"] is not None]
     return {
         "models": len(ran),
         "with_sites": sum(bool(o["sites"]) for o in ran),
@@ -44,8 +44,8 @@ def summary(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "replaced": sum(site["fate"] == "replaced" for site in sites),
         "learned": sum(site["learned"] for site in sites),
         "learned_replaced": sum(site["learned"] and site["fate"] == "replaced" for site in sites),
-        "inductor": sum(counted) if counted else None,
-        "inductor_models": len(counted),
+        "inductor": sum(o["inductor"] for o in counted) if counted else None,
+        "inductor_sites": sum(len(o["sites"]) for o in counted),
         "missed": dict(sorted(missed.items(), key=lambda item: -item[1]["sites"])),
         "not_run": {o["model"]: o["error"] for o in outcomes if o["status"] != "run"},
     }
@@ -56,7 +56,7 @@ def show(files: Sequence[Path]) -> str:
     for file in files:
         s = summary(read(file))
         share = 100 * s["replaced"] / max(1, s["sites"])
-        beside = "" if s["inductor"] is None else f", Inductor {s['inductor']} in {s['inductor_models']} models"
+        beside = "" if s["inductor"] is None else f", Inductor {s['inductor']} of {s['inductor_sites']}"
         lines.append(
             f"{file.stem}: {s['models']} models ({s['with_sites']} with attention), {s['sites']} sites,"
             f" {s['replaced']} replaced ({share:.1f} %){beside}; {s['learned']} scored by weights,"

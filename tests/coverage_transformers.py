@@ -10,6 +10,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -86,6 +87,8 @@ _SIZES: tuple[Rule, ...] = (
     (r"index_topk", _fixed(8)),
     (r"(sliding_window|attention_window_size|window_attn_.*|attention_chunk_size)", _at_most(8)),
     (r"max_source_positions", _at_most(20)),
+    (r"max_length", _at_most(64)),
+    (r"decoder_in_channels", lambda old: [WIDTH] * len(old) if isinstance(old, (list, tuple)) else old),
 )
 
 
@@ -95,7 +98,11 @@ _OF_ALL = ("key_value_heads", "attention_heads")
 
 
 def _config(name: str, shrink: Callable[[Any], None]) -> Any:
-    config = configuration_auto.CONFIG_MAPPING[name]()
+    kind = configuration_auto.CONFIG_MAPPING[name]
+    try:
+        config = kind()
+    except ValueError:  # series have no length by default
+        config = kind(prediction_length=8)
     shrink(config)
     return config
 
@@ -125,7 +132,8 @@ def _all_small(config: Any) -> None:
 _FILLED = {
     "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "top_k_experts": 2,
     "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "prediction_length": 8,
-    "first_k_dense_replace": 1, "head_dim": HEAD, "q_lora_rank": 32, "router_top_k": 2,
+    "first_k_dense_replace": 1, "vocab_size": VOCABULARY, "attn_layer_indices": [1], "head_dim": HEAD,
+    "q_lora_rank": 32, "router_top_k": 2,
 }  # fmt: skip
 
 
@@ -143,8 +151,12 @@ def _shrunk(config: Any, rules: tuple[Rule, ...]) -> None:
     for key, value in fields.items():
         if re.fullmatch(_SHARED, key) and isinstance(value, int) and rules is not _DEPTHS:
             _assign(config, key, HEADS if value == fields.get(key.replace(*_OF_ALL)) else min(value, 2))
-        if isinstance(value, (list, tuple)) and deep is not None and len(value) == deep > kept:
+        if isinstance(value, (list, tuple)) and deep is not None and len(value) == deep > kept and "stage" not in key:
             _assign(config, key, value[:kept])
+    if getattr(config, "languages", None) and not getattr(config, "default_language", "known"):
+        _assign(config, "default_language", config.languages[0])
+    if getattr(config, "num_kv_shared_layers", None):
+        _assign(config, "num_kv_shared_layers", 0)
     _fit_stages(config)
     _fit_rope(config)
     _fit_image(config)
@@ -169,6 +181,8 @@ def _changed(key: str, value: Any, rules: tuple[Rule, ...], kept: int) -> Any:
 
 
 def _depth(config: Any) -> int | None:
+    if isinstance(getattr(config, "depths", None), (list, tuple)):
+        return None
     return next((n for k in ("num_hidden_layers", "n_layer", "num_layers") if (n := getattr(config, k, None))), None)
 
 
@@ -200,9 +214,10 @@ def _fit_rope(config: Any) -> None:
     """Sections of a rotary embedding add up to half of the head size."""
     ropes = [rope for key in ("rope_parameters", "rope_scaling") if isinstance(rope := getattr(config, key, None), dict)]
     for rope in [*ropes, *(r for each in ropes for r in each.values() if isinstance(r, dict))]:
-        if isinstance(rope.get("mrope_section"), (list, tuple)):
+        if isinstance(rope.get("mrope_section"), (list, tuple)) or config.model_type.startswith("glm"):
             half = (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) // 2
-            parts = len(rope["mrope_section"])
+            half = int(half * rope.get("partial_rotary_factor", 1))
+            parts = len(rope.get("mrope_section", (1, 1, 1)))
             rope["mrope_section"] = [half - (parts - 1) * (half // parts), *([half // parts] * (parts - 1))]
 
 
@@ -243,7 +258,7 @@ def _module(config: Any, attention: str) -> nn.Module:
 
 def _model_class(config: Any) -> Any:
     """What ``AutoModel`` would take, else the first model of the module that is made for this configuration."""
-    if config.model_type in modeling_auto.MODEL_MAPPING_NAMES:
+    with suppress(KeyError, ValueError):
         found = modeling_auto.MODEL_MAPPING[type(config)]
         return found[0] if isinstance(found, tuple) else found
     home = type(config).__module__.replace("configuration_", "modeling_")
