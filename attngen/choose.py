@@ -11,7 +11,7 @@ from attngen.device import Device
 from attngen.errors import Miss
 from attngen.spec import AttentionSpec, Problem, Tile
 
-MAX_HEAD = 256
+MAX_HEAD = 512
 
 # What the portable forward template is tried at. Blocks of 16 keys only where there are few rows: such products starve
 # tensor cores, but fp32 without them needs small ones.

@@ -10,10 +10,10 @@ from torch import fx
 from attngen.passes.pointwise import POINTWISE
 from attngen.passes.semantics import is_tensor, op_name, shape_of
 from attngen.passes.values import is_contraction
-from attngen.passes.views import VIEWS
+from attngen.passes.views import PARTS, VIEWS
 
 _SOFTMAX = frozenset(["softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "logsumexp"])
-_TRIANGLES = frozenset(["tril", "triu"])
+_ELEMENTWISE = frozenset([*VIEWS, *PARTS, *POINTWISE, "tril", "triu"])
 _JOINS = frozenset(["cat", "amax", "max", "constant_pad_nd"])
 # What people put between softmax and values, or scores and softmax, and no kernel computes: worth a ``Miss``.
 _CHANGES = frozenset(["layer_norm", "rms_norm", "nan_to_num", "roll", "cumsum", "scatter", "gather", "topk"])
@@ -40,7 +40,7 @@ def mark(graph: fx.Graph) -> Marks:
     for node in graph.nodes:
         name, inputs = op_name(node), node.all_input_nodes
         before = marks.highest(inputs)
-        passes = name in VIEWS or name in POINTWISE or name in _TRIANGLES
+        passes = name in _ELEMENTWISE or node.target is operator.getitem
         if _contracts(node, before):
             marks.level[node] = 1
         elif name in _SOFTMAX and before:
@@ -49,7 +49,7 @@ def mark(graph: fx.Graph) -> Marks:
             marks.level[node] = max(before, 2)
         elif name == "sum" and before:
             marks.level[node] = 3 if before >= 2 else 1
-        elif before and (passes or name in _JOINS | _CHANGES or node.target is operator.getitem):
+        elif before and (passes or name in _JOINS | _CHANGES):
             marks.level[node] = before
         if (_contracts(node, before) and _is_batched(node)) or (passes and any(n in marks.pairs for n in inputs)):
             marks.pairs.add(node)

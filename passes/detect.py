@@ -126,11 +126,17 @@ def _prove_output(
     for weights, values in ((product.lhs, product.rhs), (product.rhs, product.lhs)):
         proof = _prove_sides(reader, _Sides(node, output, axes, product.axis, weights, values), outside)
         if isinstance(proof, Site):
-            if proof.softmax or not _is_layer(proof, parameters):
+            if proof.softmax or not (_is_product_of_three(proof) or _is_layer(proof, parameters)):
                 return proof
-            proof = Miss("a product with the weights of a layer", node.name)
+            proof = Miss("a product with the weights of a layer, or of three matrices", node.name)
         misses.append(proof)
     return max(misses, key=lambda miss: miss.depth)
+
+
+def _is_product_of_three(site: Site) -> bool:
+    """Nothing but a factor is done to the weights: the order in which to multiply is the model's choice."""
+    factors, below, _ = quotient(site.score)
+    return all(f == site.dot or site.key not in f.axes for f in (*factors, *below))
 
 
 def _is_layer(site: Site, parameters: frozenset[fx.Node]) -> bool:
@@ -179,7 +185,8 @@ def _prove_sides(reader: Reader, sides: _Sides, outside: Expr) -> Site | Miss:
         if isinstance(proof, Site):
             differs = proof.feature in outside.axes
             return Miss("the result is divided by something per feature", node, depth=4) if differs else proof
-        misses.append(proof)
+        of_layer = op_name(dot.node) in ("linear", "addmm")  # type: ignore[arg-type]
+        misses.append(replace(proof, reason="the softmax is over what a layer gives, not a product") if of_layer else proof)
     return max(misses, key=lambda miss: miss.depth)
 
 

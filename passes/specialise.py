@@ -28,7 +28,7 @@ from attngen.passes.semantics import Index, dtype_of, is_inside, shape_of
 from attngen.passes.strides import memory_order
 from attngen.spec import BATCH_NAMES, FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input, batch_axes
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -104,6 +104,10 @@ def _is_dimension(axis: sp.Expr, spec: AttentionSpec) -> bool:
 
 def _refuse(site: Site) -> Miss | None:
     where = site.output.name
+    if not site.softmax or (site.inner.extent.is_Integer and site.inner.extent > MAX_HEAD_DIM):
+        lengths = (site.row.extent, site.key.extent, site.inner.extent)
+        if all(n.is_Integer for n in lengths) and max(lengths[:2]) <= lengths[2]:
+            return Miss("the weights are smaller than the queries: fusing them would save nothing", where, depth=7)
     for name, axis in (("head size", site.inner), ("value head size", site.feature)):
         if not axis.extent.is_Integer:
             return Miss(f"the {name} is not a fixed number", where, depth=7)

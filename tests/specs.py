@@ -146,6 +146,7 @@ CASES = (
     Case("head_80", attention(head_dim=80)),
     Case("head_96", attention(head_dim=96, mask=CAUSAL, lse=True)),
     Case("head_256", attention(head_dim=256, mask=CAUSAL), tile=Tile(64, 32, 8, 2)),
+    Case("head_512", attention(head_dim=512), tile=Tile(32, 32, 8, 1)),
     Case("head_192_value_128", attention(head_dim=192, value_dim=128, mask=CAUSAL), tile=Tile(64, 32, 8, 2)),
     Case("value_24", attention(value_dim=24)),
     Case("head_8_fp32", attention(head_dim=8, dtype=torch.float32), tile=Tile(64, 32, 8, 2)),

@@ -130,8 +130,8 @@ def test_a_given_tile_is_taken_if_it_can_run() -> None:
 
 
 def test_a_head_size_over_the_limit_is_a_miss() -> None:
-    miss = choose(attention(dtype=BF16, head_dim=64, value_dim=320), Problem((1, 1), 64, 64), H200)
-    assert isinstance(miss, Miss) and miss.reason == "the head size 320 is over the limit of 256"
+    miss = choose(attention(dtype=BF16, head_dim=64, value_dim=520), Problem((1, 1), 64, 64), H200)
+    assert isinstance(miss, Miss) and miss.reason == "the head size 520 is over the limit of 512"
 
 
 def test_a_device_too_small_for_any_tile_is_a_miss_with_the_reason() -> None:
