@@ -171,12 +171,19 @@ def _prove_sides(reader: Reader, sides: _Sides, outside: Expr) -> Site | Miss:
     """``outside`` multiplies the product: the division by a sum that other spellings do before it."""
     weights, key, node = sides.weights, sides.key, sides.node.name
     weight = op("mul", reader.at(weights.source, _plain(weights)), outside)  # type: ignore[arg-type]
-    normalised = unnormalised(weight) or softmax(weight, key)
+    if (plain := unnormalised(weight)) is not None:
+        proof = _prove_normalised(reader, sides, outside, plain)
+        return replace(proof, depth=0) if isinstance(proof, Miss) else proof
+    normalised = softmax(weight, key)
     if isinstance(normalised, str) and _drops(weight):
         return Miss(_DROPOUT, node, depth=2)
     if isinstance(normalised, str):
         return Miss(normalised, node, depth=1 if any(isinstance(n, Dot) for n in weight.walk()) else 0)
-    dots = _score_dots(normalised, key)
+    return _prove_normalised(reader, sides, outside, normalised)
+
+
+def _prove_normalised(reader: Reader, sides: _Sides, outside: Expr, normalised: Normalised) -> Site | Miss:
+    dots = _score_dots(normalised, sides.key)
     if isinstance(dots, Miss):
         return dots
     misses = []
@@ -184,7 +191,7 @@ def _prove_sides(reader: Reader, sides: _Sides, outside: Expr) -> Site | Miss:
         proof = _prove_scores(reader, sides, normalised, dot)
         if isinstance(proof, Site):
             differs = proof.feature in outside.axes
-            return Miss("the result is divided by something per feature", node, depth=4) if differs else proof
+            return Miss("the result is divided by something per feature", depth=4) if differs else proof
         of_layer = op_name(dot.node) in ("linear", "addmm")  # type: ignore[arg-type]
         misses.append(replace(proof, reason="the softmax is over what a layer gives, not a product") if of_layer else proof)
     return max(misses, key=lambda miss: miss.depth)

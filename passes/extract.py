@@ -106,10 +106,11 @@ def _reached(ends: Sequence[fx.Node], stops: Collection[fx.Node], path: Collecti
 
 
 def _is_cheap(node: fx.Node) -> bool:
-    """Also whatever computes integers and truth values, which random ones could not stand for."""
-    value = node.meta.get("val")
-    discrete = isinstance(value, torch.Tensor) and not value.dtype.is_floating_point
-    return discrete or op_name(node) in _CHEAP or node.target is operator.getitem or not node.all_input_nodes
+    """Also what positions alone decide, and whatever is an integer or a truth value: random ones could not stand for it."""
+    discrete = _is_tensor(node) and not node.meta["val"].dtype.is_floating_point
+    if discrete or op_name(node) in _CHEAP or node.target is operator.getitem:
+        return True
+    return not any(above.op in ("placeholder", "get_attr") for above in effects.ancestors(node))
 
 
 def _is_value(node: fx.Node) -> bool:

@@ -26,6 +26,7 @@ _INFIX |= {"bitwise_and": "&", "bitwise_or": "|", "logical_and": "&", "logical_o
 _TRUTHS = frozenset(["logical_and", "logical_or"])  # the sign means the same on truth values alone
 _PREFIX = {"neg": "-", "bitwise_not": "~"}
 _DEFAULTS = ("layout", "pin_memory", "memory_format")  # left out where they say nothing
+_SAME = {"lift_fresh_copy": "clone", "_unsafe_view": "view"}
 LONGEST = 60  # characters of a call that is written inside another
 _NO_METHOD = frozenset(["where", "mT", "T", "H", "mH", "_to_copy", "data", "real"])
 RESERVED = frozenset(["torch", "attngen", "DEVICE", "attention", "inputs", "functional"])
@@ -85,6 +86,9 @@ def _call(node: fx.Node, names: Names) -> str:
     if not isinstance(node.target, torch._ops.OpOverload):
         return f"{node.target.__module__}.{node.target.__name__}({_arguments(node.args, node.kwargs, names)})"  # type: ignore[union-attr]
     args, name = list(node.args), _schema_name(node)
+    if name == "alias":
+        return _text(args[0], names)
+    name = _SAME.get(name, name)
     if _is_signed(node):
         left, *right = (_text(argument, names) for argument in args)
         return f"{left} {_INFIX[name]} {right[0]}" if right else f"{_PREFIX[name]}{left}"

@@ -104,7 +104,7 @@ def _is_dimension(axis: sp.Expr, spec: AttentionSpec) -> bool:
 
 def _refuse(site: Site) -> Miss | None:
     where = site.output.name
-    if not site.softmax or (site.inner.extent.is_Integer and site.inner.extent > MAX_HEAD_DIM):
+    if site.inner.extent.is_Integer and site.inner.extent > MAX_HEAD_DIM:
         lengths = (site.row.extent, site.key.extent, site.inner.extent)
         if all(n.is_Integer for n in lengths) and max(lengths[:2]) <= lengths[2]:
             return Miss("the weights are smaller than the queries: fusing them would save nothing", where, depth=7)
