@@ -93,7 +93,7 @@ def _header(spec: AttentionSpec, tile: Tile, notes: tuple[str, ...]) -> str:
 def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     cover = derive(spec.mask)
     printer = Printer(spec)
-    natural = not spec.softmax or (loads_over_keys(spec.score) and not redone(spec))
+    natural = not spec.softmax or loads_over_keys(spec.score)
     scale, shaped = (LOG2E, spec.score) if natural else scaled_score(spec.score)
     score = _score(printer, spec, scale, shaped, natural)
     sinks = [printer.hoisted(s if natural else op("mul", s, Const(LOG2E))) for s in _scalars(spec.sinks)]
@@ -181,15 +181,10 @@ def loads_over_keys(score: Expr) -> bool:
     return False
 
 
-def redone(spec: AttentionSpec) -> bool:
-    """Whether rows whose best score is that of a mask are computed again, in natural units."""
-    return spec.redo_below is not None and spec.redo_below > -MASKING
-
-
 def _may_be_lowest(node: Expr) -> bool:
     """A float that is loaded, or something made with a number that no score reaches."""
     if isinstance(node, Op):
-        return any(MASKING < abs(number(a) or 0) < math.inf for a in node.args)
+        return node.name == "drown" or any(MASKING < abs(number(a) or 0) < math.inf for a in node.args)
     return isinstance(node, Load) and node != SCORE and node.kind == "float"
 
 

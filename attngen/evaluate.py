@@ -57,15 +57,12 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _drown(term: Tensor, eps: Tensor) -> Tensor:
-    """``term``; where it would swallow a score in a type of that ``eps``, so low that it does the same here.
+def _drown(term: Tensor, limit: Tensor) -> Tensor:
+    """``term``; from ``limit`` down, moved to where numbers are ``LOST`` apart, so that a score added to it is lost.
 
-    Numbers are then as far apart as they are around ``term`` in that type, so that sums are rounded alike.
+    In fp16 numbers are that far apart below -32768, so that sums are rounded exactly as in the model.
     """
-    info = torch.finfo(term.dtype)
-    low = (term * (eps / info.eps)).clamp(min=info.min)
-    swallows = (term <= -LOST / eps) & (term > -torch.inf)
-    return term + torch.where(swallows, low - term, 0.0).detach()
+    return torch.where(term <= limit, term - 1.5 * LOST / torch.finfo(term.dtype).eps, term)
 
 
 FUNCTIONS["drown"] = _drown

@@ -62,6 +62,7 @@ _INSTRUCTIONS: dict[str, tuple[int, int]] = {
     "cos": (12, 0),
     "erf": (14, 1),
     "pow": (4, 2),
+    "drown": (3, 0),
     "float": (0, 1),  # conversions run at the rate of special functions
 }
 _EXACT_TANH = (4, 2)  # of 32-bit inputs, through sigmoid

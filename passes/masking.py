@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attngen.algebra import COMPARISONS, LOST, TRUE, Const, Expr, Int, Load, Op, negate, number, op, terms, total, transform
+from attngen.algebra import COMPARISONS, TRUE, Const, Expr, Int, Load, Op, negate, number, op, terms, total, transform
 from attngen.index import Axis
 from attngen.mask import no_row_is_empty
 from attngen.passes.detect import Site
@@ -38,44 +38,18 @@ class Split:
 def split(site: Site) -> Split:
     """Take the mask out of the score: ``where(c, x, -big)`` and ``x + where(c, y, -big)`` in any nesting of sums."""
     if not site.softmax:
-        return Split(*_without_zeros(_plain(site.score)), None, None)
+        return Split(*_without_zeros(_without_idle_drowning(site.score)), None, None)
     dtype = dtype_of(site.dot.node)  # type: ignore[arg-type]
-    given = _plain(site.score, but_over=(site.row, site.key))
-    score, mask, fills = _unmask(given, dtype)
+    whole_score = _without_idle_drowning(site.score, site.row, site.key)
+    score, mask, fills = _unmask(whole_score, dtype)
+    whole, redo_below = None, None
     certain = no_row_is_empty(mask, site.row, site.key) and all(drowns(fill.value, dtype) for fill in fills)
-    highest = [fill.highest for fill in fills if math.isfinite(fill.value) and not certain]
-    highest += [_limit(node) / 2 for node in score.walk() if _is_drowning(node)]
-    whole, redo_below = (given, max(highest) + NEGLIGIBLE) if highest else (None, None)
-    score = _plain(score)
+    finite = [fill for fill in fills if math.isfinite(fill.value)]
+    if finite and not certain:
+        whole, redo_below = whole_score, max(fill.highest for fill in finite) + NEGLIGIBLE
     if whole is None and not site.sinks:
         score = _without_row_terms(score, site.key)
     return Split(score, mask, whole, redo_below)
-
-
-def _is_drowning(node: Expr) -> bool:
-    return isinstance(node, Op) and node.name == "drown"
-
-
-def _limit(drowning: Expr) -> float:
-    """What is loaded drowns a score from here down."""
-    eps = number(drowning.children[1])
-    assert eps is not None
-    return -LOST / eps
-
-
-def _plain(score: Expr, *, but_over: tuple[Axis, ...] = ()) -> Expr:
-    """The score as if nothing loaded could drown it, except what is loaded along one of the axes ``but_over``.
-
-    What is the same for all queries and keys (the slope of ALiBi, an offset per head) is no mask.
-    """
-
-    def rule(expr: Expr) -> Expr | None:
-        if not _is_drowning(expr):
-            return None
-        loads = [node for node in expr.walk() if isinstance(node, Load)]
-        return expr if any(axis in load.axes for load in loads for axis in but_over) else expr.children[0]
-
-    return transform(score, rule)
 
 
 def _without_zeros(weight: Expr) -> tuple[Expr, Expr]:
@@ -91,6 +65,18 @@ def _without_zeros(weight: Expr) -> tuple[Expr, Expr]:
                 inner, mask = _without_zeros(kept)
                 return inner, op("and", keep, mask)
     return weight, TRUE
+
+
+def _without_idle_drowning(score: Expr, *pair: Axis) -> Expr:
+    """What is loaded once per head (the slope of ALiBi, a learned offset) is no mask, and drowns no score."""
+
+    def rule(expr: Expr) -> Expr | None:
+        if not (isinstance(expr, Op) and expr.name == "drown"):
+            return None
+        loads = [node for node in expr.walk() if isinstance(node, Load)]
+        return expr if any(axis in load.axes for load in loads for axis in pair) else expr.args[0]
+
+    return transform(score, rule)
 
 
 @dataclass(frozen=True)

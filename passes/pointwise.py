@@ -80,7 +80,7 @@ def _drowning(term: Expr, dtype: torch.dtype, *, loads: bool) -> Expr:
         return term
     if isinstance(term, Op) and term.name == "add" and any(isinstance(a, Op) and a.name == "where" for a in term.args):
         return op("add", *(_drowning(part, dtype, loads=loads) for part in term.args))  # the mask in it must stay visible
-    return op("drown", term, Const(torch.finfo(dtype).eps))
+    return op("drown", term, Const(-LOST / torch.finfo(dtype).eps))
 
 
 def _drowning_fill(branch: Expr, dtype: torch.dtype, *, loads: bool) -> Expr:

@@ -207,8 +207,6 @@ class _Loads:
             return self._tables[expr]
         if not self._is_per_pair(expr) or expr.kind != "float" or self._depends_on_scores(expr):
             return None
-        if isinstance(expr, Op) and expr.name == "drown":
-            return None  # one table serves the plain score as well
         if not any(isinstance(n, Load) or (isinstance(n, Op) and n.name not in CHEAP) for n in expr.walk()):
             return None
         diagonal = numbered("diagonal", row.extent + key.extent - 1)
