@@ -30,6 +30,7 @@ ADVICE = {
     "the value head size is": "More heads of a smaller size would fit.",
     "the head size is not a fixed number": "Fix that dimension: torch._dynamo.mark_static(tensor, dim).",
     "the value head size is not a fixed number": "Fix that dimension: torch._dynamo.mark_static(tensor, dim).",
+    "no tile fits": "Smaller heads would fit, or float16 or bfloat16, or another device (--target).",
     "kernels do not compute in": "Compute in float32, bfloat16 or float16: for example model.to(torch.float32).",
     "a value between the two products is written in place": (
         "Write x = x.masked_fill(...) for x.masked_fill_(...), x = x + y for x += y."

@@ -163,7 +163,7 @@ def minify(
         with _read(progress, model, train) as example, progress.stage("minify", "tracing the model") as stage:
             made = minifying.run(example.model, example.args, example.kwargs, site, file.name)
             outputs.write_script(file, made.text)
-            stage.result = f"{made.site.where}, {made.site.status}"
+            stage.result = f"{made.site.module or made.site.where}, {made.site.status}"
         if made.alone:
             show.console(stderr=True).print(f"Note: by itself the site has another outcome: {made.alone}.")
         show.console().print(f"Written to {file}. Run it: python {file}")
