@@ -21,6 +21,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class Outcome:
     problems: list[str] = field(default_factory=list)
     graphs: int = 0
     inductor: int | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # of processor time
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,12 @@ def measure(model: str, module: nn.Module, inputs: dict[str, Any], *, inductor: 
     """The sites of ``module`` and what attngen would make of each."""
     outcome = Outcome(model)
     with torch.no_grad(), without_fast_paths():
-        started = time.perf_counter()
+        started = time.process_time()
         traced = trace(module, **inputs)
-        outcome.seconds["trace"] = round(time.perf_counter() - started, 2)
-        started = time.perf_counter()
+        outcome.seconds["trace"] = round(time.process_time() - started, 2)
+        started = time.process_time()
         reported = _reported(module, inputs, outcome, inductor)
-        outcome.seconds["explain"] = round(time.perf_counter() - started, 2)
+        outcome.seconds["explain"] = round(time.process_time() - started, 2)
     outcome.sites, outcome.others = _compared(traced, reported, outcome)
     return outcome
 
@@ -199,7 +200,7 @@ def _same_file(seen: Traced, site: Reported) -> bool:
 # ------------------------------------------------------------------------------------------------------------- workers
 
 
-def work(source: str, attention: str, names: Sequence[str], out: Path, inductor: bool) -> None:
+def work(source: str, attention: str, names: Sequence[str], out: Path, mark: Path, *, inductor: bool) -> None:
     """Measure the models, one line each; called in a child process that may be killed."""
     import coverage_models
 
@@ -208,12 +209,12 @@ def work(source: str, attention: str, names: Sequence[str], out: Path, inductor:
     torch.set_num_threads(1)
     quiet()
     for name in names:
-        current(out).write_text(name)
+        mark.write_text(name)
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             module, inputs = coverage_models.build(source, name, attention)
-            built = round(time.perf_counter() - started, 2)
+            built = round(time.process_time() - started, 2)
             outcome = measure(name, module, inputs, inductor=inductor)
             outcome.seconds["build"] = built
         except Exception as problem:
@@ -238,43 +239,51 @@ def _out_of_time(*_: Any) -> None:
     raise TimeoutError(f"not done in {SECONDS} s of processor time")
 
 
-def current(out: Path) -> Path:
-    return out.with_suffix(".current")
-
-
 def append(out: Path, outcome: Outcome) -> None:
     with out.open("a") as file:
         file.write(json.dumps(asdict(outcome)) + "\n")
 
 
-def run(source: str, attention: str, out: Path, names: Sequence[str], inductor: bool, again: str) -> None:
-    """All models of a source that ``out`` does not have yet, or that had ``again`` in their outcome; in child processes."""
+def run(source: str, attention: str, out: Path, names: Sequence[str], *, inductor: bool, again: str, jobs: int) -> None:
+    """All models of a source that ``out`` does not have yet, or that were ``again`` "missed" or "failed"; in children."""
     import coverage_models
 
     wanted = list(names) or coverage_models.names(source)
     out.parent.mkdir(parents=True, exist_ok=True)
-    old = {o["model"] for o in read(out) if not again or again not in json.dumps(o)}
+    old = {o["model"] for o in read(out) if again not in verdicts(o)}
     lines = len(out.read_text().splitlines()) if out.exists() else 0
-    while todo := [name for name in wanted if name not in old | {o["model"] for o in read(out, lines)}]:
-        command = [sys.executable, __file__, "work", "--source", source, "--attention", attention, "--out", str(out)]
-        current(out).write_text("")
-        child = subprocess.Popen([*command, *(["--inductor"] if inductor else []), *todo[:BATCH]])
-        _watch(child, out)
-        if child.returncode != 0:
-            name = current(out).read_text()
-            if not name:
-                raise SystemExit(f"the child process ended with {child.returncode} before its first model")
-            if name not in {o["model"] for o in read(out, lines)}:
-                append(out, Outcome(name, "not run", f"the process ended with {child.returncode}"))
-        print(f"{source} {attention}: {len(wanted) - len(todo)} of {len(wanted)} and on", flush=True)
+    options = ["--source", source, "--attention", attention, "--out", str(out), *(["--inductor"] if inductor else [])]
+    with ThreadPoolExecutor(jobs) as pool:
+        while todo := [name for name in wanted if name not in old | {o["model"] for o in read(out, lines)}]:
+            print(f"{source} {attention}: {len(todo)} of {len(wanted)} to do", flush=True)
+            batches = [todo[k : k + BATCH] for k in range(0, min(len(todo), BATCH * jobs), BATCH)]
+            list(pool.map(lambda batch: _in_a_child(options, batch, out), batches))
 
 
-def _watch(child: subprocess.Popen[bytes], out: Path) -> None:
+def _in_a_child(options: Sequence[str], names: Sequence[str], out: Path) -> None:
+    """Measure until all are done or the process dies; then the model it was at is not run."""
+    mark = out.with_suffix(f".{names[0].replace('/', '_')}.at")
+    mark.write_text("")
+    child = subprocess.Popen([sys.executable, __file__, "work", *options, "--mark", str(mark), *names])
+    _watch(child, mark)
+    at = mark.read_text()
+    mark.unlink()
+    if child.returncode != 0 and not at:
+        raise SystemExit(f"the child process ended with {child.returncode} before its first model")
+    if child.returncode != 0:
+        append(out, Outcome(at, "not run", f"the process ended with {child.returncode}"))
+
+
+def verdicts(outcome: dict[str, Any]) -> set[str]:
+    missed = any(site["fate"] != "replaced" for site in outcome["sites"]) or bool(outcome["problems"])
+    return ({"missed"} if missed else set()) | ({"failed"} if outcome["status"] != "run" else set())
+
+
+def _watch(child: subprocess.Popen[bytes], mark: Path) -> None:
     """Kill a child that stays on one model far beyond its time: stuck, or waiting."""
     while child.poll() is None:
         time.sleep(1)
-        mark = current(out)
-        if mark.exists() and time.time() - mark.stat().st_mtime > 15 * SECONDS:
+        if time.time() - mark.stat().st_mtime > 15 * SECONDS:
             child.kill()
             child.wait()
 
@@ -288,17 +297,20 @@ def main() -> None:
         command.add_argument("--attention", default="eager", choices=("eager", "sdpa"))
         command.add_argument("--out", type=Path, required=True)
         command.add_argument("--inductor", action="store_true", help="also count what PyTorch's own matcher fuses")
+        command.add_argument("--mark", type=Path, help=argparse.SUPPRESS)
         command.add_argument("models", nargs="*")
     for name in ("show", "pack"):
         command = commands.add_parser(name)
         command.add_argument("files", nargs="+", type=Path)
         command.add_argument("--to", type=Path, default=Path(__file__).parent / "data" / "coverage.json")
-    commands.choices["run"].add_argument("--again", default="", metavar="TEXT", help="also what had TEXT in its outcome")
+    commands.choices["run"].add_argument("--jobs", type=int, default=1)
+    commands.choices["run"].add_argument("--again", default="", choices=("missed", "failed"), help="also these of before")
     chosen = parser.parse_args()
     if chosen.command == "run":
-        run(chosen.source, chosen.attention, chosen.out, chosen.models, chosen.inductor, chosen.again)
+        how: dict[str, Any] = {"inductor": chosen.inductor, "again": chosen.again, "jobs": chosen.jobs}
+        run(chosen.source, chosen.attention, chosen.out, chosen.models, **how)
     elif chosen.command == "work":
-        work(chosen.source, chosen.attention, chosen.models, chosen.out, chosen.inductor)
+        work(chosen.source, chosen.attention, chosen.models, chosen.out, chosen.mark, inductor=chosen.inductor)
     elif chosen.command == "show":
         print(show(chosen.files))
     else:

@@ -126,6 +126,8 @@ def _sound(sizes: Sizes) -> Tensor:
     """Samples, or a spectrogram for models that look at one as an image."""
     if sizes.config.model_type == "audio-spectrogram-transformer":
         return torch.randn(BATCH, sizes.get("max_length"), sizes.get("num_mel_bins"))
+    if sizes.config.model_type == "speecht5":
+        return torch.randn(BATCH, sizes.length, WIDTH)
     return torch.randn(BATCH, *([1] if sizes.config.model_type in _CODECS else []), 3840)
 
 

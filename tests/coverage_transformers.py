@@ -88,6 +88,7 @@ _SIZES: tuple[Rule, ...] = (
     (r"(sliding_window|attention_window_size|window_attn_.*|attention_chunk_size)", _at_most(8)),
     (r"max_source_positions", _at_most(20)),
     (r"max_length", _at_most(64)),
+    (r"window_size", _at_most(4)),
     (r"decoder_in_channels", lambda old: [WIDTH] * len(old) if isinstance(old, (list, tuple)) else old),
 )
 
@@ -222,13 +223,13 @@ def _fit_rope(config: Any) -> None:
 
 
 def _fit_image(config: Any) -> None:
-    """Four by four patches, or 64 pixels where stages shrink them further."""
+    """Four by four patches, or more pixels where stages shrink them further."""
     size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
     if size is None:
         return
     across = patch[0] if isinstance(patch, (list, tuple)) else patch
     staged = any(isinstance(getattr(config, key, None), (list, tuple)) for key in ("depths", "hidden_sizes", "embed_dims"))
-    new = 64 if staged or not isinstance(across, int) else max(4 * across, 16)
+    new = 128 if staged or not isinstance(across, int) else max(4 * across, 16)
     if isinstance(size, (list, tuple)) and all(isinstance(s, int) for s in size):
         _assign(config, "image_size", type(size)([min(new, s) for s in size]))
     elif isinstance(size, int):
