@@ -13,9 +13,6 @@ ADVICE = {
     "the attention weights are dropped at random": (
         "For inference, call model.eval(). For training, set the dropout of attention to 0."
     ),
-    "the weights are scaled after they are normalised": (
-        "Multiply the values or the result instead: (softmax(s) * m) @ v = softmax(s) @ (m * v) for one m per head or key."
-    ),
     "the weights are changed between the exponential": (
         "Between softmax and values only views and casts may stand: move the operation to the scores or to the result."
     ),
