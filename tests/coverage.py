@@ -275,7 +275,7 @@ def _in_a_child(options: Sequence[str], names: Sequence[str], out: Path) -> None
 
 
 def verdicts(outcome: dict[str, Any]) -> set[str]:
-    missed = any(site["fate"] != "replaced" for site in outcome["sites"]) or bool(outcome["problems"])
+    missed = any(site["fate"] != "replaced" for site in outcome["sites"]) or outcome["problems"] or outcome["others"]
     return ({"missed"} if missed else set()) | ({"failed"} if outcome["status"] != "run" else set())
 
 

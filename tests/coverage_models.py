@@ -6,6 +6,8 @@ import importlib.machinery
 import importlib.util
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import coverage_diffusers
@@ -64,9 +66,9 @@ TIMM = (
 
 
 def _timm(name: str, attention: str) -> Example:
-    _stand_in_for("torchvision")
-    import timm
-    from timm.layers import set_fused_attn
+    with _stand_in_for("torchvision"):
+        import timm
+        from timm.layers import set_fused_attn
 
     set_fused_attn(attention == "sdpa")
     model: Any = None
@@ -112,10 +114,20 @@ class _Finder:
         pass
 
 
-def _stand_in_for(package: str) -> None:
+@contextmanager
+def _stand_in_for(package: str) -> Iterator[None]:
     """timm imports torchvision for its data sets and transforms; its models do not need it."""
-    if importlib.util.find_spec(package) is None:
-        sys.meta_path.append(_Finder(package))  # type: ignore[arg-type]
+    if importlib.util.find_spec(package) is not None:
+        yield
+        return
+    finder: Any = _Finder(package)
+    sys.meta_path.append(finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.split(".")[0] == package]:
+            del sys.modules[name]
 
 
 # -------------------------------------------------------------------------------------------------------- x-transformers

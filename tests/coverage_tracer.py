@@ -38,6 +38,8 @@ MOVES = frozenset({
     "copy_", "_to_copy", "flip", "roll", "slice_scatter", "select_scatter", "tril", "triu", "dropout",
     "native_dropout",
 })  # fmt: skip
+# Element by element, though not all of their overloads are tagged so.
+UNTAGGED = frozenset(["masked_fill", "where", "rsub", "add", "mul", "div", "sub", "log_sigmoid_forward"])
 # They also choose elements by position: part of a score, but weights that went through them no longer sum to one.
 GATHERS = frozenset(["gather", "index", "index_select", "take_along_dim", "embedding", "index_put", "index_put_"])
 SOFTMAX = frozenset(["_softmax", "_safe_softmax", "softmax", "_masked_softmax"])
@@ -119,7 +121,7 @@ class Tracer(TorchDispatchMode):
             return self._exponential(plain, marks[0])
         if plain == "sigmoid":
             return self._sigmoid(marks[0])
-        if torch.Tag.pointwise in func.tags or plain in MOVES or plain in GATHERS:
+        if torch.Tag.pointwise in func.tags or plain in MOVES | UNTAGGED | GATHERS:
             return self._through(name, plain, inputs, marks, output)
         return NOTHING
 
