@@ -20,7 +20,6 @@ from attngen.passes.semantics import dtype_of
 
 NEGLIGIBLE = 104.0  # exp(-104) is zero in float32
 MASKING = -1e3  # a score set to less than this is masked; rows where that could show are computed again
-HUGE = 1e30  # no score that means anything is above this
 
 # Operations that cost no more than the load they replace.
 CHEAP = frozenset(["float", "add", "sub", "mul", "neg", "min", "max", "abs", "where", "and", "or", "not", "drown"])
@@ -122,15 +121,15 @@ def _masked(expr: Expr) -> tuple[Expr, Expr, float] | None:
 
 
 def _without_row_terms(score: Expr, key: Axis) -> Expr:
-    """Softmax ignores what is the same for all keys. Only terms that are finite whatever the data may be dropped."""
+    """Softmax ignores what is the same for all keys. Only terms that drown no score, whatever the data, may be dropped."""
     parts = terms(score)
-    kept = [t for t in parts if key in t.axes or not _surely_finite(t)]
+    kept = [t for t in parts if key in t.axes or not _surely_small(t)]
     return total(kept) if len(kept) < len(parts) else score
 
 
-def _surely_finite(expr: Expr) -> bool:
+def _surely_small(expr: Expr) -> bool:
     if isinstance(expr, Const):
-        return math.isfinite(expr.value) and abs(expr.value) < HUGE
+        return abs(expr.value) < -MASKING  # false for NaN
     if isinstance(expr, Int):
         return True
-    return isinstance(expr, Op) and expr.name in CHEAP and all(_surely_finite(a) for a in expr.args)
+    return isinstance(expr, Op) and expr.name in CHEAP and all(_surely_small(a) for a in expr.args)

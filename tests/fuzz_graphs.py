@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
-from fuzz_scores import normalised, score_step
+from fuzz_scores import normalised, score_step, truth, varying
 from fuzz_writer import Draw, Node, Writer
 from torch import Tensor, fx
 from torch.nn import functional as F
@@ -57,6 +57,7 @@ class _Model:
         self.keys: int = self.rows if draw.chance(60) else draw.one(lengths)
         self.width: int = draw.one([8, 16, 4, 32, 12])
         self.features: int = self.width if draw.chance(75) else draw.one([8, 4, 24])
+        self.by_library = False  # what that makes of infinities is its own business
         self.unshifted = False  # exp(s) over its sum: huge scores are lost there, in one way or another
         self.readers: list[Node] = []
 
@@ -74,15 +75,21 @@ class _Model:
 
     def attention(self, query: Node | None) -> Node:
         self.unshifted = self.draw.chance(15)
+        self.by_library = bool(self.lead) and self.draw.chance(8)
         q = query or self.operand((*self.lead, self.rows, self.width))
         k = self.operand((*self.lead, self.keys, self.width), grouped=True)
         v = self.operand((*self.lead, self.keys, self.features), grouped=True)
         if self.features == self.width and self.draw.chance(4):
             k = v = self.operand((*self.lead, self.keys, self.width))
         q, k, v = (self.disturbed(x, 3) for x in (q, k, v))
+        if self.by_library:
+            return self.library(q, k, v)
         scores = self.scores(q, k)
-        for _ in range(self.draw.below(4)):
-            scores = score_step(self.g, scores, tame=self.unshifted, mild=self.mild)
+        steps = self.draw.below(4)
+        for step in range(steps):
+            # The gradient of what is done to a huge fill is a difference of huge numbers.
+            tame = self.unshifted or (self.training and step < steps - 1)
+            scores = score_step(self.g, scores, tame=tame, mild=self.mild)
         if self.draw.chance(3):
             self.written(self.draw.one([q, k, v]))
         weights = normalised(self.g, self.read(scores), unshifted=self.unshifted)
@@ -92,6 +99,20 @@ class _Model:
         if self.draw.chance(3):
             self.written(self.draw.one([out, v, k, q]))
         return out
+
+    def library(self, q: Node, k: Node, v: Node) -> Node:
+        """``scaled_dot_product_attention``, with a mask or without."""
+        q = self.g("to", q, self.g.dtype(k))
+        shape = (*self.lead, self.rows, self.keys)
+        options = self.draw.one([{}, {"scale": 0.3}, {"is_causal": True}, {"is_causal": True, "scale": 1.0}])
+        if "is_causal" not in options and self.draw.chance(70):
+            mask = (
+                truth(self.g, shape)
+                if self.draw.chance(60)
+                else self.g.normal(*varying(self.g, shape), dtype=self.g.dtype(q))
+            )
+            options = {**options, "attn_mask": self.g("expand", mask, *shape) if self.draw.chance(50) else mask}
+        return self.g(F.scaled_dot_product_attention, q, k, v, **options)
 
     # ------------------------------------------------------------------------------------------------------ operands
 
@@ -108,7 +129,7 @@ class _Model:
 
     def _direct(self, shape: tuple[int, ...]) -> Node:
         node = self.g.normal(*shape, dtype=self.dtype)
-        if self.draw.chance(3):
+        if not self.by_library and self.draw.chance(3):
             value = self.draw.one([math.inf, -math.inf, math.nan, math.nan if self.mild else 1e4])
             self.g.inputs[node].view(-1)[self.draw.below(math.prod(shape))] = value
         return node

@@ -23,6 +23,11 @@ GRADIENT = 32  # roundings of the largest value that a gradient may be off
 class _Exact(fx.Interpreter):
     """A graph in float64: whatever is asked for in a floating type comes in that."""
 
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        kept = n.args and isinstance(n.args[0], fx.Node) and result is self.env.get(n.args[0])
+        return result.clone() if kept and n.meta.get("new") else result  # a cast that copied there must copy here
+
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
         return fx.node.map_aggregate(super().fetch_args_kwargs_from_env(n), _in_double)  # type: ignore[arg-type]
 

@@ -53,6 +53,8 @@ def _scaled(g: Writer, s: Node, mild: bool) -> Node:
 
 
 def _biased(g: Writer, s: Node) -> Node:
+    if len(g.shape(s)) > 2 and g.shape(s)[0] % 2 == 0 and g.draw.chance(12):
+        return _per_window(g, s)
     dtype = torch.float32 if g.draw.chance(10) else g.dtype(s)
     bias = g.normal(*varying(g, g.shape(s)), dtype=dtype)
     way = g.draw.below(5)
@@ -61,6 +63,15 @@ def _biased(g: Writer, s: Node) -> Node:
     if way == 4:
         return g(operator.sub, bias, s)
     return g(operator.add, s, bias) if way != 1 else g(operator.sub, s, bias)
+
+
+def _per_window(g: Writer, s: Node) -> Node:
+    """Swin's: windows are counted in the batch, and have masks of their own."""
+    batch, *rest = g.shape(s)
+    ones = [1] * (len(rest) - 2)
+    apart = g("view", s, batch // 2, 2, *rest)
+    own = g.normal(2, *ones, *rest[-2:], dtype=g.dtype(s))
+    return g("view", g(operator.add, apart, g("unsqueeze", own, 0)), batch, *rest)
 
 
 def _by_distance(g: Writer, s: Node) -> Node:
@@ -293,9 +304,7 @@ def _library(g: Writer, s: Node) -> Node:
 
 def _by_hand(g: Writer, s: Node) -> Node:
     dim = _dim(g, s)
-    way = g.draw.below(4)
-    if way == 3:
-        return g("exp", g(operator.sub, s, g(torch.logsumexp, s, dim, keepdim=True)))
+    way = g.draw.below(3)
     largest = g("amax", s, dim, keepdim=True) if way else g.part(g("max", s, dim, keepdim=True), 0)
     largest = g("detach", largest) if way == 2 else largest
     powers = g(torch.exp, g(operator.sub, s, largest))
@@ -310,8 +319,12 @@ def _over_sum(g: Writer, powers: Node, dim: int) -> Node:
 
 
 def _unshifted(g: Writer, s: Node) -> Node:
+    """Where all scores of a row are hugely negative, these are no softmax: 0 / 0, or exp(0) for each."""
     dim = _dim(g, s)
-    powers = g("exp2", g(operator.mul, s, 1.4426950408889634)) if g.draw.chance(20) else g("exp", s)
+    way = g.draw.below(4)
+    if way == 1:
+        return g("exp", g(operator.sub, s, g(torch.logsumexp, s, dim, keepdim=True)))
+    powers = g("exp2", g(operator.mul, s, 1.4426950408889634)) if way == 2 else g("exp", s)
     return _over_sum(g, powers, dim)
 
 

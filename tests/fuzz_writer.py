@@ -37,7 +37,10 @@ class Draw:
 
 
 class Writer:
-    """Writes a graph node by node, and computes each value on the way, so that shapes are known; ``half``: 16-bit types to use."""
+    """Writes a graph node by node, and computes each value on the way, so that shapes are known.
+
+    ``half`` are the 16-bit types to use. Nodes whose value is not their argument itself have ``meta["new"]``.
+    """
 
     def __init__(self, draw: Draw, half: Sequence[torch.dtype]) -> None:
         self.draw = draw
@@ -56,6 +59,7 @@ class Writer:
             value = target(*known_args, **known)
             node = self.graph.call_function(target, args, kwargs)
         self._values[node] = value
+        node.meta["new"] = value is not known_args[0] if known_args else True
         return node
 
     def part(self, node: Node, *index: Any) -> Node:

@@ -153,14 +153,11 @@ MISSED: dict[str, tuple[Function, str]] = {
     "weights without NaN": (lambda q, k, v, m: scores(q, k).softmax(-1).nan_to_num() @ v, CHANGED),
     "top scores": (top_scores, "more than pointwise arithmetic"),
     "top weights": (top_weights, CHANGED),
-    "weights doubled": (lambda q, k, v: (2 * weights(q, k)) @ v, "scaled after they are normalised"),
-    "weights gated by row": (lambda q, k, v: (weights(q, k) * k[..., :1]) @ v, "scaled after they are normalised"),
-    "weights gated by key": (lambda q, k, v: (weights(q, k) * k[..., 0].unsqueeze(-2)) @ v, "product over keys"),
     "weights plus identity": (lambda q, k, v: (weights(q, k) + torch.eye(12)) @ v, CHANGED),
     "weights accumulated": (lambda q, k, v: weights(q, k).cumsum(-1) @ v, CHANGED),
     "weights in 8 bits": (lambda q, k, v: weights(q, k).to(torch.float8_e4m3fn).float() @ v, CHANGED),
     "scores in 8 bits": (lambda q, k, v: scores(q, k).to(torch.float8_e4m3fn).float().softmax(-1) @ v, NO_PRODUCT),
-    "renormalised over queries": (renormalised, "not divided by one sum"),
+    "renormalised over queries": (renormalised, "more than pointwise arithmetic"),
     "softmax twice": (lambda q, k, v: weights(q, k).softmax(-1) @ v, ""),
     "symmetrised": (symmetrised, "more than pointwise arithmetic"),
     "both ways": (both_ways, "whole dimensions"),
@@ -321,6 +318,16 @@ CONFUSING: dict[str, tuple[Function, str | None]] = {
         lambda q, k, v, m: (scores(q, k) * 0.3).masked_fill(m, torch.finfo(torch.float32).min).softmax(-1) @ v,
         EXACT,
     ),
+    "a constant that drowns all scores": (lambda q, k, v: ((scores(q, k) - 1e29) * 0.25).softmax(-1) @ v, EXACT),
+    "a mask that leaves nothing": (
+        lambda q, k, v: (
+            (scores(q, k) * 0.3 + torch.zeros(SIZE, SIZE).masked_fill(torch.ones(SIZE, SIZE).tril(-SIZE) == 0, -1e29)).softmax(
+                -1
+            )
+            @ v
+        ),
+        EXACT,
+    ),
     "a fill that is no mask": (lambda q, k, v, m: scores(q, k).masked_fill(m, 2.0).softmax(-1) @ v, EXACT),
     "a fill of a tensor": (lambda q, k, v, m, t: torch.where(m, scores(q, k), -t[0]).softmax(-1) @ v, EXACT),
     "a tensor scale and a mask": (lambda q, k, v, m, t: (scores(q, k) / t[1] + m * -3.0).softmax(-1) @ v, EXACT),
@@ -336,7 +343,7 @@ CONFUSING: dict[str, tuple[Function, str | None]] = {
     "scores added to themselves": (lambda q, k, v: (lambda s: (s + s).softmax(-1) @ v)(scores(q, k)), EXACT),
     "weights of other scores": (
         lambda q, k, v: (scores(q, k).softmax(-1) * scores(q, k)) @ v,
-        "the weights are a product over keys",
+        EXACT,
     ),
     "dropout of nothing": (lambda q, k, v: dropout(weights(q, k), 0.0, True) @ v, EXACT),
     "rows without their neighbours": (lambda q, k, v: weights(q, k).diff(dim=-2, prepend=k[:, :, :1] * 0) @ v, ""),
