@@ -191,7 +191,7 @@ BOOLEAN = frozenset([*COMPARISONS, "and", "or", "not", "isnan"])
 INTEGER = frozenset(["trunc"])
 POLYMORPHIC = frozenset(["add", "sub", "mul", "neg", "abs", "min", "max", "floordiv", "mod"])
 
-TRUE, FALSE = Const(True), Const(False)
+TRUE, FALSE, ONE = Const(True), Const(False), Const(1.0)
 
 
 def integer(value: sp.Expr | int) -> Int:

@@ -13,7 +13,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from attngen.algebra import TRUE, Expr, Int, Op, number
+from attngen.algebra import ONE, TRUE, Expr, Int, Op, number
 from attngen.compat import FloorDiv
 from attngen.evaluate import Evaluator
 from attngen.index import Axis
@@ -108,6 +108,8 @@ def _block(call: Call, first: int, last: int) -> tuple[Tensor, Tensor]:
     total = weights.sum(-1, keepdim=True)
     for sink in sinks:
         total = total + torch.exp(sink - shift)
+    if spec.gain != ONE:
+        weights = weights * evaluate(spec.gain)
     values = weights @ call.values
     safe = torch.where(total == 0, 1.0, total)
     out = torch.where(total == 0, values if spec.empty == "zero" or no_keys else torch.nan, values / safe)
@@ -230,7 +232,8 @@ def plain(spec: AttentionSpec) -> Plain | None:
     """The arguments with which torch's own attention computes ``spec``, if it can."""
     scale = _scale(spec.score)
     causal = spec.mask == Op("le", (Int(KEY), Int(ROW)))
-    if scale is None or not spec.softmax or spec.sinks or spec.whole is not None or not (causal or spec.mask == TRUE):
+    changed = not spec.softmax or spec.gain != ONE or spec.sinks or spec.whole is not None
+    if scale is None or changed or not (causal or spec.mask == TRUE):
         return None
     return Plain(scale, causal)
 

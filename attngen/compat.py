@@ -14,6 +14,7 @@ import sympy as sp
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._functorch.predispatch import _vmap_decrement_nesting, _vmap_increment_nesting
 from torch._guards import tracing
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -21,7 +22,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
-from torch._functorch.predispatch import _vmap_decrement_nesting, _vmap_increment_nesting
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_mode, get_proxy_slot, make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils._sympy.functions import FloorDiv

@@ -113,7 +113,7 @@ def padded(count: int) -> int:
 
 
 def _of_spec(spec: AttentionSpec, problem: Problem) -> Values:
-    in_score, in_mask = operations(spec, spec.score), operations(spec, spec.mask)
+    in_score, in_mask = operations(spec, spec.score) + operations(spec, spec.gain), operations(spec, spec.mask)
     q_once, k_once, v_once = (float(bytes_of(spec, problem, x)) for x in (spec.query, spec.keys, spec.values))
     pairs = [x for x in spec.extras if _varies(x, ROW) and _varies(x, KEY)]
     vectors = [x for x in spec.extras if _varies(x, KEY) and x not in pairs]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from attngen import advice, cost, mask
-from attngen.algebra import TRUE
+from attngen.algebra import ONE, TRUE
 from attngen.choose import Plan
 from attngen.device import Device
 from attngen.passes import provenance
@@ -69,8 +69,9 @@ def computes(spec: AttentionSpec, problem: Problem) -> str:
     score = readable(spec.score)
     named = mask.describe(spec.mask)
     shown = f"; {named}" if named else (f"; where {readable(spec.mask)}" if spec.mask != TRUE else "")
+    times = f"; times {readable(spec.gain)}" if spec.gain != ONE else ""
     sinks = f"; sinks {', '.join(map(readable, spec.sinks))}" if spec.sinks else ""
     sizes = f"d={spec.head_dim}" + (f"/{spec.value_dim}" if spec.value_dim != spec.head_dim else "")
     lengths = f"{'x'.join(map(str, problem.batch)) or '1'} heads, {problem.rows} x {problem.keys}"
     kind = str(spec.query.dtype).removeprefix("torch.")
-    return f"{'softmax' if spec.softmax else 'weights'}({score}{shown}{sinks}), {lengths}, {sizes}, {kind}"
+    return f"{'softmax' if spec.softmax else 'weights'}({score}{shown}{times}{sinks}), {lengths}, {sizes}, {kind}"

@@ -13,7 +13,7 @@ import jinja2
 import sympy as sp
 
 import attngen
-from attngen.algebra import TRUE, Const, Expr, Load, Op, number, op, terms, total
+from attngen.algebra import ONE, TRUE, Const, Expr, Load, Op, number, op, terms, total
 from attngen.errors import Miss
 from attngen.layout import addresses, arguments
 from attngen.mask import Cover, Interval, derive
@@ -198,9 +198,11 @@ def _keep(printer: Printer, mask: Expr) -> str:
 
 def _score(printer: Printer, spec: AttentionSpec, scale: float, shaped: Expr, natural: bool) -> dict[str, Any]:
     scaled = scale != 1 and not natural
-    full, full_reads = bare(printer.value(shaped, masked=False)), printer.blocks()
+    full, gain, full_reads = bare(printer.value(shaped, masked=False)), _gain(printer, spec, False), printer.blocks()
     masked, keep = bare(printer.value(shaped, masked=True)), _keep(printer, spec.mask)
     return {
+        "gain": gain,
+        "masked_gain": _gain(printer, spec, True),
         "full": full,
         "full_reads": full_reads,
         "masked": masked,
@@ -212,12 +214,18 @@ def _score(printer: Printer, spec: AttentionSpec, scale: float, shaped: Expr, na
     }
 
 
+def _gain(printer: Printer, spec: AttentionSpec, masked: bool) -> str:
+    """Weights times this go into the product; empty if it is one."""
+    return "" if spec.gain == ONE else " * " + printer.value(spec.gain, masked=masked)
+
+
 def _whole(printer: Printer, spec: AttentionSpec) -> dict[str, Any] | None:
     if spec.whole is None or spec.redo_below is None:
         return None
     sinks = [printer.hoisted(sink) for sink in _scalars(spec.sinks)]
     return {
         "score": bare(printer.value(spec.whole, masked=True)),
+        "gain": _gain(printer, spec, True),
         "reads": printer.blocks(),
         "below": repr(spec.redo_below),
         "sink_lines": _sink_lines(sinks, f" * {LOG2E!r}"),

@@ -7,11 +7,13 @@ A weight is read as a quotient of products. Library softmax, ``exp(x - max) / su
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from itertools import product
 
 import sympy as sp
 
-from attngen.algebra import Const, Dot, Expr, Op, Reduce, number, op, substitute, terms, total
+from attngen.algebra import ONE, Const, Dot, Expr, Op, Reduce, number, op, substitute, terms, total
 from attngen.index import Axis
 
 MAX_COLUMNS = 4  # of extra logits (sinks) joined to the scores
@@ -19,12 +21,13 @@ MAX_COLUMNS = 4  # of extra logits (sinks) joined to the scores
 
 @dataclass(frozen=True)
 class Normalised:
-    """``exp(score) / (sum over the key axis of exp(score) + sum of exp(sinks))``; not ``softmax``: ``score`` itself."""
+    """``gain * exp(score) / (sum over the keys of exp(score) + sum of exp(sinks))``; not ``softmax``: ``score`` itself."""
 
     score: Expr
     sinks: tuple[Expr, ...] = ()
     zero_if_empty: bool = False
     softmax: bool = True
+    gain: Expr = ONE
 
 
 def unnormalised(weight: Expr) -> Normalised | None:
@@ -38,18 +41,25 @@ def unnormalised(weight: Expr) -> Normalised | None:
 def softmax(weight: Expr, key: Axis) -> Normalised | str:
     """The softmax over ``key`` that ``weight`` is, or a sentence saying why it is none."""
     above, below, zero_if_empty = quotient(weight)
-    above = [factor for factor in above if number(factor) != 1]
-    powers = [factor for factor in above if key in factor.axes]
-    if len(powers) != 1:
-        return "the weights are not exp(scores) over their sum" if not powers else "the weights are a product over keys"
-    if len(above) > 1:
-        return "the weights are scaled after they are normalised"
-    power = powers[0]
-    if not (isinstance(power, Op) and power.name == "exp"):
-        return "the weights are changed between the exponential and the product with the values"
-    if len(below) != 1:
+    moving = [factor for factor in above if key in factor.axes]
+    powers = [factor for factor in moving if isinstance(factor, Op) and factor.name == "exp"]
+    if not powers:
+        changed = "the weights are changed between the exponential and the product with the values"
+        return changed if moving else "the weights are not exp(scores) over their sum"
+    if not below:
         return "the weights are not divided by one sum"
-    summands = terms(below[0])
+    reason = ""
+    for power, divisor in product(powers, below):
+        found = _normalised(power, divisor, key, zero_if_empty)
+        if isinstance(found, Normalised):
+            return replace(found, gain=_without_factors(above, below, power, divisor))
+        reason = found
+    return reason
+
+
+def _normalised(power: Expr, divisor: Expr, key: Axis, zero_if_empty: bool) -> Normalised | str:
+    assert isinstance(power, Op)
+    summands = terms(divisor)
     found = [(t, columns) for t in summands if (columns := _other_columns(t, power, key)) is not None]
     if len(found) != 1:
         return _why_not(summands, power, key)
@@ -61,18 +71,34 @@ def softmax(weight: Expr, key: Axis) -> Normalised | str:
     return Normalised(score, tuple(sinks), zero_if_empty)
 
 
+def _without_factors(above: list[Expr], below: list[Expr], power: Expr, divisor: Expr) -> Expr:
+    """What else multiplies and divides the weights."""
+    gain: Expr = ONE
+    for name, factors, taken in (("mul", list(above), power), ("div", list(below), divisor)):
+        factors.remove(taken)
+        gain = reduce(partial(op, name), factors, gain)
+    return gain
+
+
 def quotient(expr: Expr) -> tuple[list[Expr], list[Expr], bool]:
-    """Factors above and below the line; an exponential gives up its ``- log(z)`` terms as factors below."""
+    """Factors above and below the line; an exponential gives up its ``- log(z)`` terms as factors below.
+
+    A choice between something and zero is a product with one or zero; see ``passes.masking`` for what that hides.
+    """
     if isinstance(expr, Op) and expr.name in ("mul", "div", "div_or_zero"):
         (up_l, down_l, zero_l), (up_r, down_r, zero_r) = (quotient(a) for a in expr.args)
         zero = zero_l or zero_r or expr.name == "div_or_zero"
         return (up_l + up_r, down_l + down_r, zero) if expr.name == "mul" else (up_l + down_r, down_l + up_r, zero)
+    if isinstance(expr, Op) and expr.name == "where" and 0 in (number(a) for a in expr.args[1:]):
+        condition, yes, no = expr.args
+        kept = yes if number(no) == 0 else no
+        above, below, zero = quotient(kept)
+        return [*above, op("where", condition, *(ONE if e is kept else Const(0.0) for e in (yes, no)))], below, zero
     if isinstance(expr, Op) and expr.name == "exp":
         parts = terms(expr.args[0])
-        logs = [part for part in parts if _negated_log(part) is not None]
-        below = [_negated_log(part) for part in logs]
-        rest = total([part for part in parts if part not in logs])
-        return [op("exp", rest if logs else expr.args[0])], [b for b in below if b is not None], False
+        logs = {part: inner for part in parts if (inner := _negated_log(part)) is not None}
+        rest = total([part for part in parts if part not in logs]) if logs else expr.args[0]
+        return [op("exp", rest)], list(logs.values()), False
     return [expr], [], False
 
 

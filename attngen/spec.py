@@ -9,7 +9,7 @@ from functools import cached_property
 import sympy as sp
 import torch
 
-from attngen.algebra import TRUE, Expr, Int, Load
+from attngen.algebra import ONE, TRUE, Expr, Int, Load
 from attngen.index import Axis
 from attngen.text import canonical
 
@@ -58,6 +58,7 @@ class AttentionSpec:
     ``mask``    truth expression; False removes the pair
     ``whole``   the score with the model's own finite fill value in place of the mask, if a row whose best remaining
                 score is below ``redo_below`` must still come out as the model computes it; else None
+    ``gain``    multiplies each weight after the softmax
     ``sinks``   extra logits in the denominator
     ``empty``   a row without any pair gives "nan" or "zero"
     """
@@ -78,6 +79,7 @@ class AttentionSpec:
     sinks: tuple[Expr, ...] = ()
     empty: str = "nan"
     softmax: bool = True
+    gain: Expr = ONE
     lse: bool = False
     tf32: bool = False
     wide: bool = False
@@ -98,6 +100,8 @@ class AttentionSpec:
         ]
         if self.whole is not None:
             lines.append(f"whole {canonical(self.whole)} below {self.redo_below!r}")
+        if self.gain != ONE:
+            lines.append(f"gain {canonical(self.gain)}")
         lines += [f"sink {canonical(sink)}" for sink in self.sinks]
         flags = [name for name in ("lse", "tf32", "wide") if getattr(self, name)]
         ending = f"empty={self.empty}" if self.softmax else "no softmax"

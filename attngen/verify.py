@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attngen import blockwise, compat
-from attngen.algebra import TRUE
+from attngen.algebra import ONE, TRUE
 from attngen.emit import Kernel
 from attngen.errors import AttngenError, Unavailable, VerificationFailed
 from attngen.index import Axis, span
@@ -118,6 +118,8 @@ def eager(spec: AttentionSpec, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor
     weights = torch.softmax(logits, -1)[..., : call.sizes[KEY]]
     if spec.empty == "zero":
         weights = weights.nan_to_num(0.0)
+    if spec.gain != ONE:
+        weights = weights * evaluate(spec.gain)
     out = weights.to(call.dtype) @ call.values
     return blockwise.laid_out(call, out), torch.logsumexp(logits, -1)
 

@@ -36,7 +36,7 @@ class Site:
     """One proved attention. ``output`` is the node to replace; its dimensions are ``axes``, in order.
 
     ``score`` is what the softmax sees, over ``dot`` (the product of query and key) and anything else the graph adds; where
-    there is no ``softmax``, it is the weight itself.
+    there is no ``softmax``, it is the weight itself. ``gain`` multiplies the weights after the softmax.
     ``interior`` are the nodes between the two contractions, which nobody else reads.
     """
 
@@ -55,6 +55,7 @@ class Site:
     sinks: tuple[Expr, ...]
     zero_if_empty: bool
     softmax: bool
+    gain: Expr
     reader: Reader = field(repr=False, compare=False)
     interior: frozenset[fx.Node] = field(repr=False, compare=False)
 
@@ -208,14 +209,16 @@ def _prove_scores(reader: Reader, sides: _Sides, normalised: Normalised, dot: Do
     if isinstance(operands, Miss):
         return operands
     q, k, v = operands
-    score = transform(normalised.score, lambda e: _scaled(dot, q, k) if e == dot else None)
+    score, gain = (
+        transform(e, lambda part: _scaled(dot, q, k) if part == dot else None) for e in (normalised.score, normalised.gain)
+    )
     interior = _interior(dot, sides.node)
     if any(operand.node in interior for operand in operands):
         return Miss("an operand is computed from the scores", sides.node.name, depth=5)
     batch = tuple(a for a in axes if a not in (row, feature))
     return Site(
         sides.output, axes, batch, row, key, dot.axis, feature, q, k, v, dot, score,
-        normalised.sinks, normalised.zero_if_empty, normalised.softmax, reader, interior,
+        normalised.sinks, normalised.zero_if_empty, normalised.softmax, gain, reader, interior,
     )  # fmt: skip
 
 

@@ -51,6 +51,8 @@ def written(node: fx.Node) -> list[fx.Node]:
     """The arguments that the node writes to."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return []
+    if node.target is torch.ops.aten.detach_.default:
+        return []  # changes no element
     written = []
     for position, argument in enumerate(node.target._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:

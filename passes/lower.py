@@ -63,6 +63,8 @@ def run(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Lowered:
     for captured, node in tracer.record.values.items():
         if node in kept:
             origins.setdefault(node, []).append(captured)
+        if node.target is torch.ops.aten.detach_.default:  # a literal tensor is copied, then detached in place
+            origins.setdefault(node.all_input_nodes[0], []).append(captured)
     emitted = {node: [n for n in new if n in kept] for node, new in tracer.record.emitted.items()}
     placeholders = lowered.graph.find_nodes(op="placeholder")
     weights = (n for n, x in zip(placeholders, inputs, strict=True) if isinstance(x, torch.nn.Parameter))

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from attngen.algebra import COMPARISONS, TRUE, Const, Expr, Int, Load, Op, negate, number, op, terms, total, transform
+from attngen.algebra import COMPARISONS, ONE, TRUE, Const, Expr, Int, Load, Op, negate, number, op, terms, total, transform
+from attngen.errors import Miss
 from attngen.index import Axis
 from attngen.mask import no_row_is_empty
 from attngen.passes.detect import Site
@@ -30,17 +31,24 @@ CHEAP |= frozenset(COMPARISONS)
 class Split:
     score: Expr
     mask: Expr
-    whole: Expr | None
-    redo_below: float | None
+    whole: Expr | None = None
+    redo_below: float | None = None
+    gain: Expr = ONE
+    zero_if_empty: bool = False
 
 
-def split(site: Site) -> Split:
+def split(site: Site) -> Split | Miss:
     """Take the mask out of the score: ``where(c, x, -big)`` and ``x + where(c, y, -big)`` in any nesting of sums."""
     if not site.softmax:
-        return Split(*_without_zeros(_without_idle_drowning(site.score)), None, None)
+        return Split(*_without_zeros(_without_idle_drowning(site.score)))
     dtype = dtype_of(site.dot.node)  # type: ignore[arg-type]
     whole_score = _without_idle_drowning(site.score, site.row, site.key)
     score, mask, fills = _unmask(whole_score, dtype)
+    gain, kept = _without_zeros(site.gain)
+    if kept != TRUE and _conjuncts(kept) == _conjuncts(mask):  # an empty row is set to zero, whatever it was
+        return Split(score, mask, gain=gain, zero_if_empty=True)
+    if kept != TRUE and _may_be_nan(score, mask, fills, site):
+        return Miss("weights are set to zero that may be NaN", site.output.name, depth=7)
     whole, redo_below = None, None
     certain = no_row_is_empty(mask, site.row, site.key) and all(drowns(fill.value, dtype) for fill in fills)
     finite = [fill for fill in fills if math.isfinite(fill.value)]
@@ -48,7 +56,18 @@ def split(site: Site) -> Split:
         whole, redo_below = whole_score, max(fill.highest for fill in finite) + NEGLIGIBLE
     if whole is None and not site.sinks:
         score = _without_row_terms(score, site.key)
-    return Split(score, mask, whole, redo_below)
+    return Split(score, mask, whole, redo_below, site.gain, site.zero_if_empty)
+
+
+def _conjuncts(condition: Expr) -> frozenset[Expr]:
+    return frozenset(condition.args if isinstance(condition, Op) and condition.name == "and" else [condition])
+
+
+def _may_be_nan(score: Expr, mask: Expr, fills: list[_Fill], site: Site) -> bool:
+    """Some row may be -inf throughout: all of it masked, or by what is loaded."""
+    loads = any(isinstance(n, Load) and n.kind == "float" and site.key in n.axes for n in score.walk())
+    masked = any(math.isinf(fill.value) for fill in fills) and not no_row_is_empty(mask, site.row, site.key)
+    return loads or masked
 
 
 def _without_zeros(weight: Expr) -> tuple[Expr, Expr]:

@@ -182,7 +182,7 @@ def _kept_kind(name: str) -> Row:
     return row
 
 
-_ONE = Const(1.0)
+_ZERO, _ONE = Const(0.0), Const(1.0)
 _FUNCTIONS = ("exp", "exp2", "log", "log2", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "sin", "cos", "floor")
 
 POINTWISE: dict[str, Row] = {
@@ -192,6 +192,7 @@ POINTWISE: dict[str, Row] = {
     "expm1": _unary(lambda x: op("sub", op("exp", x), _ONE)),
     "log1p": _unary(lambda x: op("log", op("add", x, _ONE))),
     "reciprocal": _unary(lambda x: op("div", _ONE, x)),
+    "sign": _unary(lambda x: where(op("gt", x, _ZERO), _ONE, where(op("lt", x, _ZERO), Const(-1.0), op("mul", x, _ZERO)))),
     "square": _unary(lambda x: op("mul", x, x)),
     "add": _scaled_sum("add"),
     "sub": _scaled_sum("sub"),

@@ -170,9 +170,17 @@ class Reader:
             return self._view_of_part(node, index)
         row = VIEWS.get(op_name(node))
         try:
-            return None if row is None else row(self, node, bind(node), index)
+            return None if row is None or self._reads_passing(node) else row(self, node, bind(node), index)
         except Unknown:
             return None
+
+    def _reads_passing(self, node: fx.Node) -> bool:
+        """``node`` is made of what stands there only for the moment: memory written to in pieces, or a literal tensor.
+
+        The value is then what the node itself holds.
+        """
+        below = [self.resolve(n) for n in node.all_input_nodes]
+        return any(n in self._stale or n.op == "get_attr" for n in below)
 
     def _view_of_part(self, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
         from attngen.passes.views import PARTS
@@ -202,6 +210,8 @@ class Reader:
             return row(self, parent, bind(parent), index)  # type: ignore[arg-type]
         name = op_name(node)
         if name in POINTWISE:
+            if self._reads_passing(node):
+                raise Unknown("an operand is written to in pieces")
             return POINTWISE[name](self, node, bind(node), index)
         if name in VALUES:
             return VALUES[name](self, node, bind(node), index)

@@ -58,8 +58,10 @@ def run(site: Site) -> Specialised | Miss:
     if refused is not None:
         return refused
     split = masking.split(site)
+    if isinstance(split, Miss):
+        return split
     loads = _Loads(site)
-    exprs = [split.score, split.mask, *([split.whole] if split.whole is not None else []), *site.sinks]
+    exprs = [split.score, split.mask, split.gain, *([split.whole] if split.whole is not None else []), *site.sinks]
     chosen = [loads.choose(e) for e in exprs]
     if loads.refused is not None:
         return loads.refused
@@ -71,8 +73,8 @@ def run(site: Site) -> Specialised | Miss:
     leftover = {s for e in renamed for n in e.walk() if isinstance(n, Int) for s in n.value.free_symbols} - set(_SYMBOLS)
     if leftover:
         return Miss(f"a size that no operand has ({', '.join(map(str, leftover))})", site.output.name, depth=7)
-    score, mask = renamed[:2]
-    count = 2 + (split.whole is not None)
+    score, mask, gain = renamed[:3]
+    count = 3 + (split.whole is not None)
     spec = AttentionSpec(
         query=_input("q", site.query, names),
         keys=_input("k", site.keys, names),
@@ -85,11 +87,12 @@ def run(site: Site) -> Specialised | Miss:
         out_dtype=dtype_of(site.output),
         score=score,
         mask=mask,
-        whole=renamed[2] if split.whole is not None else None,
+        whole=renamed[3] if split.whole is not None else None,
         redo_below=split.redo_below,
         sinks=tuple(renamed[count:]),
-        empty="zero" if site.zero_if_empty else "nan",
+        empty="zero" if split.zero_if_empty else "nan",
         softmax=site.softmax,
+        gain=gain,
     )
     unmeasured = [a for a in (*site.batch, site.row, site.key) if a.extent != 1 and not _is_dimension(names[a], spec)]
     if unmeasured:

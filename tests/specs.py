@@ -181,6 +181,9 @@ CASES = (
     Case("squared_relu", attention(score=op("mul", POSITIVE, POSITIVE), mask=CAUSAL, softmax=False)),
     Case("decay", attention(score=op("mul", QK, loaded("t0", H, DIAGONAL)), extras=TABLE, mask=CAUSAL, softmax=False)),
     Case("no_softmax", attention(mask=window(40), softmax=False, dtype=torch.bfloat16)),
+    Case("head_gain", attention(gain=SLOPE, extras=SLOPES)),
+    Case("pair_gain", attention(gain=loaded("t0", ZERO, H, ROW, KEY), extras=DENSE, mask=CAUSAL, lse=True)),
+    Case("signed", attention(score=op("abs", QK), gain=where(op("gt", QK, Const(0.0)), Const(1.0), Const(-1.0)))),
     Case("multi_query", attention(batch=(H,), keys=Input("k", (KEY, INNER), HALF), mask=CAUSAL), batch=(3,)),
     Case(
         "one_query",

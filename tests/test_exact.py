@@ -71,9 +71,7 @@ EXACT: dict[str, Function] = {
     "small fills": lambda q, k, v, m: scores(q, k).masked_fill(m, -2.0).softmax(-1) @ v,
     "two fills": lambda q, k, v, m: scores(q, k).masked_fill(m, -2e3).masked_fill(m.T, -1e30).softmax(-1) @ v,
     "two masks added": (
-        lambda q, k, v, m: (lambda a: (scores(q, k) + a + a.T).softmax(-1) @ v)(
-            torch.zeros(12, 12).masked_fill(m, -math.inf)
-        )
+        lambda q, k, v, m: (lambda a: (scores(q, k) + a + a.T).softmax(-1) @ v)(torch.zeros(12, 12).masked_fill(m, -math.inf))
     ),
     "a mask that is not 0 or 1": lambda q, k, v, w: scores(q, k).masked_fill(w.trunc() == 0, -math.inf).softmax(-1) @ v,
     "an additive mask of any numbers": lambda q, k, v, w: (scores(q, k) + 3 * w).softmax(-1) @ v,

@@ -136,11 +136,6 @@ LOOK_ALIKES = {
     ),
     "no sum": (exp(SCORE), "not divided by one sum"),
     "divided by a maximum": (op("div", exp(SCORE), over("max", exp(SCORE))), "not the sum of these weights"),
-    "squared": (
-        op("div", op("mul", exp(SCORE), exp(SCORE)), over("sum", exp(SCORE))),
-        "product over keys",
-    ),
-    "scaled afterwards": (op("mul", library(SCORE), SINK), "scaled after"),
     "changed in between": (
         op("div", op("tanh", exp(SCORE)), over("sum", op("tanh", exp(SCORE)))),
         "changed between the exponential",
@@ -150,6 +145,21 @@ LOOK_ALIKES = {
     "sink per key": (op("div", exp(SCORE), op("add", over("sum", exp(SCORE)), exp(X))), "not a plain sink"),
     "constant": (Const(1.0), "not exp(scores)"),
 }
+
+
+GAINS = {
+    "scaled": (op("mul", library(SCORE), SINK), SINK),
+    "weighed by key": (op("div", op("mul", X, exp(SCORE)), over("sum", exp(SCORE))), X),
+    "squared": (op("div", op("mul", exp(SCORE), exp(SCORE)), over("sum", exp(SCORE))), exp(SCORE)),
+    "divided twice": (op("div", library(SCORE), SINK), op("div", Const(1.0), SINK)),
+}
+
+
+@pytest.mark.parametrize("name", GAINS)
+def test_what_multiplies_the_weights_is_their_gain(name: str) -> None:
+    weight, gain = GAINS[name]
+    found = softmax(weight, KEY)
+    assert isinstance(found, Normalised) and found.gain == gain and found.score == SCORE
 
 
 @pytest.mark.parametrize("name", LOOK_ALIKES)
