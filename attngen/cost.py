@@ -16,6 +16,7 @@ import sympy as sp
 from attngen import formulas as f
 from attngen.device import Device
 from attngen.index import Axis
+from attngen.layout import UNIT
 from attngen.mask import derive
 from attngen.spec import KEY, ROW, AttentionSpec, Input, Problem, Tile
 from attngen.work import bindings, bytes_of, count_blocks, evaluate, operations, score_passes
@@ -132,6 +133,7 @@ def _of_spec(spec: AttentionSpec, problem: Problem) -> Values:
         f.plane_width: sum(x.dtype.itemsize for x in pairs if x.dim_of(KEY) is not None),
         f.vector_width: sum(x.dtype.itemsize for x in vectors),
         f.pair_loads: len(pairs),
+        f.loose: sum(padded(n) for n in (spec.head_dim, spec.value_dim) if n % UNIT),
         f.pair_ops: in_score.arithmetic,
         f.mask_ops: in_mask.arithmetic,
         f.pair_specials: in_score.special - (not spec.softmax),  # beside the exponential

@@ -37,9 +37,10 @@ LOAD_SHARE = 0.53  # of the time that loads keep the L2 cache busy, what adds to
 # The problem and the spec: lengths, head sizes (d of queries and keys, e of values; padded); bytes per element, per
 # pair (of all loads, and of inputs with a row and a key dimension) and per key; work per pair; distinct bytes; key
 # blocks per query tile (on average, at most, in the program that starts last; share masked); loops over them; whether
-# rows may be computed again.
+# rows may be computed again; features of keys and values (padded) that are read one by one, neither in vectors nor by
+# asynchronous copies, for their rows begin anywhere.
 queries, heads, d, e, d_pad, e_pad = sp.symbols("queries heads d e d_pad e_pad", positive=True)
-q_width, kv_width, pair_width = sp.symbols("q_width kv_width pair_width", nonnegative=True)
+q_width, kv_width, pair_width, loose = sp.symbols("q_width kv_width pair_width loose", nonnegative=True)
 plane_width, vector_width, pair_loads = sp.symbols("plane_width vector_width pair_loads", nonnegative=True)
 pair_ops, mask_ops, pair_specials = sp.symbols("pair_ops mask_ops pair_specials", nonnegative=True)
 once, kv_once, pairs_once = sp.symbols("once kv_once pairs_once", nonnegative=True)
@@ -77,19 +78,26 @@ class Formula:
 
 _split = sp.Min(1, ways - 1)
 _narrow = pair_loads * sp.Max(0, 64 - keys)  # such blocks are looked up by one pointer per pair
-_fragments = (  # fitted to 285 kernels compiled for sm_90 and sm_80, then to the 172 of the measured run
+# Where rows may be computed again, their results are kept meanwhile, and a second loop has scores and loads of its own.
+_again = 45 + 0.25 * wgmma * rows * e_pad / threads + (1.4 * (1 - wgmma) + 1.5 * pair_loads) * rows * keys / threads
+_loose = 20 * sp.Min(1, loose) + 2 * keys * loose / threads  # an element takes a register, and its pointer more
+_fragments = (  # fitted to 285 kernels compiled for sm_90 and sm_80, then to the 172 of the measured run; its terms for
+    # rows computed again, loose features and unstaged keys to 1,700 compiled for sm_80, sm_89 and sm_90 (Triton 3.6)
     5
     + 22 * (1 - wgmma)
     + (34 + 14 * wgmma) * _split
-    + 60 * redo
+    + redo * _again
     + rows * ((0.9 + (0.25 + 0.1 * wgmma) * kv_width) * e_pad + 0.475 * (1 - wgmma) * q_width * d_pad) / threads
-    + rows * keys * (0.8 + 0.4 * kv_width + (1.9 - wgmma) * pair_loads + 0.15 * sp.Max(0, mask_ops - 1)) / threads
-    + keys * (0.16 * (d_pad + e_pad) + 0.09 * unstaged * d_pad) * kv_width / threads
+    + rows * keys * (0.8 + 0.4 * kv_width + (1.9 - wgmma) * pair_loads + 0.15 * sp.Min(4, sp.Max(0, mask_ops - 1))) / threads
+    + keys * (0.16 * (d_pad + e_pad) + (0.09 + 0.11 * wgmma) * unstaged * d_pad) * kv_width / threads
+    + _loose
     + 2 * _narrow * (1 - sp.Min(1, plane_width))
 )
 # Without tensor cores: so that tiles seen to spill on sm_90 lie above the limit, which was raised for 16-bit tiles alone.
 _FMA_REGISTERS = 90
 _work = rows * keys * sp.Max(d_pad, e_pad) / threads  # multiplications of one product without tensor cores
+_scalar = _FMA_REGISTERS + (0.4 + 0.1 * unstaged) * _work + 0.5 * d_pad
+_scalar_loads = 0.8 * sp.Max(0, rows * keys / threads - 8) * pair_loads
 
 FORMULAS = (
     Formula(tiles, "", "query tiles of one head", sp.ceiling(queries / rows)),
@@ -109,7 +117,7 @@ FORMULAS = (
         registers,
         "",
         "per thread, if there were enough: result, scores and weights, pointers, queries",
-        (1 - fma) * _fragments + fma * (_FMA_REGISTERS + (0.4 + 0.1 * unstaged) * _work + 0.5 * d_pad),
+        (1 - fma) * _fragments + fma * (_scalar + _scalar_loads + _loose),
     ),
     Formula(
         resident,

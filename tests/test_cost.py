@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sympy as sp
 import torch
-from specs import BY_NAME, CAUSAL, B, H, attention, loaded, plus, scaled, softcap, window
+from specs import BOOLEANS, BY_NAME, CAUSAL, PADDING, B, H, attention, loaded, plus, scaled, softcap, window
 
 from attngen import aot, compat, formulas
 from attngen.algebra import Expr, Int, Op, op
@@ -255,6 +255,8 @@ def test_explanation_shows_every_formula_with_its_numbers() -> None:
 # ---------------------------------------------------------------------------------------- limits, by compiled kernels
 
 BIASED = attention(dtype=BF16, score=plus(scaled(0.1), loaded("bias", H, ROW, KEY)), extras={"bias": (BF16, (H, ROW, KEY))})
+KEPT = attention(mask=loaded("keep", B, ROW, KEY, kind="bool"), extras={"keep": (torch.bool, (B, ROW, KEY))})
+AGAIN = replace(attention(head_dim=256, mask=CAUSAL), whole=BY_NAME["fill_shows"].spec.whole, redo_below=-9896.0)
 COMPILED = [
     (arch, name, spec, tile)
     for arch, candidates in {
@@ -271,6 +273,9 @@ COMPILED = [
             ("bias", BIASED, Tile(64, 64, 4, 2)),
             ("bias_deep", BIASED, Tile(128, 64, 8, 3)),
             ("documents", BY_NAME["documents"].spec, Tile(64, 32, 4, 4)),
+            ("padding_wide", attention(head_dim=128, mask=PADDING, extras=BOOLEANS), Tile(64, 128, 4, 2)),
+            ("mask_loaded", KEPT, Tile(64, 32, 4, 2)),
+            ("head_40", BY_NAME["head_40"].spec, Tile(64, 64, 4, 3)),
         ],
         80: [
             ("d64", attention(dtype=BF16), Tile(64, 64, 4, 3)),
@@ -278,6 +283,9 @@ COMPILED = [
             ("d256", attention(dtype=BF16, head_dim=256), Tile(64, 32, 8, 2)),
             ("few_rows", attention(dtype=BF16, head_dim=128), Tile(16, 32, 4, 4)),
             ("bias_deep", BIASED, Tile(64, 32, 4, 4)),
+            ("padding_wide", BY_NAME["padding"].spec, Tile(32, 128, 4, 2)),
+            ("mask_loaded", KEPT, Tile(64, 32, 4, 2)),
+            ("head_40", BY_NAME["head_40"].spec, Tile(64, 64, 4, 2)),
         ],
     }.items()
     for name, spec, tile in candidates
@@ -286,6 +294,9 @@ SPILLING = [  # hundreds of bytes per thread that live in memory: what the limit
     (90, "d128", attention(dtype=BF16, head_dim=128), Tile(128, 64, 4, 2)),
     (90, "d256", attention(dtype=BF16, head_dim=256, mask=CAUSAL), Tile(128, 16, 4, 2)),
     (90, "bias", BIASED, Tile(128, 128, 4, 2)),
+    (90, "again", AGAIN, Tile(128, 32, 8, 2)),
+    (90, "head_36", attention(head_dim=36), Tile(64, 128, 4, 3)),
+    (80, "head_36", attention(head_dim=36), Tile(32, 128, 4, 2)),
     (80, "d256", attention(dtype=BF16, head_dim=256), Tile(64, 64, 4, 2)),
     (90, "fp32", attention(dtype=torch.float32, head_dim=128), Tile(32, 32, 4, 2)),
 ]

@@ -111,18 +111,22 @@ def test_kernel_is_within_budget(
 
 # ---------------------------------------------------------------------------------------------------- ahead of time
 
-# A site of each kind of score, mask and operand, by GPU; on Hopper some also for about a thousand queries and keys.
+# A site of each kind of score, mask and operand, by GPU; some also for about a thousand queries and keys.
 COMPILED = {
     90: ("h100", ("gpt2_padded_eager", "mistral_sdpa", "gemma2_eager", "bloom_padded_eager", "t5_eager", "gpt_oss_eager")),
     89: ("l4", ("llama_padded_sdpa", "mpt_eager", "sdpa_mask", "mha_weights_padding")),
     80: ("a100", ("bert_eager", "whisper_eager", "mha_both", "sdpa_gqa")),
 }
-LONG = ("gemma2_eager", "t5_eager", "gpt_oss_eager")
+LONG = {
+    90: ("gemma2_eager", "t5_eager", "gpt_oss_eager", "sdpa_bias"),
+    89: ("mha_weights_padding", "sdpa_mask"),
+    80: ("bert_eager", "mha_both"),
+}
 LENGTH = 1000
 WANTED_BINARIES: list[tuple[int, str, int | None]] = [
     (arch, name, None) for arch, (_, names) in COMPILED.items() for name in names
 ]
-WANTED_BINARIES += [(90, name, LENGTH) for name in LONG]
+WANTED_BINARIES += [(arch, name, LENGTH) for arch, names in LONG.items() for name in names]
 # Bytes of stack per thread: with long tiles a few are cheaper than a smaller tile, as timings on Hopper have it.
 WORTH_IT = 64
 
