@@ -274,6 +274,11 @@ def scale_per_key(q: Tensor, k: Tensor, v: Tensor, t: Tensor, m: Tensor) -> Tens
     return (scores(q, k) / t).masked_fill(m, -1e4).softmax(-1) @ v
 
 
+def leaves_nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    kept = torch.ones(SIZE, SIZE).tril(-SIZE)
+    return (scores(q, k) + torch.zeros(SIZE, SIZE).masked_fill(kept == 0, -1e29)).softmax(-1) @ v
+
+
 CONFUSING: dict[str, tuple[Function, str | None]] = {
     "over queries, scaled": (lambda q, k, v: (scores(q, k) / 8**0.5).softmax(-2) @ v, OTHER_DIM),
     "over heads, scaled": (lambda q, k, v: (scores(q, k) / 8**0.5).softmax(1) @ v, OTHER_DIM),
@@ -318,15 +323,7 @@ CONFUSING: dict[str, tuple[Function, str | None]] = {
         EXACT,
     ),
     "a constant that drowns all scores": (lambda q, k, v: ((scores(q, k) - 1e29) * 0.25).softmax(-1) @ v, EXACT),
-    "a mask that leaves nothing": (
-        lambda q, k, v: (
-            (scores(q, k) * 0.3 + torch.zeros(SIZE, SIZE).masked_fill(torch.ones(SIZE, SIZE).tril(-SIZE) == 0, -1e29)).softmax(
-                -1
-            )
-            @ v
-        ),
-        EXACT,
-    ),
+    "a mask that leaves nothing": (leaves_nothing, EXACT),
     "a fill that is no mask": (lambda q, k, v, m: scores(q, k).masked_fill(m, 2.0).softmax(-1) @ v, EXACT),
     "a fill of a tensor": (lambda q, k, v, m, t: torch.where(m, scores(q, k), -t[0]).softmax(-1) @ v, EXACT),
     "a tensor scale and a mask": (lambda q, k, v, m, t: (scores(q, k) / t[1] + m * -3.0).softmax(-1) @ v, EXACT),
