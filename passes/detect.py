@@ -83,7 +83,7 @@ _DROPOUT = "the attention weights are dropped at random"
 def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: Decomposer) -> Site | Miss:
     if op_name(node) == ATTENTION and bind(node)["dropout_p"]:
         return Miss(_DROPOUT, node.name, depth=1)
-    reader = Reader(lowered.graph, facts.stale, decompose)
+    reader = Reader(lowered.graph, facts.stale, decompose, facts.overwritten(node))
     misses = []
     for end in filter(None, (divided(node), node)):
         for output, axes in _sinks(end, lowered, reader, facts):

@@ -27,15 +27,25 @@ if TYPE_CHECKING:
 class Effects:
     """``live``: feeds an output or a write. ``stale``: written in place after it was made, and still used after that.
 
-    ``writes``: for each storage, the nodes that write to it. ``order``: the position of each node.
+    ``writes``: for each storage, the nodes that write to it; ``sharing``: all nodes that lie in it. ``order``: the position
+    of each node.
     ``cut``: passes no gradients on, being detached, or computed while they were disabled.
     """
 
     live: frozenset[fx.Node]
     stale: frozenset[fx.Node]
     writes: dict[int, list[fx.Node]]
+    sharing: dict[int, list[fx.Node]]
     order: dict[fx.Node, int]
     cut: frozenset[fx.Node]
+
+    def overwritten(self, end: fx.Node) -> frozenset[fx.Node]:
+        """Nodes that no longer hold their value at ``end``."""
+        found = []
+        for storage, nodes in self.sharing.items():
+            last = max((self.order[w] for w in self.writes[storage] if self.order[w] <= self.order[end]), default=-1)
+            found += [node for node in nodes if self.order[node] < last]
+        return frozenset(found)
 
 
 def run(graph: fx.Graph) -> Effects:
@@ -44,7 +54,11 @@ def run(graph: fx.Graph) -> Effects:
     for node in graph.nodes:
         for target in written(node):
             writes.setdefault(_storage(target), []).append(node)
-    return Effects(_live(graph), _stale(graph, writes, order), writes, order, _cut(graph))
+    sharing: dict[int, list[fx.Node]] = {storage: [] for storage in writes}
+    for node in graph.nodes if writes else ():
+        if _is_tensor(node) and _storage(node) in writes:
+            sharing[_storage(node)].append(node)
+    return Effects(_live(graph), _stale(graph, writes, order), writes, sharing, order, _cut(graph))
 
 
 def written(node: fx.Node) -> list[fx.Node]:

@@ -96,18 +96,24 @@ def _clumsiness(node: fx.Node, index: Index) -> tuple[bool, bool]:
 
 
 class Reader:
-    """Reads elements of one lowered graph; ``stale`` nodes changed in place later and are only ever loaded.
+    """Reads elements of one lowered graph; ``stale`` nodes changed in place later and are only ever loaded, and what is
+    ``overwritten`` before a site can read it is no place to load a value from.
 
     Each site has a reader of its own, so that equal sites are read over the very same axes; readers of one graph share
     ``decompose``.
     """
 
     def __init__(
-        self, graph: fx.Graph, stale: frozenset[fx.Node] = frozenset(), decompose: Decomposer | None = None
+        self,
+        graph: fx.Graph,
+        stale: frozenset[fx.Node] = frozenset(),
+        decompose: Decomposer | None = None,
+        overwritten: frozenset[fx.Node] = frozenset(),
     ) -> None:
         self.graph = graph
         self._decompose = decompose or Decomposer()
         self._stale = stale
+        self._overwritten = overwritten
         self._memo: dict[tuple[fx.Node, Index], Expr] = {}
         self._inlined: dict[fx.Node, fx.Node | None] = {}
         self._outer: dict[fx.Node, fx.Node] = {}
@@ -124,7 +130,8 @@ class Reader:
             except Unknown:
                 expr = self.load(node, index)
             self._memo[key] = expr
-            if node.graph is self.graph and (expr not in self.provenance or self._is_plainer(key, expr)):
+            holds = node.graph is self.graph and node not in self._overwritten
+            if holds and (expr not in self.provenance or self._is_plainer(key, expr)):
                 self.provenance[expr] = key
         return self._memo[key]
 

