@@ -1,10 +1,13 @@
 """How much of the attention in real models attngen replaces, beside an observer of operators that knows nothing of it.
 
-    python tests/coverage.py run --source transformers --attention eager --out FILE   (resumable: one JSON line per model)
+    python tests/coverage.py run --source transformers --attention eager --inductor --out FILE [MODEL...]
+    python tests/coverage.py run ... --again missed      (or failed: after a change of attngen or of the models)
     python tests/coverage.py show FILE...
-    python tests/coverage.py pack FILE... --to tests/data/coverage.json
+    python tests/coverage.py pack FILE...                (to tests/data/coverage.json)
 
-Capture and detection only: nothing is compiled. Models have random weights; nothing is downloaded.
+A run is resumable: FILE gets one JSON line per model, and the last one of each model counts. Capture and detection only:
+nothing is compiled. Models have random weights; nothing is downloaded. Sources: transformers, timm, diffusers,
+x-transformers.
 """
 
 from __future__ import annotations
