@@ -34,6 +34,10 @@ class Call:
     extras: dict[str, Tensor]
     dtype: torch.dtype
 
+    def whole(self, pairs: Tensor, rows: int) -> Tensor:
+        """``pairs`` seen as ``[*batch, rows, keys]``, whatever they are the same for."""
+        return torch.broadcast_to(pairs, [*(self.sizes[axis] for axis in self.spec.batch), rows, self.sizes[KEY]])
+
     def rows_per_block(self) -> int:
         per_row = self.sizes[KEY]
         for axis in self.spec.batch:
@@ -90,16 +94,16 @@ def _block(call: Call, first: int, last: int) -> tuple[Tensor, Tensor]:
     evaluate = evaluator(call, first, last, qk)
     scores = evaluate(spec.score)
     if not spec.softmax:
-        return _weighed(call, evaluate, scores)
+        return _weighed(call, evaluate, scores, last - first)
     if spec.mask != TRUE:
         scores = scores.masked_fill(~evaluate(spec.mask), -torch.inf)
-    scores = torch.broadcast_tensors(scores, qk)[0]  # type: ignore[no-untyped-call]
+    scores = call.whole(scores, last - first)
     no_keys = call.sizes[KEY] == 0
     if spec.whole is not None and spec.redo_below is not None and not no_keys:
         again = scores.amax(-1, keepdim=True) < spec.redo_below
         if bool(again.any()):
             scores = torch.where(again, evaluate(spec.whole), scores)
-    shift = qk.new_full((*qk.shape[:-1], 1), -torch.inf) if no_keys else scores.detach().amax(-1, keepdim=True)
+    shift = scores.new_full((*scores.shape[:-1], 1), -torch.inf) if no_keys else scores.detach().amax(-1, keepdim=True)
     sinks = [torch.broadcast_to(evaluate(s), shift.shape) for s in spec.sinks]
     for sink in sinks:
         shift = torch.maximum(shift, sink.detach())
@@ -116,12 +120,12 @@ def _block(call: Call, first: int, last: int) -> tuple[Tensor, Tensor]:
     return out, (shift + torch.log(total)).squeeze(-1)
 
 
-def _weighed(call: Call, evaluate: Evaluator, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _weighed(call: Call, evaluate: Evaluator, weights: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Weights that no sum normalises; zeros in place of the log-sum-exp."""
     if call.spec.mask != TRUE:
         weights = torch.where(evaluate(call.spec.mask), weights, 0.0)
-    out = weights @ call.values
-    return out, out.new_zeros(out.shape[:-1])
+    weights = call.whole(weights, rows)
+    return weights @ call.values, weights.new_zeros(weights.shape[:-1])
 
 
 def evaluator(call: Call, first: int, last: int, qk: Tensor) -> Evaluator:
@@ -233,7 +237,8 @@ def plain(spec: AttentionSpec) -> Plain | None:
     scale = _scale(spec.score)
     causal = spec.mask == Op("le", (Int(KEY), Int(ROW)))
     changed = not spec.softmax or spec.gain != ONE or spec.sinks or spec.whole is not None
-    if scale is None or changed or not (causal or spec.mask == TRUE):
+    narrower = any(torch.promote_types(x.dtype, spec.out_dtype) != spec.out_dtype for x in spec.inputs)
+    if scale is None or changed or narrower or not (causal or spec.mask == TRUE):
         return None
     return Plain(scale, causal)
 

@@ -101,6 +101,7 @@ def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     bounds, has_head, has_full = _bounds(printer, cover)
     heavy_first = any(i.high != KEY.extent for i in cover.visit)
     unit = [f"scale = {scale!r}  # scores times this are in base 2, as the running maximum is"] if score["times"] else []
+    where = addresses(spec, printer)
     block_d, block_e = (max(MIN_DOT, 1 << (n - 1).bit_length()) for n in (spec.head_dim, spec.value_dim))
     return {
         "tile": tile,
@@ -130,7 +131,7 @@ def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "e_ragged": block_e != spec.value_dim,
         "head_dim": spec.head_dim,
         "value_dim": spec.value_dim,
-        **addresses(spec),
+        **where,
         **arguments(spec, heavy_first),
         "l2_half": l2_bytes // 2,
         "kv_bytes_per_key": spec.head_dim * spec.keys.dtype.itemsize + spec.value_dim * spec.values.dtype.itemsize,

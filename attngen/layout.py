@@ -16,7 +16,7 @@ UNIT = 8  # elements, 16 bytes of a 16-bit type: what one load takes, and the sh
 KNOWN = 16  # elements; Triton tells of a stride whether it is a multiple of this, and of nothing smaller
 
 
-def addresses(spec: AttentionSpec) -> dict[str, Any]:
+def addresses(spec: AttentionSpec, printer: Printer) -> dict[str, Any]:
     """Dimension numbers of the moving axes, base pointers, and how a head number unpacks into batch positions."""
     wide = ".to(tl.int64)" if spec.wide else ""
     return {
@@ -34,7 +34,7 @@ def addresses(spec: AttentionSpec) -> dict[str, Any]:
         "wide_rows": f"rows{wide}",
         "wide_cols": f"block_cols{wide}",
         "unpack_head": _unpack(spec),
-        "bases": _bases(spec),
+        "bases": _bases(spec, printer),
         "heads": _product([f"size_{a.name}" for a in spec.batch]),
     }
 
@@ -60,9 +60,8 @@ def _unpack(spec: AttentionSpec) -> list[str]:
     return lines
 
 
-def _bases(spec: AttentionSpec) -> list[str]:
+def _bases(spec: AttentionSpec, printer: Printer) -> list[str]:
     """Where each tensor's slice for this head begins; 64-bit, for a batch may be large even where a slice is not."""
-    printer = Printer(spec)
     lines = []
     for source in spec.inputs:
         text = "".join(f" + {printer.base(p)} * {source.name}_stride_{d}" for d, p in fixed_dims(source))

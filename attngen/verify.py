@@ -112,7 +112,7 @@ def eager(spec: AttentionSpec, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor
         return blockwise.laid_out(call, out), out.new_zeros(out.shape[:-1], dtype=precise)
     if spec.whole is None and spec.mask != TRUE:
         scores = scores.masked_fill(~evaluate(spec.mask), -torch.inf)
-    scores = torch.broadcast_tensors(scores, qk)[0]  # type: ignore[no-untyped-call]
+    scores = call.whole(scores, call.sizes[ROW])
     sinks = [evaluate(sink).expand(*scores.shape[:-1], 1) for sink in spec.sinks]
     logits = torch.cat([scores, *sinks], -1)
     weights = torch.softmax(logits, -1)[..., : call.sizes[KEY]]

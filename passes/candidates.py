@@ -53,7 +53,16 @@ def mark(graph: fx.Graph) -> Marks:
             marks.level[node] = before
         if (_contracts(node, before) and _is_batched(node)) or (passes and any(n in marks.pairs for n in inputs)):
             marks.pairs.add(node)
+        if before and name == "copy":
+            marks.level[_whole(node)] = before
     return marks
+
+
+def _whole(node: fx.Node) -> fx.Node:
+    """The tensor that a copy into a part of it goes to."""
+    while node.all_input_nodes and (op_name(node) == "copy" or op_name(node) in VIEWS):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _contracts(node: fx.Node, before: int) -> bool:

@@ -184,7 +184,7 @@ def _prove_sides(reader: Reader, sides: _Sides, outside: Expr) -> Site | Miss:
 
 
 def _prove_normalised(reader: Reader, sides: _Sides, outside: Expr, normalised: Normalised) -> Site | Miss:
-    dots = _score_dots(normalised, sides.key)
+    dots = _score_dots(reader, normalised, sides.key)
     if isinstance(dots, Miss):
         return dots
     misses = []
@@ -234,13 +234,15 @@ def _scaled(dot: Dot, *operands: Operand) -> Expr:
     return result
 
 
-def _score_dots(normalised: Normalised, key: Axis) -> list[Dot] | Miss:
+def _score_dots(reader: Reader, normalised: Normalised, key: Axis) -> list[Dot] | Miss:
     """The contractions of query and key, longest first: exactly one side of each moves with the key axis."""
     found = dict.fromkeys(e for e in normalised.score.walk() if isinstance(e, Dot))
     dots = [e for e in found if (key in e.lhs.axes) != (key in e.rhs.axes)]
     dots = [e for e in dots if _other_side(e, key).axes - {e.axis}] or dots
     if not dots:
         reason = "the softmax is not over a product of queries and keys"
+        if any(isinstance(n, Load) and reader.is_stale(n.source) for n in normalised.score.walk()):  # type: ignore[arg-type]
+            reason = "the scores are put together in place, piece by piece"
         return Miss(_DROPOUT if _drops(normalised.score) else reason, depth=2)
     if len(dots) > 1 and not normalised.softmax:
         return Miss(f"the weights are made of {len(dots)} products", str(dots[1].node), depth=3)
