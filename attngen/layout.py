@@ -84,7 +84,6 @@ def arguments(spec: AttentionSpec, heavy_first: bool) -> dict[str, Any]:
     for dim in range(len(spec.output)):
         strides.append(f"out_stride_{dim}")
         call_strides.append(f"out.stride({dim})")
-    in_units = _in_units(spec)
     axes = [*spec.batch, ROW, KEY]
     sizes = {f"size_{a.name}": _extent(spec, a) for a in axes}
     shape = {**{a: f"size_{a.name}" for a in axes}, FEATURE: str(spec.value_dim)}
@@ -92,8 +91,7 @@ def arguments(spec: AttentionSpec, heavy_first: bool) -> dict[str, Any]:
         "tensors": tensors,
         "strides": strides,
         "unit": UNIT,
-        "in_units": in_units,
-        "call_in_units": [call for name, call in zip(strides, call_strides, strict=True) if name in in_units],
+        "units": {name: (list(numbers), list(numbers.values())) for name, numbers in _units(spec).items()},
         "sizes": [*sizes],
         "arguments": [x.name for x in spec.inputs],
         "call_tensors": [x.name for x in spec.inputs] + ["out"] + (["lse"] if spec.lse else []),
@@ -107,16 +105,27 @@ def arguments(spec: AttentionSpec, heavy_first: bool) -> dict[str, Any]:
     }
 
 
-def _in_units(spec: AttentionSpec) -> list[str]:
-    """Strides over heads and rows that follow from a head size of whole units that Triton does not see to be such."""
+def _units(spec: AttentionSpec) -> dict[str, dict[str, str]]:
+    """Numbers that may well be whole units though Triton does not see it, and what they are called with. One group holds
+    the strides of operands whose head size is so, the other those of inputs per pair, which are loaded in vectors only if
+    whole units of keys are in bounds as well."""
     operands = ((spec.query, spec.head_dim), (spec.keys, spec.head_dim), (spec.values, spec.value_dim))
     output = Input("out", spec.output, spec.out_dtype)
-    names = []
-    for source, size in (*operands, (output, spec.value_dim)):
-        if size % KNOWN and size % UNIT == 0:
-            dims = [d for d in used_dims(source) if source.index[d] not in (INNER, FEATURE)]
-            names += [f"{source.name}_stride_{d}" for d in dims]
-    return names
+    uneven = [x for x, size in (*operands, (output, spec.value_dim)) if size % KNOWN and size % UNIT == 0]
+    pairs = [x for x in spec.extras if x.dim_of(KEY) is not None and any(place.has(ROW) for place in x.index)]
+    groups = {
+        "head_unit": {k: v for x in uneven for k, v in _outer(x, (INNER, FEATURE)).items()},
+        "pair_unit": {k: v for x in pairs for k, v in _outer(x, (KEY,)).items()},
+    }
+    if pairs:
+        groups["pair_unit"][f"size_{KEY.name}"] = f"size_{KEY.name}"
+    return {name: numbers for name, numbers in groups.items() if numbers}
+
+
+def _outer(source: Input, inner: tuple[Axis, ...]) -> dict[str, str]:
+    """The strides of ``source`` along all but the ``inner`` axes."""
+    dims = [d for d in used_dims(source) if source.index[d] not in inner]
+    return {f"{source.name}_stride_{d}": f"{source.name}.stride({d})" for d in dims}
 
 
 def used_dims(source: Input) -> list[int]:

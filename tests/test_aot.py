@@ -128,6 +128,16 @@ def test_heads_of_40_are_read_in_units_of_16_bytes_where_their_strides_allow_it(
     assert call.args[-1] == unit
 
 
+@pytest.mark.parametrize(("keys", "unit"), [(1000, 8), (1001, 1)])
+def test_a_bias_is_read_in_units_where_rows_and_the_last_block_are_whole(keys: int, unit: int, tmp_path: Path) -> None:
+    path = tmp_path / "kernel.py"
+    path.write_text(emitted(BY_NAME["bias"]).source)
+    q, k = (torch.empty(2, 4, n, 64, dtype=torch.half) for n in (64, keys))
+    bias = torch.empty(1, 4, 64, keys, dtype=torch.half)
+    call = aot.launch_of(aot.import_file(path), [layout_of(x) for x in (q, k, k, bias)])
+    assert call.args[-1] == unit
+
+
 def test_layouts_survive_the_journey() -> None:
     tensor = torch.randn(2, 5, 3, 8)[:, 1:, 1].transpose(0, 1)
     layout = layout_of(tensor)
