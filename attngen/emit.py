@@ -96,7 +96,7 @@ def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     natural = not spec.softmax or loads_over_keys(spec.score)
     scale, shaped = (LOG2E, spec.score) if natural else scaled_score(spec.score)
     score = _score(printer, spec, scale, shaped, natural)
-    sinks = [printer.hoisted(s if natural else op("mul", s, Const(LOG2E))) for s in _scalars(spec.sinks)]
+    sinks = _sinks(printer, [s if natural else op("mul", s, Const(LOG2E)) for s in spec.sinks])
     whole = _whole(printer, spec)
     bounds, has_head, has_full = _bounds(printer, cover)
     heavy_first = any(i.high != KEY.extent for i in cover.visit)
@@ -223,7 +223,7 @@ def _gain(printer: Printer, spec: AttentionSpec, masked: bool) -> str:
 def _whole(printer: Printer, spec: AttentionSpec) -> dict[str, Any] | None:
     if spec.whole is None or spec.redo_below is None:
         return None
-    sinks = [printer.hoisted(sink) for sink in _scalars(spec.sinks)]
+    sinks = _sinks(printer, list(spec.sinks))
     return {
         "score": bare(printer.value(spec.whole, masked=True)),
         "gain": _gain(printer, spec, True),
@@ -233,11 +233,12 @@ def _whole(printer: Printer, spec: AttentionSpec) -> dict[str, Any] | None:
     }
 
 
-def _scalars(sinks: tuple[Expr, ...]) -> tuple[Expr, ...]:
-    for sink in sinks:
-        if {ROW, KEY} & sink.axes:
-            raise Unprintable("a sink that differs from query to query")
-    return sinks
+def _sinks(printer: Printer, sinks: list[Expr]) -> list[str]:
+    """Sinks as variables: one number for all rows of a program, or one for each."""
+    if any(KEY in sink.axes for sink in sinks):
+        raise Unprintable("a sink that differs from key to key")
+    texts = [printer.hoisted(sink) for sink in sinks]
+    return [f"tl.reshape({t}, [BLOCK_I])" if ROW in s.axes else t for s, t in zip(sinks, texts, strict=True)]
 
 
 def _sink_lines(sinks: list[str], times: str) -> list[str]:

@@ -1,7 +1,7 @@
 """The whole compiler in one function: capture -> detect -> specialise -> choose -> emit -> replace.
 
 ``optimize`` changes the graph it is given, site by site; whatever cannot be proved stays as it was and is reported with a
-reason. It never runs a kernel. ``explain`` stops before anything is emitted or changed.
+reason. It never runs a kernel. ``explain`` stops before anything is written or changed.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def optimize(
 
 
 def explain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, device: Device | None = None) -> Report:
-    """What ``optimize`` would do; nothing is emitted or changed."""
+    """What ``optimize`` would do; nothing is written or changed."""
     started = time.perf_counter()
     device = device or planning_device(example_inputs, options)
     found = analyse(lower.run(gm, example_inputs), device, options, trains(gm, example_inputs))
@@ -173,6 +173,8 @@ def _analysed(
     if isinstance(plan, Miss):
         return plan
     where = provenance.where(placed.anchor)
+    if isinstance(kernel := emitted(plan, device.l2_bytes, where), Miss):
+        return kernel
     if given is not None and plan.tile != given:
         log.warning("%s: the plan's tile %s cannot run on %s; %s is used", where, given, device.label, plan.tile)
     return Found(replace(placed, specialised=replace(specialised, spec=spec)), where, problem, plan)
@@ -260,8 +262,7 @@ def _replace(each: Found | Missed, lowered: Lowered, device: Device, uses: dict[
         return describe.missed(each)
     try:
         kernel = emitted(each.plan, device.l2_bytes, each.where)
-        if isinstance(kernel, Miss):
-            return describe.missed(Missed(each.where, str(kernel), anchor=each.anchor))
+        assert isinstance(kernel, Kernel)  # or it had been missed
         target = runtime.operator(each.placed.specialised.spec, kernel)
         miss = replacing.run(each.placed, lowered, target)
     except Exception as problem:

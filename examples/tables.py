@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "examples" / "results"
 Record = dict[str, Any]
 
 
@@ -42,19 +41,35 @@ def _ratio(rows: dict[str, Record], spelling: str) -> str:
     return "-" if peer is None or peer["problem"] else f"{_speedup(rows, spelling):.2f}x"
 
 
+def coverage(record: Record) -> list[str]:
+    """Attention sites that an independent observer counts in each source of models, and what becomes of them."""
+    titles = ("models of", "run", "sites", "replaced", "Inductor's matcher", "scored by a layer", "left alone, by reason")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for name, found in record["sources"].items():
+        share = f"{found['replaced']} ({100 * found['replaced'] / found['sites']:.1f} %)"
+        beside = "-" if found["inductor"] is None else f"{found['inductor']} of {found['inductor_sites']}"
+        reasons = "; ".join(f"{entry['sites']} {reason}" for reason, entry in found["missed"].items())
+        layers = f"{found['learned_replaced']} of {found['learned']}"
+        cells = (name.replace("_", ", "), found["models"], found["sites"], share, beside, layers, reasons or "-")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    packages = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
+    return [*lines, "", f"With {packages}."]
+
+
 def _machine(record: Record) -> str:
     return f"{record['device']}, {', '.join(f'{name} {version}' for name, version in record['versions'].items())}."
 
 
 TABLES: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
-    "models": ("models.json", models),
+    "coverage": ("tests/data/coverage.json", coverage),
+    "models": ("examples/results/models.json", models),
 }
 
 
 def updated(readme: str) -> str:
     """``readme`` with each ``<!-- table NAME -->`` block made from its data."""
     for name, (file, render) in TABLES.items():
-        lines = "\n".join(render(json.loads((RESULTS / file).read_text())))
+        lines = "\n".join(render(json.loads((ROOT / file).read_text())))
         pattern = re.compile(rf"(<!-- table {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
         if not pattern.search(readme):
             raise ValueError(f"README.md has no block for the table {name}")

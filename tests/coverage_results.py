@@ -28,7 +28,9 @@ def general(fate: str) -> str:
 def summary(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Counts over the models of one source."""
     ran = [o for o in outcomes if o["status"] == "run"]
-    sites = [site | {"model": o["model"]} for o in ran for site in o["sites"]]
+    everything = [site | {"model": o["model"]} for o in ran for site in o["sites"]]
+    sites = [site for site in everything if not site["learned"]]  # scored by queries and keys, not by a layer's weights
+    learned = [site for site in everything if site["learned"]]
     missed: dict[str, dict[str, Any]] = {}
     for site in sites:
         if site["fate"] != "replaced":
@@ -42,8 +44,8 @@ def summary(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "with_sites": sum(bool(o["sites"]) for o in ran),
         "sites": len(sites),
         "replaced": sum(site["fate"] == "replaced" for site in sites),
-        "learned": sum(site["learned"] for site in sites),
-        "learned_replaced": sum(site["learned"] and site["fate"] == "replaced" for site in sites),
+        "learned": len(learned),
+        "learned_replaced": sum(site["fate"] == "replaced" for site in learned),
         "inductor": sum(o["inductor"] for o in counted) if counted else None,
         "inductor_sites": sum(len(o["sites"]) for o in counted),
         "missed": dict(sorted(missed.items(), key=lambda item: -item[1]["sites"])),
@@ -59,7 +61,7 @@ def show(files: Sequence[Path]) -> str:
         beside = "" if s["inductor"] is None else f", Inductor {s['inductor']} of {s['inductor_sites']}"
         lines.append(
             f"{file.stem}: {s['models']} models ({s['with_sites']} with attention), {s['sites']} sites,"
-            f" {s['replaced']} replaced ({share:.1f} %){beside}; {s['learned']} scored by weights,"
+            f" {s['replaced']} replaced ({share:.1f} %){beside}; {s['learned']} more scored by weights,"
             f" {s['learned_replaced']} of them replaced; {len(s['not_run'])} not run"
         )
         for reason, entry in s["missed"].items():

@@ -170,6 +170,10 @@ CASES = (
     Case("lengths", attention(mask=op("lt", Int(KEY), loaded("t0", B, kind="int")), extras=LENGTHS)),
     Case("documents", attention(mask=op("and", CAUSAL, SAME_DOCUMENT), extras=DOCUMENTS)),
     Case("sinks", attention(mask=window(40), sinks=(SLOPE,), extras=SLOPES, lse=True)),
+    Case(
+        "sinks_by_query",
+        attention(sinks=(loaded("t0", B, H, ROW),), extras={"t0": (torch.float32, (B, H, ROW))}, mask=CAUSAL, lse=True),
+    ),
     Case("softmax_plus_one", attention(sinks=(Const(0.0),))),
     Case("empty_rows_nan", attention(mask=STRICTLY_CAUSAL)),
     Case("empty_rows_zero", attention(mask=STRICTLY_CAUSAL, empty="zero", lse=True)),

@@ -97,8 +97,8 @@ def test_what_no_kernel_computes_is_a_miss() -> None:
         attention(), query=Input("q", (*attention().query.index[:2], 2 * ROW, sp.Integer(0)), attention().out_dtype)
     )
     assert "more than plain positions" in emit(uneven, Tile(64, 32, 4, 2)).reason
-    per_row = attention(sinks=(loaded("t0", ROW),), extras={"t0": (attention().out_dtype, (ROW,))})
-    assert "query to query" in emit(per_row, Tile(64, 32, 4, 2)).reason
+    per_key = attention(sinks=(loaded("t0", KEY),), extras={"t0": (attention().out_dtype, (KEY,))})
+    assert "key to key" in emit(per_key, Tile(64, 32, 4, 2)).reason
 
 
 def test_what_is_loaded_per_pair_comes_before_the_product_and_vectors_stay_vectors() -> None:
