@@ -21,13 +21,17 @@ MAX_COLUMNS = 4  # of extra logits (sinks) joined to the scores
 
 @dataclass(frozen=True)
 class Normalised:
-    """``gain * exp(score) / (sum over the keys of exp(score) + sum of exp(sinks))``; not ``softmax``: ``score`` itself."""
+    """``gain * exp(score) / (sum over the keys of exp(score) + sum of exp(sinks))``; not ``softmax``: ``score`` itself.
+
+    ``late_sink``: a sink came in as a factor of the whole row, so that a row without keys is NaN all the same.
+    """
 
     score: Expr
     sinks: tuple[Expr, ...] = ()
     zero_if_empty: bool = False
     softmax: bool = True
     gain: Expr = ONE
+    late_sink: bool = False
 
 
 def unnormalised(weight: Expr) -> Normalised | None:
@@ -52,7 +56,9 @@ def softmax(weight: Expr, key: Axis) -> Normalised | str:
     for power, divisor in product(powers, below):
         found = _normalised(power, divisor, key, zero_if_empty)
         if isinstance(found, Normalised):
-            return replace(found, gain=_without_factors(above, below, power, divisor))
+            gains, sinks = _late_sinks(above, power, key)
+            gain = _without_factors([power, *gains], below, power, divisor)
+            return replace(found, gain=gain, sinks=(*found.sinks, *sinks), late_sink=bool(sinks))
         reason = found
     return reason
 
@@ -69,6 +75,18 @@ def _normalised(power: Expr, divisor: Expr, key: Axis, zero_if_empty: bool) -> N
         return "the sum that normalises the weights has a term that is not a plain sink"
     score, sinks = _without_common_shift(power.args[0], [e for e in extras if e is not None], key)
     return Normalised(score, tuple(sinks), zero_if_empty)
+
+
+def _late_sinks(above: list[Expr], power: Expr, key: Axis) -> tuple[list[Expr], list[Expr]]:
+    """What else multiplies ``power``, less ``sigmoid(log(sum of power) - s)``: that makes ``s`` one more term of the sum."""
+    gains, sinks = [factor for factor in above if factor is not power], []
+    for factor in gains:
+        parts = terms(factor.args[0]) if isinstance(factor, Op) and factor.name == "sigmoid" else []
+        sums = [p for p in parts if isinstance(p, Op) and p.name == "log" and _other_columns(p.args[0], power, key) == []]
+        if len(sums) == 1:
+            rest = total([part for part in parts if part is not sums[0]])
+            return [g for g in gains if g is not factor], [total(terms(rest, -1.0))]
+    return gains, sinks
 
 
 def _without_factors(above: list[Expr], below: list[Expr], power: Expr, divisor: Expr) -> Expr:

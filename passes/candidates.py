@@ -30,32 +30,36 @@ class Marks:
 
     level: dict[fx.Node, int] = field(default_factory=dict)
     pairs: set[fx.Node] = field(default_factory=set)
+    settled: set[fx.Node] = field(default_factory=set)
 
     def highest(self, nodes: list[fx.Node]) -> int:
         return max((self.level.get(n, 0) for n in nodes), default=0)
 
+    def settle(self, output: fx.Node) -> None:
+        """``output`` is a proved attention: to what follows, it is a product like any other."""
+        self.settled.add(output)
+        if output in self.level:
+            self.level[output] = 1
 
-def mark(graph: fx.Graph) -> Marks:
-    marks = Marks()
-    for node in graph.nodes:
+    def add(self, node: fx.Node) -> None:
+        """The mark of ``node``; nodes come in program order."""
         name, inputs = op_name(node), node.all_input_nodes
-        before = marks.highest(inputs)
+        before = self.highest(inputs)
         passes = name in _ELEMENTWISE or node.target is operator.getitem
-        if _contracts(node, before):
-            marks.level[node] = 1
+        if node in self.settled or _contracts(node, before):
+            self.level[node] = 1
         elif name in _SOFTMAX and before:
-            marks.level[node] = 3
+            self.level[node] = 3
         elif name in ("exp", "exp2") and before:
-            marks.level[node] = max(before, 2)
+            self.level[node] = max(before, 2)
         elif name == "sum" and before:
-            marks.level[node] = 3 if before >= 2 else 1
+            self.level[node] = 3 if before >= 2 else 1
         elif before and (passes or name in _JOINS | _CHANGES):
-            marks.level[node] = before
-        if (_contracts(node, before) and _is_batched(node)) or (passes and any(n in marks.pairs for n in inputs)):
-            marks.pairs.add(node)
+            self.level[node] = before
+        if (_contracts(node, before) and _is_batched(node)) or (passes and any(n in self.pairs for n in inputs)):
+            self.pairs.add(node)
         if before and name == "copy":
-            marks.level[_whole(node)] = before
-    return marks
+            self.level[_whole(node)] = before
 
 
 def _whole(node: fx.Node) -> fx.Node:

@@ -23,7 +23,7 @@ from attngen.errors import Miss
 from attngen.index import Axis, numbered
 from attngen.normaliser import Normalised, quotient, softmax, unnormalised
 from attngen.passes import effects
-from attngen.passes.candidates import ATTENTION, CARRIES, divided, is_candidate, is_product, mark, weighs_pairs
+from attngen.passes.candidates import ATTENTION, CARRIES, Marks, divided, is_candidate, is_product, weighs_pairs
 from attngen.passes.decompose import Decomposer
 from attngen.passes.lower import Lowered
 from attngen.passes.operands import Operand, peel
@@ -56,6 +56,7 @@ class Site:
     zero_if_empty: bool
     softmax: bool
     gain: Expr
+    late_sink: bool
     reader: Reader = field(repr=False, compare=False)
     interior: frozenset[fx.Node] = field(repr=False, compare=False)
 
@@ -63,16 +64,19 @@ class Site:
 def run(lowered: Lowered) -> list[Site | Miss]:
     """Every proved site and every near miss of the graph, in program order."""
     facts = effects.run(lowered.graph)
-    marks = mark(lowered.graph)
+    marks = Marks()
     decompose = Decomposer()
     found: list[Site | Miss] = []
     for node in lowered.graph.nodes:
-        if node not in facts.live or not is_product(node):
+        marks.add(node)
+        near = is_candidate(node, marks)
+        if node not in facts.live or not is_product(node) or not (near or weighs_pairs(node, marks)):
             continue
-        if is_candidate(node, marks):
-            found.append(_prove(node, lowered, facts, decompose))
-        elif weighs_pairs(node, marks) and isinstance(site := _prove(node, lowered, facts, decompose), Site):
-            found.append(site)  # what is not proved here is an ordinary product, not a near miss
+        proof = _prove(node, lowered, facts, decompose)
+        if isinstance(proof, Site):
+            marks.settle(proof.output)
+        if near or isinstance(proof, Site):  # else it is an ordinary product, not a near miss
+            found.append(proof)
     return found
 
 
@@ -218,7 +222,7 @@ def _prove_scores(reader: Reader, sides: _Sides, normalised: Normalised, dot: Do
     batch = tuple(a for a in axes if a not in (row, feature))
     return Site(
         sides.output, axes, batch, row, key, dot.axis, feature, q, k, v, dot, score,
-        normalised.sinks, normalised.zero_if_empty, normalised.softmax, gain, reader, interior,
+        normalised.sinks, normalised.zero_if_empty, normalised.softmax, gain, normalised.late_sink, reader, interior,
     )  # fmt: skip
 
 

@@ -49,6 +49,8 @@ def split(site: Site) -> Split | Miss:
         return Split(score, mask, gain=gain, zero_if_empty=True)
     if kept != TRUE and _may_be_nan(score, mask, fills, site):
         return Miss("weights are set to zero that may be NaN", site.output.name, depth=7)
+    if site.late_sink and _may_be_nan(score, mask, fills, site):
+        return Miss("a sink that comes after the softmax, and rows that may be NaN", site.output.name, depth=7)
     whole, redo_below = None, None
     certain = no_row_is_empty(mask, site.row, site.key) and all(drowns(fill.value, dtype) for fill in fills)
     finite = [fill for fill in fills if math.isfinite(fill.value)]

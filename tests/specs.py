@@ -177,7 +177,7 @@ CASES = (
     Case("softmax_plus_one", attention(sinks=(Const(0.0),))),
     Case("empty_rows_nan", attention(mask=STRICTLY_CAUSAL)),
     Case("empty_rows_zero", attention(mask=STRICTLY_CAUSAL, empty="zero", lse=True)),
-    Case("fill_shows", attention(**_filled(QK, STRICTLY_CAUSAL, -10000.0), lse=True)),
+    Case("fill_shows", attention(**_filled(QK, STRICTLY_CAUSAL, -10000.0), lse=True), tile=Tile(64, 64, 8, 2)),
     Case("fill_lowest", attention(**_filled(QK, STRICTLY_CAUSAL, LOWEST))),
     Case("fill_added", attention(**_added(QK, STRICTLY_CAUSAL, LOWEST), lse=True)),
     Case("fill_shows_padding", attention(**_filled(QK, PADDING, -1e9), extras=BOOLEANS)),

@@ -147,7 +147,7 @@ MISSED: dict[str, tuple[Function, str]] = {
     "contrastive, over heads": (lambda q, k, v: torch.einsum("bhij,bgid->bgjd", weights(q, k), v), CHANGED),
     "weights changed in place": (in_place_weights, CHANGED),
     "weights changed through an alias": (in_place_through_an_alias, CHANGED),
-    "scores changed in place": (in_place_scores, NO_PRODUCT),
+    "scores changed in place": (in_place_scores, "put together in place"),
     "weights thresholded": (lambda q, k, v: (lambda w: torch.where(w > 0.05, w, 0.0) @ v)(weights(q, k)), "no tensor for"),
     "weights without NaN": (lambda q, k, v, m: scores(q, k).softmax(-1).nan_to_num() @ v, CHANGED),
     "top scores": (top_scores, "more than pointwise arithmetic"),

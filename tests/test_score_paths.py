@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import attngen
+from attngen.algebra import ONE
 from attngen.spec import KEY, ROW
 
 BATCH, HEADS, LENGTH, SIZE = 2, 3, 36, 16
@@ -105,6 +106,13 @@ def sinks_and_padding(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(joined - joined.max(-1, keepdim=True).values, -1)[..., :-1] @ v
 
 
+def sink_by_log_sum_exp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A sink as a factor of the result: exp(s) / (sum + exp(sink)) = softmax * sigmoid(logsumexp - sink) (Granite)."""
+    score = scores(q, k).masked_fill(torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1), torch.finfo(torch.float32).min)
+    scale = torch.sigmoid(torch.logsumexp(score, -1) - torch.linspace(-1, 1, HEADS)[:, None])
+    return (torch.softmax(score, -1) @ v) * scale[..., None]
+
+
 def literal_positions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A static cache written at literal positions."""
     places = torch.tensor([5, 6])
@@ -124,6 +132,7 @@ FOUND = (
     mask_in_pieces,
     sinks_and_padding,
     literal_positions,
+    sink_by_log_sum_exp,
 )
 
 
@@ -153,6 +162,19 @@ def test_what_is_loaded_is_read_without_divisions() -> None:
     analysis = _analysed(shifted)
     (spec,) = [special.spec for _, special in analysis.hits]
     assert spec.extras[0].index[2:] == (ROW, KEY)
+
+
+def test_a_sink_by_log_sum_exp_is_a_sink() -> None:
+    (spec,) = [special.spec for _, special in _analysed(sink_by_log_sum_exp).hits]
+    assert len(spec.sinks) == 1 and spec.gain == ONE
+
+
+def test_a_sink_by_log_sum_exp_leaves_empty_rows_nan() -> None:
+    def emptied(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        score = scores(q, k).masked_fill(torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(0), -torch.inf)
+        return (torch.softmax(score, -1) @ v) * torch.sigmoid(torch.logsumexp(score, -1) - 0.5)[..., None]
+
+    assert not _analysed(emptied).hits
 
 
 def test_a_mask_by_vmap_is_a_window() -> None:
