@@ -79,14 +79,14 @@ def _normalised(power: Expr, divisor: Expr, key: Axis, zero_if_empty: bool) -> N
 
 def _late_sinks(above: list[Expr], power: Expr, key: Axis) -> tuple[list[Expr], list[Expr]]:
     """What else multiplies ``power``, less ``sigmoid(log(sum of power) - s)``: that makes ``s`` one more term of the sum."""
-    gains, sinks = [factor for factor in above if factor is not power], []
+    gains = [factor for factor in above if factor is not power]
     for factor in gains:
         parts = terms(factor.args[0]) if isinstance(factor, Op) and factor.name == "sigmoid" else []
         sums = [p for p in parts if isinstance(p, Op) and p.name == "log" and _other_columns(p.args[0], power, key) == []]
         if len(sums) == 1:
             rest = total([part for part in parts if part is not sums[0]])
             return [g for g in gains if g is not factor], [total(terms(rest, -1.0))]
-    return gains, sinks
+    return gains, []
 
 
 def _without_factors(above: list[Expr], below: list[Expr], power: Expr, divisor: Expr) -> Expr:
