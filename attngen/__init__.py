@@ -26,7 +26,7 @@ def optimize(model: Callable[..., Any], *example_inputs: Any, options: dict[str,
 
 
 def explain(model: Callable[..., Any], *example_inputs: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Report:
-    """What ``optimize`` would replace and what it would leave, and why. Computes nothing and emits nothing."""
+    """What ``optimize`` would replace and what it would leave, and why. Computes nothing and writes nothing."""
     from attngen import capture
 
     return capture.explain(model, example_inputs, kwargs, options or {})

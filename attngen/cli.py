@@ -116,7 +116,7 @@ def optimize(
             show.console().print(show.written(folder))
 
 
-@app.command(help=f"Show what optimize would do and why; nothing is emitted.\n\n{CONVENTION}", epilog=EXIT_CODES)
+@app.command(help=f"Show what optimize would do and why; nothing is written.\n\n{CONVENTION}", epilog=EXIT_CODES)
 def explain(
     model: Model,
     target: Target = "auto",

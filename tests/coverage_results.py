@@ -21,6 +21,8 @@ def read(out: Path, since: int = 0) -> list[dict[str, Any]]:
 
 def general(fate: str) -> str:
     """A reason without the names and numbers of one graph."""
+    if fate.startswith("capture:"):
+        return "torch.compile itself cannot trace the model"
     fate = re.sub(r"\b[a-z_]+(_\d+)+\b|\b\d+\b", "N", fate)
     return fate if len(fate) < 140 else fate[:137] + "..."
 
