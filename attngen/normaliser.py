@@ -56,9 +56,13 @@ def softmax(weight: Expr, key: Axis) -> Normalised | str:
     for power, divisor in product(powers, below):
         found = _normalised(power, divisor, key, zero_if_empty)
         if isinstance(found, Normalised):
-            gains, sinks = _late_sinks(above, power, key)
-            gain = _without_factors([power, *gains], below, power, divisor)
-            return replace(found, gain=gain, sinks=(*found.sinks, *sinks), late_sink=bool(sinks))
+            as_it_stands = not found.sinks and found.score == power.args[0]  # type: ignore[attr-defined]
+            late = _late_sink(above, power, key) if as_it_stands else None
+            if late is not None:
+                factor, sink = late
+                found = replace(found, sinks=(sink,), late_sink=True)
+                above = [f for f in above if f is not factor]
+            return replace(found, gain=_without_factors(above, below, power, divisor))
         reason = found
     return reason
 
@@ -77,16 +81,15 @@ def _normalised(power: Expr, divisor: Expr, key: Axis, zero_if_empty: bool) -> N
     return Normalised(score, tuple(sinks), zero_if_empty)
 
 
-def _late_sinks(above: list[Expr], power: Expr, key: Axis) -> tuple[list[Expr], list[Expr]]:
-    """What else multiplies ``power``, less ``sigmoid(log(sum of power) - s)``: that makes ``s`` one more term of the sum."""
-    gains = [factor for factor in above if factor is not power]
-    for factor in gains:
+def _late_sink(factors: list[Expr], power: Expr, key: Axis) -> tuple[Expr, Expr] | None:
+    """The factor ``sigmoid(log(sum of power) - s)``, and ``s``, of which it makes one more term of the sum."""
+    for factor in factors:
         parts = terms(factor.args[0]) if isinstance(factor, Op) and factor.name == "sigmoid" else []
         sums = [p for p in parts if isinstance(p, Op) and p.name == "log" and _other_columns(p.args[0], power, key) == []]
         if len(sums) == 1:
             rest = total([part for part in parts if part is not sums[0]])
-            return [g for g in gains if g is not factor], [total(terms(rest, -1.0))]
-    return gains, []
+            return factor, total(terms(rest, -1.0))
+    return None
 
 
 def _without_factors(above: list[Expr], below: list[Expr], power: Expr, divisor: Expr) -> Expr:

@@ -84,6 +84,7 @@ def run(lowered: Lowered) -> list[Site | Miss]:
 
 _DROPOUT = "the attention weights are dropped at random"
 
+
 def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: Decomposer) -> Site | Miss:
     if op_name(node) == ATTENTION and bind(node)["dropout_p"]:
         return Miss(_DROPOUT, node.name, depth=1)

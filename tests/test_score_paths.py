@@ -169,6 +169,25 @@ def test_a_sink_by_log_sum_exp_is_a_sink() -> None:
     assert len(spec.sinks) == 1 and spec.gain == ONE
 
 
+def test_a_sink_by_a_log_sum_exp_of_other_units_is_none() -> None:
+    """The sum of shifted exponentials, and a sum that has a sink already: neither makes the factor one more term."""
+
+    def shifted_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        e = torch.exp(scores(q, k) - scores(q, k).amax(-1, keepdim=True))
+        total = e.sum(-1, keepdim=True)
+        return ((e / total) @ v) * torch.sigmoid(torch.log(total) - 0.5)
+
+    def second_sink(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        e = torch.exp(scores(q, k))
+        total = e.sum(-1, keepdim=True)
+        return ((e / (total + 1)) @ v) * torch.sigmoid(torch.log(total) - 0.5)
+
+    for function in (shifted_sum, second_sink):
+        compiled = torch.compile(function, backend="attngen", options={"inner": "eager"})
+        torch.testing.assert_close(compiled(*inputs()), function(*inputs()))
+        assert not any(special.spec.sinks and special.spec.gain == ONE for _, special in _analysed(function).hits)
+
+
 def test_a_sink_by_log_sum_exp_leaves_empty_rows_nan() -> None:
     def emptied(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         score = scores(q, k).masked_fill(torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(0), -torch.inf)
