@@ -14,7 +14,7 @@ from attngen.passes.views import PARTS, VIEWS
 
 _SOFTMAX = frozenset(["softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "logsumexp"])
 _ELEMENTWISE = frozenset([*VIEWS, *PARTS, *POINTWISE, "tril", "triu"])
-_JOINS = frozenset(["cat", "amax", "max", "constant_pad_nd"])
+_JOINS = frozenset(["cat", "amax", "max", "constant_pad_nd", "pad"])
 # What people put between softmax and values, or scores and softmax, and no kernel computes: worth a ``Miss``.
 _CHANGES = frozenset(["layer_norm", "rms_norm", "nan_to_num", "roll", "cumsum", "scatter", "gather", "topk"])
 CARRIES = frozenset(VIEWS) | {"to", "_to_copy"}

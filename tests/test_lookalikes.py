@@ -10,7 +10,7 @@ import torch
 from analysis import Function, Module, analysed, scores, weights
 from test_inductor import EAGER
 from torch import Tensor
-from torch.nn.functional import dropout, gumbel_softmax, layer_norm, linear, scaled_dot_product_attention
+from torch.nn.functional import dropout, gumbel_softmax, layer_norm, linear, pad, scaled_dot_product_attention
 
 import attngen
 from attngen.verify import within_budget
@@ -375,3 +375,17 @@ def test_not_confused(name: str) -> None:
 
 def test_enough_look_alikes() -> None:
     assert len(MISSED) + sum(reason is not EXACT for _, reason in CONFUSING.values()) >= 60
+
+
+def sliding_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scores of overlapping chunks, put side by side into one band (Longformer)."""
+    product = pad(scores(q, k), (0, 1))
+    band = product.new_zeros(*q.shape[:-1], 5)
+    band[..., :3] = product[..., :3]
+    band[..., 3:] = product[..., -2:]
+    return band.softmax(-1) @ v[:, :, :5]
+
+
+def test_scores_put_together_in_pieces_are_missed_by_name() -> None:
+    found = analysed(sliding_chunks)
+    assert found.hits == [] and "put together in place" in found.misses[0].reason
