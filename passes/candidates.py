@@ -17,7 +17,6 @@ _ELEMENTWISE = frozenset([*VIEWS, *PARTS, *POINTWISE, "tril", "triu"])
 _JOINS = frozenset(["cat", "amax", "max", "constant_pad_nd", "pad"])
 # What people put between softmax and values, or scores and softmax, and no kernel computes: worth a ``Miss``.
 _CHANGES = frozenset(["layer_norm", "rms_norm", "nan_to_num", "roll", "cumsum", "scatter", "gather", "topk"])
-CARRIES = frozenset(VIEWS) | {"to", "_to_copy"}
 ATTENTION = "scaled_dot_product_attention"
 
 
@@ -46,7 +45,8 @@ class Marks:
         name, inputs = op_name(node), node.all_input_nodes
         before = self.highest(inputs)
         passes = name in _ELEMENTWISE or node.target is operator.getitem
-        if node in self.settled or _contracts(node, before):
+        contracts = is_product(node) and (name != "sum" or before < 2)
+        if node in self.settled or contracts:
             self.level[node] = 1
         elif name in _SOFTMAX and before:
             self.level[node] = 3
@@ -56,7 +56,7 @@ class Marks:
             self.level[node] = 3 if before >= 2 else 1
         elif before and (passes or name in _JOINS | _CHANGES):
             self.level[node] = before
-        if (_contracts(node, before) and _is_batched(node)) or (passes and any(n in self.pairs for n in inputs)):
+        if (contracts and _is_batched(node)) or (passes and any(n in self.pairs for n in inputs)):
             self.pairs.add(node)
         if before and name == "copy":
             self.level[_whole(node)] = before
@@ -67,10 +67,6 @@ def _whole(node: fx.Node) -> fx.Node:
     while node.all_input_nodes and (op_name(node) == "copy" or op_name(node) in VIEWS):
         node = node.all_input_nodes[0]
     return node
-
-
-def _contracts(node: fx.Node, before: int) -> bool:
-    return is_product(node) and (op_name(node) != "sum" or before < 2)
 
 
 def _is_batched(node: fx.Node) -> bool:
@@ -100,7 +96,7 @@ def divided(node: fx.Node) -> fx.Node | None:
         (user,) = node.users
         if op_name(user) in ("div", "mul") and is_tensor(user.args[0]) and is_tensor(user.args[1]):
             return user
-        if op_name(user) not in CARRIES:
+        if op_name(user) not in VIEWS:
             return None
         node = user
     return None

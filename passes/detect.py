@@ -23,7 +23,7 @@ from attngen.errors import Miss
 from attngen.index import Axis, numbered
 from attngen.normaliser import Normalised, quotient, softmax, unnormalised
 from attngen.passes import effects
-from attngen.passes.candidates import ATTENTION, CARRIES, Marks, divided, is_candidate, is_product, weighs_pairs
+from attngen.passes.candidates import ATTENTION, Marks, divided, is_candidate, is_product, weighs_pairs
 from attngen.passes.decompose import Decomposer
 from attngen.passes.lower import Lowered
 from attngen.passes.operands import Operand, peel
@@ -69,8 +69,10 @@ def run(lowered: Lowered) -> list[Site | Miss]:
     found: list[Site | Miss] = []
     for node in lowered.graph.nodes:
         marks.add(node)
+        if node not in facts.live or not is_product(node):
+            continue
         near = is_candidate(node, marks)
-        if node not in facts.live or not is_product(node) or not (near or weighs_pairs(node, marks)):
+        if not (near or weighs_pairs(node, marks)):
             continue
         proof = _prove(node, lowered, facts, decompose)
         if isinstance(proof, Site):
@@ -149,7 +151,7 @@ def _is_layer(site: Site, parameters: frozenset[fx.Node]) -> bool:
     """Keys or values are weights of the model: a feed-forward layer, not attention."""
 
     def held(node: fx.Node) -> bool:
-        while node not in parameters and op_name(node) in CARRIES:
+        while node not in parameters and op_name(node) in VIEWS:
             node = node.all_input_nodes[0]
         return node in parameters
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from attngen import compat
 from attngen.passes import effects
-from attngen.passes.candidates import ATTENTION, CARRIES, divided
+from attngen.passes.candidates import ATTENTION, divided
 from attngen.passes.detect import Site
 from attngen.passes.lower import Lowered
 from attngen.passes.pointwise import POINTWISE
@@ -23,7 +23,7 @@ _POWERS = frozenset(["softmax", "_softmax", "_safe_softmax", "log_softmax", "_lo
 _PRODUCTS = CONTRACTIONS - {"sum", "linear", ATTENTION}
 # What masks and biases are made of. Anything else beside the way from scores to result is read as a tensor.
 _CHEAP = (frozenset(VIEWS) | frozenset(PARTS) | frozenset(POINTWISE) | frozenset(VALUES)) - CONTRACTIONS | {"sum"}
-_SCALES = frozenset(["mul", "div"])
+_PASSED = frozenset([*VIEWS, "mul", "div"])  # how an operand is spelt, not what it is
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _operand_sources(product: fx.Node) -> list[fx.Node]:
 
 def _behind_layout(node: fx.Node) -> fx.Node:
     """``node`` without the views, casts and scales that belong to how the product is spelt."""
-    while op_name(node) in CARRIES | _SCALES and node.op == "call_function":
+    while op_name(node) in _PASSED and node.op == "call_function":
         tensors = [n for n in node.all_input_nodes if _is_tensor(n)]
         if len(tensors) != 1:
             break

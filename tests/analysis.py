@@ -15,6 +15,7 @@ import sympy as sp
 import torch
 from torch import Tensor, fx, nn
 
+import attngen
 from attngen import blockwise, compat
 from attngen.errors import Miss
 from attngen.evaluate import Evaluator
@@ -114,6 +115,23 @@ def analyse_graph(gm: fx.GraphModule, inputs: Any = ()) -> Analysis:
         special = one if isinstance(one, Miss) else specialise.run(one)
         found.append(special if isinstance(special, Miss) else (one, special))  # type: ignore[arg-type]
     return Analysis(lowered, found)
+
+
+def assert_replaced_with_its_gradient(function: Callable[..., Tensor], inputs: Callable[[], list[Tensor]]) -> None:
+    """Compiled, ``function`` has one site, which is replaced; its result and its gradients are eager's."""
+    ours, theirs = inputs(), inputs()
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="attngen", options={"inner": "eager"})
+    with attngen.record() as reports:
+        out = compiled(*ours)
+    assert [site.status for report in reports for site in report.sites] == ["replaced"]
+    expected = function(*theirs)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    out.backward(grad)
+    expected.backward(grad)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
 
 
 def watched(module: nn.Module, *, dynamic: bool | None = None) -> tuple[Callable[..., Any], list[Analysis]]:

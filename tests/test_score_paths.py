@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from analysis import Analysis, watched
+from analysis import Analysis, assert_replaced_with_its_gradient, watched
 from torch import Tensor
 from torch.nn import functional as F
 
-import attngen
 from attngen.algebra import ONE
 from attngen.spec import KEY, ROW
 
@@ -143,19 +143,7 @@ def inputs(grad: bool = False) -> list[Tensor]:
 
 @pytest.mark.parametrize("function", FOUND, ids=lambda f: f.__name__)
 def test_replaced_with_its_gradient(function: Callable[..., Tensor]) -> None:
-    ours, theirs = inputs(grad=True), inputs(grad=True)
-    torch._dynamo.reset()
-    compiled = torch.compile(function, backend="attngen", options={"inner": "eager"})
-    with attngen.record() as reports:
-        out = compiled(*ours)
-    assert [site.status for report in reports for site in report.sites] == ["replaced"]
-    expected = function(*theirs)
-    torch.testing.assert_close(out, expected)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    out.backward(grad)
-    expected.backward(grad)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    assert_replaced_with_its_gradient(function, partial(inputs, grad=True))
 
 
 def test_what_is_loaded_is_read_without_divisions() -> None:

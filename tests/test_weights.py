@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from analysis import watched
+from analysis import assert_replaced_with_its_gradient, watched
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-import attngen
 
 BATCH, HEADS, LENGTH, SIZE = 2, 3, 37, 16
 
@@ -151,19 +150,7 @@ def test_found_and_equal(function: Callable[..., Tensor]) -> None:
 
 @pytest.mark.parametrize("function", FOUND, ids=lambda f: f.__name__)
 def test_replaced_with_its_gradient(function: Callable[..., Tensor]) -> None:
-    ours, theirs = inputs(grad=True), inputs(grad=True)
-    torch._dynamo.reset()
-    compiled = torch.compile(function, backend="attngen", options={"inner": "eager"})
-    with attngen.record() as reports:
-        out = compiled(*ours)
-    assert [site.status for report in reports for site in report.sites] == ["replaced"]
-    expected = function(*theirs)
-    torch.testing.assert_close(out, expected)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    out.backward(grad)
-    expected.backward(grad)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    assert_replaced_with_its_gradient(function, partial(inputs, grad=True))
 
 
 # ---------------------------------------------------------------------------------------------------- left as they are
