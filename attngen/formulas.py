@@ -78,15 +78,14 @@ class Formula:
 
 _split = sp.Min(1, ways - 1)
 _narrow = pair_loads * sp.Max(0, 64 - keys)  # such blocks are looked up by one pointer per pair
-# Where rows may be computed again, their results are kept meanwhile, and a second loop has scores and loads of its own.
-_again = 45 + 0.25 * wgmma * rows * e_pad / threads + (1.4 * (1 - wgmma) + 1.5 * pair_loads) * rows * keys / threads
+_AGAIN = 55  # of a second loop over the keys, for rows that are computed again
 _loose = 20 * sp.Min(1, loose) + 2 * keys * loose / threads  # an element takes a register, and its pointer more
 _fragments = (  # fitted to 285 kernels compiled for sm_90 and sm_80, then to the 172 of the measured run; its terms for
-    # rows computed again, loose features and unstaged keys to 1,700 compiled for sm_80, sm_89 and sm_90 (Triton 3.6)
+    # loose features and unstaged keys to 1,700 compiled for sm_80, sm_89 and sm_90 (Triton 3.6), rows computed again to 438
     5
     + 22 * (1 - wgmma)
     + (34 + 14 * wgmma) * _split
-    + redo * _again
+    + _AGAIN * redo
     + rows * ((0.9 + (0.25 + 0.1 * wgmma) * kv_width) * e_pad + 0.475 * (1 - wgmma) * q_width * d_pad) / threads
     + rows * keys * (0.8 + 0.4 * kv_width + (1.9 - wgmma) * pair_loads + 0.15 * sp.Min(4, sp.Max(0, mask_ops - 1))) / threads
     + keys * (0.16 * (d_pad + e_pad) + (0.09 + 0.11 * wgmma) * unstaged * d_pad) * kv_width / threads

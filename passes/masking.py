@@ -53,6 +53,7 @@ def split(site: Site) -> Split | Miss:
         return Miss("a sink that comes after the softmax, and rows that may be NaN", site.output.name, depth=7)
     whole, redo_below = None, None
     certain = no_row_is_empty(mask, site.row, site.key) and all(drowns(fill.value, dtype) for fill in fills)
+    certain = certain and not _loads_over_keys(score, site.key)
     finite = [fill for fill in fills if math.isfinite(fill.value)]
     if finite and not certain:
         whole, redo_below = whole_score, max(fill.highest for fill in finite) + NEGLIGIBLE
@@ -67,9 +68,13 @@ def _conjuncts(condition: Expr) -> frozenset[Expr]:
 
 def _may_be_nan(score: Expr, mask: Expr, fills: list[_Fill], site: Site) -> bool:
     """Some row may be -inf throughout: all of it masked, or by what is loaded."""
-    loads = any(isinstance(n, Load) and n.kind == "float" and site.key in n.axes for n in score.walk())
     masked = any(math.isinf(fill.value) for fill in fills) and not no_row_is_empty(mask, site.row, site.key)
-    return loads or masked
+    return _loads_over_keys(score, site.key) or masked
+
+
+def _loads_over_keys(score: Expr, key: Axis) -> bool:
+    """Something loaded may mask every key that the constants keep."""
+    return any(isinstance(n, Load) and n.kind == "float" and key in n.axes for n in score.walk())
 
 
 def _without_zeros(weight: Expr) -> tuple[Expr, Expr]:

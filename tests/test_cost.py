@@ -276,6 +276,7 @@ COMPILED = [
             ("padding_wide", attention(head_dim=128, mask=PADDING, extras=BOOLEANS), Tile(64, 128, 4, 2)),
             ("mask_loaded", KEPT, Tile(64, 32, 4, 2)),
             ("head_40", BY_NAME["head_40"].spec, Tile(64, 64, 4, 3)),
+            ("again", AGAIN, Tile(128, 32, 8, 2)),
         ],
         80: [
             ("d64", attention(dtype=BF16), Tile(64, 64, 4, 3)),
@@ -294,7 +295,7 @@ SPILLING = [  # hundreds of bytes per thread that live in memory: what the limit
     (90, "d128", attention(dtype=BF16, head_dim=128), Tile(128, 64, 4, 2)),
     (90, "d256", attention(dtype=BF16, head_dim=256, mask=CAUSAL), Tile(128, 16, 4, 2)),
     (90, "bias", BIASED, Tile(128, 128, 4, 2)),
-    (90, "again", AGAIN, Tile(128, 32, 8, 2)),
+    (90, "again", AGAIN, Tile(64, 128, 8, 2)),
     (90, "head_36", attention(head_dim=36), Tile(64, 128, 4, 3)),
     (80, "head_36", attention(head_dim=36), Tile(32, 128, 4, 2)),
     (80, "d256", attention(dtype=BF16, head_dim=256), Tile(64, 64, 4, 2)),

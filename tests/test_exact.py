@@ -70,6 +70,13 @@ EXACT: dict[str, Function] = {
     "fills scaled away": lambda q, k, v, m: (scores(q, k).masked_fill(m, -1e4) * 1e-3).softmax(-1) @ v,
     "small fills": lambda q, k, v, m: scores(q, k).masked_fill(m, -2.0).softmax(-1) @ v,
     "two fills": lambda q, k, v, m: scores(q, k).masked_fill(m, -2e3).masked_fill(m.T, -1e30).softmax(-1) @ v,
+    "finfo.min filled, then a loaded mask over whole rows": (
+        lambda q, k, v, w: (
+            scores(q, k).masked_fill(torch.ones(12, 12, dtype=torch.bool).triu(1), LOWEST)
+            + torch.where(w[0] < 0, LOWEST, 0.0).sort().values
+        ).softmax(-1)
+        @ v
+    ),
     "two masks added": (
         lambda q, k, v, m: (lambda a: (scores(q, k) + a + a.T).softmax(-1) @ v)(torch.zeros(12, 12).masked_fill(m, -math.inf))
     ),
