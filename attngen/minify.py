@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -162,9 +164,10 @@ def run(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any
 
 def _alone(text: str, file: str, site: SiteReport) -> str:
     """How the outcome of the script differs from that of the site in its model; empty if it does not."""
-    script: dict[str, Any] = {"__name__": "_attngen_minified"}
-    exec(compile(text, file, "exec"), script)
-    found = capture.explain(script["model"], script["example_inputs"], {}, {})
+    script = ModuleType("_attngen_minified")
+    sys.modules[script.__name__] = script  # Dynamo looks there for a model's globals
+    exec(compile(text, file, "exec"), vars(script))
+    found = capture.explain(script.model, script.example_inputs, {}, {})
     outcomes = [(each.status, show.unnumbered(each.reason), each.computes) for each in found.sites]
     if (site.status, show.unnumbered(site.reason), site.computes) in outcomes:
         return ""

@@ -295,7 +295,7 @@ SPILLING = [  # hundreds of bytes per thread that live in memory: what the limit
     (90, "d128", attention(dtype=BF16, head_dim=128), Tile(128, 64, 4, 2)),
     (90, "d256", attention(dtype=BF16, head_dim=256, mask=CAUSAL), Tile(128, 16, 4, 2)),
     (90, "bias", BIASED, Tile(128, 128, 4, 2)),
-    (90, "again", AGAIN, Tile(64, 128, 8, 2)),
+    (90, "again", AGAIN, Tile(64, 64, 4, 2)),
     (90, "head_36", attention(head_dim=36), Tile(64, 128, 4, 3)),
     (80, "head_36", attention(head_dim=36), Tile(32, 128, 4, 2)),
     (80, "d256", attention(dtype=BF16, head_dim=256), Tile(64, 64, 4, 2)),

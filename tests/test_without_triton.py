@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -37,7 +38,10 @@ q, k, v = (torch.randn(2, 2, 8, 16, requires_grad=True) for _ in range(3))
 def blocked(code: str, folder: Path) -> None:
     """Run ``code`` in a process without Triton; its assertions are ours."""
     text = BLOCKED + textwrap.dedent(code) + "\nassert 'triton' not in sys.modules\nprint('fine')"
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False, cwd=folder)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # with a GPU, torch itself looks for the module
+    done = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, check=False, cwd=folder, env=environment
+    )
     assert done.stdout.strip().endswith("fine"), done.stderr
 
 
