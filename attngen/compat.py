@@ -81,11 +81,16 @@ def hint(size: Any) -> int:
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
-def traced_below_transforms() -> ProxyTorchDispatchMode:
-    """A context in which tracing goes on below ``vmap`` and autograd: on what batched tensors are made of."""
+@contextmanager
+def traced_below_transforms() -> Iterator[None]:
+    """A context in which tracing goes on below ``vmap`` and autograd: on what batched tensors are made of.
+
+    Before torch 2.13, tracing for export would also record the steps of ``vmap`` itself, by a function mode.
+    """
     mode = get_proxy_mode()
     assert mode is not None
-    return ProxyTorchDispatchMode(mode.tracer, "real")
+    with torch._C.DisableTorchFunction(), ProxyTorchDispatchMode(mode.tracer, "real"):
+        yield
 
 
 def traced_node(value: Any) -> fx.Node | None:
