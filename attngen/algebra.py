@@ -191,6 +191,7 @@ BOOLEAN = frozenset([*COMPARISONS, "and", "or", "not", "isnan"])
 INTEGER = frozenset(["trunc"])
 POLYMORPHIC = frozenset(["add", "sub", "mul", "neg", "abs", "min", "max", "floordiv", "mod"])
 
+EXACT = 2**24  # up to there every whole number is a float32
 TRUE, FALSE, ONE = Const(True), Const(False), Const(1.0)
 
 
@@ -252,6 +253,8 @@ def op(name: str, *args: Expr) -> Expr:
             return Int(_INT_FOLD[name](*(a.value for a in args)))  # type: ignore[attr-defined]
     if folded := _fold_numbers(name, args):
         return folded
+    if (whole := _fold_whole(name, args)) is not None:
+        return whole
     if (simpler := _unit_laws(name, args)) is not None:
         return simpler
     if (pushed := _push_into_where(name, args)) is not None:
@@ -272,6 +275,26 @@ def _fold_numbers(name: str, args: tuple[Expr, ...]) -> Expr | None:
         return Const(float(_FOLD[name](*values)))
     except (ValueError, ZeroDivisionError, OverflowError):
         return None
+
+
+def _fold_whole(name: str, args: tuple[Expr, ...]) -> Expr | None:
+    """Whole numbers in floats stay whole: ``1.0 * float(j + 1) - 1.0 -> float(j)``, so that what positions decide is seen."""
+    if name not in ("add", "sub", "mul"):
+        return None
+    values = [_whole(a) for a in args]
+    if any(v is None for v in values):
+        return None
+    return to_float(Int(_INT_FOLD[name](*values)))
+
+
+def _whole(expr: Expr) -> sp.Expr | None:
+    if isinstance(expr, Op) and expr.name == "float":
+        expr = expr.args[0]
+    if isinstance(expr, Int):
+        return expr.value
+    value = number(expr)
+    exact = value is not None and abs(value) < EXACT and value == int(value)
+    return sp.Integer(int(value)) if exact and value is not None else None
 
 
 def _unit_laws(name: str, args: tuple[Expr, ...]) -> Expr | None:

@@ -214,6 +214,8 @@ def test_equal_expressions_have_equal_hashes_and_kinds_hold(expr: Expr) -> None:
         (lambda: to_bool(to_float(LEAVES["m"])), LEAVES["m"]),
         (lambda: to_int(Const(-2.7)), integer(-2)),
         (lambda: as_number(TRUE), integer(1)),
+        (lambda: op("sub", op("mul", Const(1.0), Int(1 + C)), Const(1.0)), to_float(Int(C))),
+        (lambda: op("add", to_float(Int(R)), Const(0.5)), Op("add", (to_float(Int(R)), Const(0.5)))),
     ],
 )
 def test_fold(built: Callable[[], Expr], expected: Expr) -> None:
