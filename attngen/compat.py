@@ -78,7 +78,8 @@ def size_expr(size: Any) -> sp.Expr:
 
 def hint(size: Any) -> int:
     """The size seen while tracing. Adds no guard."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    value: Any = size.node.hint if isinstance(size, torch.SymInt) else size
+    return int(value)
 
 
 @contextmanager

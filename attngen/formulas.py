@@ -78,7 +78,7 @@ class Formula:
 
 _split = sp.Min(1, ways - 1)
 _narrow = pair_loads * sp.Max(0, 64 - keys)  # such blocks are looked up by one pointer per pair
-_AGAIN = 55  # of a second loop over the keys, for rows that are computed again
+_AGAIN = 45  # of a second loop over the keys, for rows that are computed again
 _loose = 20 * sp.Min(1, loose) + 2 * keys * loose / threads  # an element takes a register, and its pointer more
 _fragments = (  # fitted to 285 kernels compiled for sm_90 and sm_80, then to the 172 of the measured run; its terms for
     # loose features and unstaged keys to 1,700 compiled for sm_80, sm_89 and sm_90 (Triton 3.6), rows computed again to 438
