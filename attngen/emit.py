@@ -224,7 +224,9 @@ def _whole(printer: Printer, spec: AttentionSpec) -> dict[str, Any] | None:
     if spec.whole is None or spec.redo_below is None:
         return None
     sinks = _sinks(printer, list(spec.sinks))
+    fma = spec.query.dtype.itemsize == 4 and not spec.tf32  # without stages its keys would wait in registers
     return {
+        "stages": 2 if fma else 1,
         "score": bare(printer.value(spec.whole, masked=True)),
         "gain": _gain(printer, spec, True),
         "reads": printer.blocks(),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -237,9 +238,9 @@ def test_the_script_computes_what_the_model_does_with_the_same_outcome(model: An
 
 
 def loaded(text: str) -> dict[str, Any]:
-    script: dict[str, Any] = {"__name__": "alone"}
-    exec(compile(text, "alone.py", "exec"), script)
-    return script
+    script = sys.modules["alone"] = ModuleType("alone")  # Dynamo looks there for a model's globals
+    exec(compile(text, "alone.py", "exec"), vars(script))
+    return vars(script)
 
 
 def fitted(x: Tensor, like: Tensor) -> Tensor:
