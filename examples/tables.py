@@ -56,6 +56,16 @@ def coverage(record: Record) -> list[str]:
     return [*lines, "", f"With {packages}."]
 
 
+def starts(record: Record) -> list[str]:
+    """Seconds to the first result of a new process, with empty and with filled caches, and what a launch costs the host."""
+    lines = ["| model | compiler and spelling | cold | warm |", "|---|---|---|---|"]
+    for row in record["starts"]:
+        lines.append(f"| {row['model']} | {row['variant']} | {row['cold_s']:.1f} s | {row['warm_s']:.1f} s |")
+    launch = record["launch"]
+    added = f"One attention adds {launch['inductor_us']:.0f} us of host time to a compiled call under Inductor (sdpa)"
+    return [*lines, "", f"{added}, {launch['attngen_us']:.0f} us here. {_machine(record)}"]
+
+
 def _machine(record: Record) -> str:
     return f"{record['device']}, {', '.join(f'{name} {version}' for name, version in record['versions'].items())}."
 
@@ -63,6 +73,7 @@ def _machine(record: Record) -> str:
 TABLES: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
     "coverage": ("tests/data/coverage.json", coverage),
     "models": ("examples/results/models.json", models),
+    "starts": ("examples/results/starts.json", starts),
 }
 
 

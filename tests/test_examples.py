@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map_only
+from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from typer.testing import CliRunner
 
 import attngen
-from attngen import compat, modelfile, verify
+from attngen import backend, compat, modelfile, verify
 from attngen.cli import app
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -89,6 +91,40 @@ def test_kernels_are_compiled_verified_and_written(name: str, tmp_path: Path) ->
         assert site["status"] == "replaced" and 0 < site["error"] <= site["budget"]
         assert site["compiled"]["arch"] == 90 and site["compiled"]["spills"] == 0
     assert len(list((tmp_path / "out/kernels").iterdir())) == len(EXPECTED[name])
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the most elements that a result of any operator has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(results) if isinstance(x, torch.Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return results
+
+
+def test_a_mask_and_a_bias_from_positions_exist_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 65,536 tokens it is explained; at fewer it runs, and no result has a number of elements near that of all pairs."""
+    done = CliRunner().invoke(app, ["explain", str(EXAMPLES / "long.py"), "--json", "--target", "h200"])
+    assert done.exit_code == 0, done.stderr
+    expected = "softmax(qk*0.125 + t0[h, j + size_i - 1 - i]; causal & window(4096) & documents)"
+    assert computed(json.loads(done.stdout)["sites"]) == {expected: 2}
+    largest = _Largest()
+
+    def inner(gm: fx.GraphModule, *_: Any) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with largest:
+                return gm(*args)
+
+        return run
+
+    monkeypatch.setattr(backend, "_inner", inner)
+    with modelfile.opened(EXAMPLES / "long.py") as example, torch.no_grad():
+        inputs = {name: x[:, :3500] for name, x in example.kwargs.items()}
+        torch.compile(example.model, backend="attngen", options={"strict": True})(**inputs)
+    assert largest.elements == 3 * 3500 * 1024  # queries, keys and values; there are 3500 * 3500 pairs
 
 
 def test_main_compares_with_eager(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
