@@ -24,6 +24,8 @@ class Normalised:
     """``gain * exp(score) / (sum over the keys of exp(score) + sum of exp(sinks))``; not ``softmax``: ``score`` itself.
 
     ``late_sink``: a sink came in as a factor of the whole row, so that a row without keys is NaN all the same.
+    ``lifted``: the model takes the row's maximum off first, so that the exponentials of a row of low scores are not all zero.
+    ``by_log``: it takes the logarithm of the sum off, where the exponent of a row of low scores loses it to rounding.
     """
 
     score: Expr
@@ -32,6 +34,8 @@ class Normalised:
     softmax: bool = True
     gain: Expr = ONE
     late_sink: bool = False
+    lifted: bool = True
+    by_log: bool = False
 
 
 def unnormalised(weight: Expr) -> Normalised | None:
@@ -56,7 +60,10 @@ def softmax(weight: Expr, key: Axis) -> Normalised | str:
     for power, divisor in product(powers, below):
         found = _normalised(power, divisor, key, zero_if_empty)
         if isinstance(found, Normalised):
-            as_it_stands = not found.sinks and found.score == power.args[0]  # type: ignore[attr-defined]
+            lifted = found.score != power.args[0]  # type: ignore[attr-defined]
+            by_log = not lifted and _takes_log_off(weight, divisor)
+            found = replace(found, lifted=lifted, by_log=by_log)
+            as_it_stands = not found.sinks and not lifted
             late = _late_sink(above, power, key) if as_it_stands else None
             if late is not None:
                 factor, sink = late
@@ -121,6 +128,11 @@ def quotient(expr: Expr) -> tuple[list[Expr], list[Expr], bool]:
         rest = total([part for part in parts if part not in logs]) if logs else expr.args[0]
         return [op("exp", rest)], list(logs.values()), False
     return [expr], [], False
+
+
+def _takes_log_off(weight: Expr, divisor: Expr) -> bool:
+    powers = [node for node in weight.walk() if isinstance(node, Op) and node.name == "exp"]
+    return any(_negated_log(part) == divisor for power in powers for part in terms(power.args[0]))
 
 
 def _negated_log(part: Expr) -> Expr | None:

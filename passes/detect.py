@@ -57,6 +57,8 @@ class Site:
     softmax: bool
     gain: Expr
     late_sink: bool
+    lifted: bool
+    by_log: bool
     reader: Reader = field(repr=False, compare=False)
     interior: frozenset[fx.Node] = field(repr=False, compare=False)
 
@@ -225,7 +227,8 @@ def _prove_scores(reader: Reader, sides: _Sides, normalised: Normalised, dot: Do
     batch = tuple(a for a in axes if a not in (row, feature))
     return Site(
         sides.output, axes, batch, row, key, dot.axis, feature, q, k, v, dot, score,
-        normalised.sinks, normalised.zero_if_empty, normalised.softmax, gain, normalised.late_sink, reader, interior,
+        normalised.sinks, normalised.zero_if_empty, normalised.softmax, gain, normalised.late_sink,
+        normalised.lifted, normalised.by_log, reader, interior,
     )  # fmt: skip
 
 

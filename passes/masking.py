@@ -17,7 +17,7 @@ from attngen.index import Axis
 from attngen.mask import no_row_is_empty
 from attngen.passes.detect import Site
 from attngen.passes.pointwise import drowns
-from attngen.passes.semantics import dtype_of
+from attngen.passes.semantics import dtype_of, op_name
 
 NEGLIGIBLE = 104.0  # exp(-104) is zero in float32
 MASKING = -1e3  # a score set to less than this is masked; rows where that could show are computed again
@@ -25,6 +25,7 @@ MASKING = -1e3  # a score set to less than this is masked; rows where that could
 # Operations that cost no more than the load they replace.
 CHEAP = frozenset(["float", "add", "sub", "mul", "neg", "min", "max", "abs", "where", "and", "or", "not", "drown"])
 CHEAP |= frozenset(COMPARISONS)
+SOFTMAX = frozenset(["softmax", "_softmax", "special_softmax", "_safe_softmax", "log_softmax", "_log_softmax"])
 
 
 @dataclass(frozen=True)
@@ -41,25 +42,34 @@ def split(site: Site) -> Split | Miss:
     """Take the mask out of the score: ``where(c, x, -big)`` and ``x + where(c, y, -big)`` in any nesting of sums."""
     if not site.softmax:
         return Split(*_without_zeros(_without_idle_drowning(site.score)))
-    dtype = dtype_of(site.dot.node)  # type: ignore[arg-type]
+    dtype, name = dtype_of(site.dot.node), site.output.name  # type: ignore[arg-type]
     whole_score = _without_idle_drowning(site.score, site.row, site.key)
     score, mask, fills = _unmask(whole_score, dtype)
     gain, kept = _without_zeros(site.gain)
     if kept != TRUE and _conjuncts(kept) == _conjuncts(mask):  # an empty row is set to zero, whatever it was
         return Split(score, mask, gain=gain, zero_if_empty=True)
     if kept != TRUE and _may_be_nan(score, mask, fills, site):
-        return Miss("weights are set to zero that may be NaN", site.output.name, depth=7)
+        return Miss("weights are set to zero that may be NaN", name, depth=7)
     if site.late_sink and _may_be_nan(score, mask, fills, site):
-        return Miss("a sink that comes after the softmax, and rows that may be NaN", site.output.name, depth=7)
+        return Miss("a sink that comes after the softmax, and rows that may be NaN", name, depth=7)
     whole, redo_below = None, None
     certain = no_row_is_empty(mask, site.row, site.key) and all(drowns(fill.value, dtype) for fill in fills)
     certain = certain and not _loads_over_keys(score, site.key)
     finite = [fill for fill in fills if math.isfinite(fill.value)]
-    if finite and not certain:
+    lifted = site.lifted or _by_library(site)
+    if finite and not certain and site.by_log and not lifted:
+        return Miss("exp(s - logsumexp(s)) of rows that may be masked throughout: what comes out is rounding", name, depth=7)
+    if finite and not certain and lifted:  # else nothing is left of such a row: zero over zero, as under -inf
         whole, redo_below = whole_score, max(fill.highest for fill in finite) + NEGLIGIBLE
     if whole is None and not site.sinks:
         score = _without_row_terms(score, site.key)
     return Split(score, mask, whole, redo_below, site.gain, site.zero_if_empty)
+
+
+def _by_library(site: Site) -> bool:
+    """The library's softmax takes the maximum off, as does its logarithm."""
+    names = {op_name(node) for node in site.interior}
+    return bool(names & SOFTMAX) or not names & {"exp", "exp2"}
 
 
 def _conjuncts(condition: Expr) -> frozenset[Expr]:

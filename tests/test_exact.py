@@ -77,6 +77,15 @@ EXACT: dict[str, Function] = {
         ).softmax(-1)
         @ v
     ),
+    "-1e9 under exponentials as they are: NaN": (
+        lambda q, k, v, m: (lambda e: (e / e.sum(-1, keepdim=True)) @ v)(scores(q, k).masked_fill(m, -1e9).exp())
+    ),
+    "-1e9 under exponentials of what is above the maximum": (
+        lambda q, k, v, m: (lambda s: (lambda e: (e / e.sum(-1, keepdim=True)) @ v)((s - s.amax(-1, keepdim=True)).exp()))(
+            scores(q, k).masked_fill(m, -1e9)
+        )
+    ),
+    "-1e9 under a logarithm": lambda q, k, v, m: scores(q, k).masked_fill(m, -1e9).log_softmax(-1).exp() @ v,
     "two masks added": (
         lambda q, k, v, m: (lambda a: (scores(q, k) + a + a.T).softmax(-1) @ v)(torch.zeros(12, 12).masked_fill(m, -math.inf))
     ),

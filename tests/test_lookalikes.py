@@ -149,6 +149,10 @@ MISSED: dict[str, tuple[Function, str]] = {
     "weights changed through an alias": (in_place_through_an_alias, CHANGED),
     "scores changed in place": (in_place_scores, "put together in place"),
     "weights thresholded": (lambda q, k, v: (lambda w: torch.where(w > 0.05, w, 0.0) @ v)(weights(q, k)), "no tensor for"),
+    "a sum's logarithm, lost in a fill": (
+        lambda q, k, v, m: (lambda s: (s - s.logsumexp(-1, keepdim=True)).exp() @ v)(scores(q, k).masked_fill(m, -1e9)),
+        "what comes out is rounding",
+    ),
     "weights without NaN": (lambda q, k, v, m: scores(q, k).softmax(-1).nan_to_num() @ v, CHANGED),
     "top scores": (top_scores, "more than pointwise arithmetic"),
     "top weights": (top_weights, CHANGED),
