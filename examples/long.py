@@ -3,11 +3,14 @@
 Packed documents, each seen causally through a window, with ALiBi. In eager the scores of one layer alone would take 128 GiB.
 
     attngen optimize examples/long.py      plan, emit, compile and verify its kernel
-    python examples/long.py                run it on a GPU and show its peak memory; without one, at 4,096 tokens
+    python examples/long.py [FILE]         run it on a GPU and show its peak memory; without one, at 4,096 tokens
 """
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,8 +66,8 @@ def get_example_inputs(length: int = LENGTH) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def main(length: int | None = None, **options: Any) -> float:
-    """Peak memory in GiB of one compiled call, beyond parameters and inputs; 0 without a GPU."""
+def main(length: int | None = None, out: Path | None = None, **options: Any) -> None:
+    """Run it compiled. On a GPU, print the peak memory of one call beyond parameters and inputs, and write it to ``out``."""
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
     inputs = {name: x.to(device) for name, x in get_example_inputs(length or (LENGTH if gpu else 4096)).items()}
@@ -73,17 +76,20 @@ def main(length: int | None = None, **options: Any) -> float:
         compiled(**inputs)
     print(*reports, sep="\n")
     if not gpu:
-        return 0.0
+        return
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     compiled(**inputs)
     torch.cuda.synchronize()
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-    mask = inputs["ids"].shape[1] ** 2 / 2**30
-    print(f"peak memory of a call: {peak:.2f} GiB; one mask of all pairs: {mask:.2f} GiB, scores: {2 * HEADS * mask:.0f} GiB")
-    return peak
+    peak, tokens = (torch.cuda.max_memory_allocated() - before) / 2**30, inputs["ids"].shape[1]
+    mask = tokens**2 / 2**30
+    record = {"device": torch.cuda.get_device_name(), "versions": {"torch": torch.__version__}, "tokens": tokens}
+    record |= {"peak_gib": peak, "mask_gib": mask, "scores_gib": 2 * HEADS * mask}
+    print(record)
+    if out:
+        out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(out=Path(sys.argv[1]) if len(sys.argv) > 1 else None)

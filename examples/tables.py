@@ -66,6 +66,12 @@ def starts(record: Record) -> list[str]:
     return [*lines, "", f"{added}, {launch['attngen_us']:.0f} us here. {_machine(record)}"]
 
 
+def long(record: Record) -> list[str]:
+    """Peak memory of a call beside what its mask and its scores would take as tensors."""
+    whole = f"a mask of all pairs would take {record['mask_gib']:.0f} GiB, a layer's scores {record['scores_gib']:.0f} GiB"
+    return [f"{record['tokens']} tokens: {record['peak_gib']:.2f} GiB beside the parameters; {whole}. {_machine(record)}"]
+
+
 def _machine(record: Record) -> str:
     return f"{record['device']}, {', '.join(f'{name} {version}' for name, version in record['versions'].items())}."
 
@@ -73,6 +79,7 @@ def _machine(record: Record) -> str:
 TABLES: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
     "coverage": ("tests/data/coverage.json", coverage),
     "models": ("examples/results/models.json", models),
+    "long": ("examples/results/long.json", long),
     "starts": ("examples/results/starts.json", starts),
 }
 
