@@ -18,6 +18,7 @@ from attngen.verify import within_budget
 CHANGED = "the weights are changed between the exponential and the product with the values"
 OTHER_DIM = "the softmax runs over another dimension than the product with the values"
 DROPPED = "the attention weights are dropped at random"
+ADDED = "something is added to the attention weights"
 NO_PRODUCT = "the softmax is not over a product of queries and keys"
 
 
@@ -143,6 +144,7 @@ MISSED: dict[str, tuple[Function, str]] = {
     "layer norm on scores": (lambda q, k, v: layer_norm(scores(q, k), (12,)).softmax(-1) @ v, NO_PRODUCT),
     "layer norm on weights": (lambda q, k, v: layer_norm(weights(q, k), (12,)) @ v, CHANGED),
     "linear with a bias on weights": (lambda q, k, v, w: linear(weights(q, k), w, w[0]) @ v, "added to it"),
+    "linear with one number as its bias": (lambda q, k, v, w: linear(weights(q, k), w, w[0, 0]) @ v, "added to it"),
     "contrastive": (lambda q, k, v: weights(q, k).mT @ v, OTHER_DIM),
     "contrastive, over heads": (lambda q, k, v: torch.einsum("bhij,bgid->bgjd", weights(q, k), v), CHANGED),
     "weights changed in place": (in_place_weights, CHANGED),
@@ -152,7 +154,7 @@ MISSED: dict[str, tuple[Function, str]] = {
     "weights without NaN": (lambda q, k, v, m: scores(q, k).softmax(-1).nan_to_num() @ v, CHANGED),
     "top scores": (top_scores, "more than pointwise arithmetic"),
     "top weights": (top_weights, CHANGED),
-    "weights plus identity": (lambda q, k, v: (weights(q, k) + torch.eye(12)) @ v, CHANGED),
+    "weights plus identity": (lambda q, k, v: (weights(q, k) + torch.eye(12)) @ v, ADDED),
     "weights accumulated": (lambda q, k, v: weights(q, k).cumsum(-1) @ v, CHANGED),
     "weights in 8 bits": (lambda q, k, v: weights(q, k).to(torch.float8_e4m3fn).float() @ v, CHANGED),
     "scores in 8 bits": (lambda q, k, v: scores(q, k).to(torch.float8_e4m3fn).float().softmax(-1) @ v, NO_PRODUCT),
