@@ -16,6 +16,9 @@ ADVICE = {
     "the weights are changed between the exponential": (
         "Between softmax and values only views and casts may stand: move the operation to the scores or to the result."
     ),
+    "something is added to the attention weights": (
+        "Multiply both with the values by themselves: (weights + x) @ v = weights @ v + x @ v."
+    ),
     "the softmax runs over another dimension": (
         "If this is not meant, give softmax the dimension of the keys, over which the values are summed."
     ),
