@@ -19,6 +19,14 @@ ADVICE = {
     "something is added to the attention weights": (
         "Multiply both with the values by themselves: (weights + x) @ v = weights @ v + x @ v."
     ),
+    "the scores of different heads are mixed": (
+        "They are one product over joined features: for head g, the queries of all heads h times m[h, g], joined along the"
+        " features, with the keys of all heads, joined likewise. That can be replaced up to 512 features."
+    ),
+    "the weights of different heads are mixed": (
+        "A kernel computes each head by itself and never has the weights of another. Mixing the results of heads, or their"
+        " values, would not be in the way; it is another function."
+    ),
     "the softmax runs over another dimension": (
         "If this is not meant, give softmax the dimension of the keys, over which the values are summed."
     ),

@@ -21,7 +21,7 @@ from attngen.algebra import Access, Dot, Expr, Load, op, transform
 from attngen.errors import Miss
 from attngen.index import Axis
 from attngen.normaliser import Normalised, quotient, softmax, summands, unnormalised
-from attngen.passes import effects, results
+from attngen.passes import effects, heads, results
 from attngen.passes.candidates import ATTENTION, Marks, divided, is_candidate, is_product, weighs_pairs
 from attngen.passes.decompose import Decomposer
 from attngen.passes.lower import Lowered
@@ -104,8 +104,12 @@ def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: D
                 continue
             if any(_fix_head_sizes(site) for site in proof):
                 return _prove(node, lowered, facts, decompose)
-            disturbed = effects.undisturbed(proof[0], end, facts)
+            inside = proof[0].interior - {site.dot.node for site in proof}
+            mixed = heads.mixed(reader, end) if any(map(heads.may_mix, inside)) else None
+            disturbed = effects.undisturbed(proof[0], end, facts) if mixed is None else mixed
             return proof if disturbed is None else disturbed
+    if (mixed := heads.mixed(reader, node)) is not None:
+        return mixed
     deepest = max(misses, key=lambda miss: miss.depth)
     return deepest if deepest.node else replace(deepest, node=node.name)
 

@@ -19,6 +19,7 @@ CHANGED = "the weights are changed between the exponential and the product with 
 OTHER_DIM = "the softmax runs over another dimension than the product with the values"
 DROPPED = "the attention weights are dropped at random"
 ADDED = "something is added to the attention weights"
+MIXED = "the scores of different heads are mixed"
 NO_PRODUCT = "the softmax is not over a product of queries and keys"
 
 
@@ -128,7 +129,7 @@ MISSED: dict[str, tuple[Function, str]] = {
     "heads and batch swapped": (lambda q, k, v: weights(q, k).transpose(0, 1).reshape(2, 4, 12, 12) @ v, "whole dim"),
     "heads scrambled": (lambda q, k, v: weights(q, k).reshape(2, 12, 4, 12).transpose(1, 2) @ v, "queries alone"),
     "heads rolled": (lambda q, k, v: weights(q, k).roll(1, 1) @ v, CHANGED),
-    "heads mixed": (lambda q, k, v, w: torch.einsum("bhij,hg->bgij", scores(q, k), w[:4, :4]).softmax(-1) @ v, "alone"),
+    "heads mixed": (lambda q, k, v, w: torch.einsum("bhij,hg->bgij", scores(q, k), w[:4, :4]).softmax(-1) @ v, MIXED),
     "heads summed": (lambda q, k, v: torch.einsum("bhij,bhjd->bid", weights(q, k), v), OTHER_DIM),
     "weights returned": (lambda q, k, v: (lambda w: (w @ v, w))(weights(q, k)), "the attention weights are returned"),
     "weights read": (lambda q, k, v: (lambda w: w @ v + w.sum())(weights(q, k)), "also read by sum"),
