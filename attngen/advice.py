@@ -31,6 +31,10 @@ ADVICE = {
         "If this is not meant, give softmax the dimension of the keys, over which the values are summed."
     ),
     "the product with the values has something added": "Add it to the product in a statement of its own.",
+    "the weights are divided by their sum, but are no exponentials": (
+        "If they are a plain product of features and no mask is in between, multiply in the other order:"
+        " f(q) @ (f(k).mT @ v) / (f(q) @ f(k).sum(-2, keepdim=True).mT) has no weights for each pair."
+    ),
     "the weights are made of": (
         "Two products are one over joined features: q1 @ k1 + q2 @ k2 = cat([q1, q2], -1) @ cat([k1, k2], -2)."
     ),

@@ -20,14 +20,13 @@ from attngen import compat
 from attngen.algebra import Access, Dot, Expr, Load, op, transform
 from attngen.errors import Miss
 from attngen.index import Axis
-from attngen.normaliser import Normalised, quotient, softmax, summands, unnormalised
-from attngen.passes import effects, heads, results
+from attngen.normaliser import OWN_SUM, Normalised, quotient, softmax, summands, unnormalised
+from attngen.passes import effects, heads, ordinary, results
 from attngen.passes.candidates import ATTENTION, Marks, divided, is_candidate, is_product, weighs_pairs
 from attngen.passes.decompose import Decomposer
 from attngen.passes.lower import Lowered
 from attngen.passes.operands import Operand, peel
 from attngen.passes.semantics import Reader, bind, dtype_of, op_name
-from attngen.passes.views import VIEWS
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def run(lowered: Lowered) -> list[Terms | Miss]:
         proof = _prove(node, lowered, facts, decompose)
         if not isinstance(proof, Miss):
             marks.settle(proof[0].output)
-        if near or not isinstance(proof, Miss):  # else it is an ordinary product, not a near miss
+        if near or not isinstance(proof, Miss) or proof.reason == OWN_SUM:  # else it is an ordinary product, not a near miss
             found.append(proof)
     return found
 
@@ -107,7 +106,9 @@ def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: D
             inside = proof[0].interior - {site.dot.node for site in proof}
             mixed = heads.mixed(reader, end) if any(map(heads.may_mix, inside)) else None
             disturbed = effects.undisturbed(proof[0], end, facts) if mixed is None else mixed
-            return proof if disturbed is None else disturbed
+            if disturbed is None:
+                return proof
+            misses.append(disturbed)
     if (mixed := heads.mixed(reader, node)) is not None:
         return mixed
     deepest = max(misses, key=lambda miss: miss.depth)
@@ -143,28 +144,12 @@ def _prove_output(
     for weights, values in ((product.lhs, product.rhs), (product.rhs, product.lhs)):
         proof = _prove_sides(reader, _Sides(node, output, axes, product.axis, weights, values), outside)
         if not isinstance(proof, Miss):
-            if proof[0].softmax or not (_is_product_of_three(proof[0]) or _is_layer(proof[0], parameters)):
+            refused = None if proof[0].softmax else ordinary.run(proof[0], parameters)
+            if refused is None:
                 return proof
-            proof = Miss("a product with the weights of a layer, or of three matrices", node.name)
+            proof = refused
         misses.append(proof)
     return max(misses, key=lambda miss: miss.depth)
-
-
-def _is_product_of_three(site: Site) -> bool:
-    """Nothing but a factor is done to the weights: the order in which to multiply is the model's choice."""
-    factors, below, _ = quotient(site.score)
-    return all(f == site.dot or site.key not in f.axes for f in (*factors, *below))
-
-
-def _is_layer(site: Site, parameters: frozenset[fx.Node]) -> bool:
-    """Keys or values are weights of the model: a feed-forward layer, not attention."""
-
-    def held(node: fx.Node) -> bool:
-        while node not in parameters and op_name(node) in VIEWS:
-            node = node.all_input_nodes[0]
-        return node in parameters
-
-    return held(site.keys.node) or held(site.values.node)
 
 
 def _fix_head_sizes(site: Site) -> bool:
@@ -199,7 +184,8 @@ def _prove_sides(reader: Reader, sides: _Sides, outside: Expr) -> Terms | Miss:
         return Miss(_DROPOUT, node, depth=2)
     if len(parts := summands(weight, key)) > 1:
         return _prove_sum(reader, sides, outside, [softmax(part, key) for part in parts])
-    return Miss(normalised, node, depth=1 if any(isinstance(n, Dot) for n in weight.walk()) else 0)
+    scored = any(isinstance(n, Dot) for n in weight.walk())
+    return Miss(normalised, node, depth=7 if scored and normalised == OWN_SUM else int(scored))
 
 
 def _prove_sum(reader: Reader, sides: _Sides, outside: Expr, parts: list[Normalised | str]) -> Terms | Miss:
