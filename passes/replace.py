@@ -112,6 +112,7 @@ def run(terms: Sequence[Placed], lowered: Lowered, targets: Sequence[Any]) -> Mi
         raise
     call.meta = dict(anchor.meta)
     anchor.replace_all_uses_with(call, propagate_meta=False)
+    lowered.origins[site.output].insert(0, call)  # where a later site finds it
     _erase(anchor, lowered)
     return None
 
