@@ -16,10 +16,25 @@ ADVICE = {
     "the weights are changed between the exponential": (
         "Between softmax and values only views and casts may stand: move the operation to the scores or to the result."
     ),
+    "something is added to the attention weights": (
+        "Multiply both with the values by themselves: (weights + x) @ v = weights @ v + x @ v."
+    ),
+    "the scores of different heads are mixed": (
+        "They are one product over joined features: for head g, the queries of all heads h times m[h, g], joined along the"
+        " features, with the keys of all heads, joined likewise. That can be replaced up to 512 features."
+    ),
+    "the weights of different heads are mixed": (
+        "A kernel computes each head by itself and never has the weights of another. Mixing the results of heads, or their"
+        " values, would not be in the way; it is another function."
+    ),
     "the softmax runs over another dimension": (
         "If this is not meant, give softmax the dimension of the keys, over which the values are summed."
     ),
     "the product with the values has something added": "Add it to the product in a statement of its own.",
+    "the weights are divided by their sum, but are no exponentials": (
+        "If they are a plain product of features and no mask is in between, multiply in the other order:"
+        " f(q) @ (f(k).mT @ v) / (f(q) @ f(k).sum(-2, keepdim=True).mT) has no weights for each pair."
+    ),
     "the weights are made of": (
         "Two products are one over joined features: q1 @ k1 + q2 @ k2 = cat([q1, q2], -1) @ cat([k1, k2], -2)."
     ),

@@ -33,6 +33,9 @@ def missed(each: Missed) -> SiteReport:
 
 def found(each: Found, device: Device, status: str) -> SiteReport:
     report = replace(_planned(each.plan, device), where=each.where, status=status)
+    if len(each.terms) > 1:
+        number = 1 + next(place for place, term in enumerate(each.terms) if term is each.placed)
+        report = replace(report, computes=f"{report.computes}, term {number} of {len(each.terms)}")
     return _placed(replace(report, node=each.placed.site.output.name), each.anchor)
 
 

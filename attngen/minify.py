@@ -176,11 +176,10 @@ def _alone(text: str, file: str, site: SiteReport) -> str:
 
 def _region(each: Found | Missed, lowered: Lowered) -> Callable[[], Region]:
     if isinstance(each, Found):
-        loaded = [node for node in each.placed.specialised.bindings if isinstance(node, fx.Node)]
-        return lambda: extract.of_site(each.placed.site, loaded, lowered)
-    if each.site is not None:
-        proved = each.site
-        return lambda: extract.of_site(proved, [], lowered)
+        loaded = [node for one in each.terms for node in one.specialised.bindings if isinstance(node, fx.Node)]
+        return lambda: extract.of_sites([one.site for one in each.terms], loaded, lowered)
+    if each.sites:
+        return lambda: extract.of_sites(each.sites, [], lowered)
     if each.end is None:
         raise AssertionError(f"{each.where} names no node of the graph: {each.reason}")
     end, blamed = each.end, next((n for n in lowered.graph.nodes if n.name == each.node), None)

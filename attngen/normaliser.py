@@ -17,6 +17,8 @@ from attngen.algebra import ONE, Const, Dot, Expr, Op, Reduce, number, op, subst
 from attngen.index import Axis
 
 MAX_COLUMNS = 4  # of extra logits (sinks) joined to the scores
+OWN_SUM = "the weights are divided by their sum, but are no exponentials"
+MAX_SUMMANDS = 4  # of weights: the values are read once for each
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ def softmax(weight: Expr, key: Axis) -> Normalised | str:
     moving = [factor for factor in above if key in factor.axes]
     powers = [factor for factor in moving if isinstance(factor, Op) and factor.name == "exp"]
     if not powers:
+        if _over_own_sum(moving, below, key):
+            return OWN_SUM
         changed = "the weights are changed between the exponential and the product with the values"
         return changed if moving else "the weights are not exp(scores) over their sum"
     if not below:
@@ -72,6 +76,33 @@ def softmax(weight: Expr, key: Axis) -> Normalised | str:
             return replace(found, gain=_without_factors(above, below, power, divisor))
         reason = found
     return reason
+
+
+def summands(weight: Expr, key: Axis) -> list[Expr]:
+    """Weights that add up to ``weight``, which is a sum of sums over keys times anything; itself if it is none."""
+    above, below, zero_if_empty = quotient(weight)
+    sums = [factor for factor in above if _adds_up(factor, key)]
+    if len(sums) != 1 or zero_if_empty:
+        return [weight]
+    rest = [factor for factor in above if factor is not sums[0]]
+    parts = [reduce(partial(op, "mul"), rest, part) for part in terms(sums[0])]
+    parts = [reduce(partial(op, "div"), below, part) for part in parts]
+    found = [each for part in parts for each in summands(part, key)]
+    return found if len(found) <= MAX_SUMMANDS else [weight]
+
+
+def _adds_up(factor: Expr, key: Axis) -> bool:
+    """A sum of several terms, one of which is normalised scores."""
+    normalised = any(isinstance(n, Reduce) for n in factor.walk()) and any(isinstance(n, Dot) for n in factor.walk())
+    return normalised and key in factor.axes and len(terms(factor)) > 1
+
+
+def _over_own_sum(moving: list[Expr], below: list[Expr], key: Axis) -> bool:
+    """What differs from key to key is divided by its sum over the keys, perhaps with something added to that."""
+    sums = [each for divisor in below for each in terms(divisor)]
+    bodies = [substitute(e.body, {e.axis: key}) for e in sums if isinstance(e, Reduce) and e.axis.extent == key.extent]
+    factors = [quotient(body)[0] for body in bodies]
+    return any(Counter(f for f in above if key in f.axes) == Counter(moving) for above in factors) and bool(moving)
 
 
 def _normalised(power: Expr, divisor: Expr, key: Axis, zero_if_empty: bool) -> Normalised | str:

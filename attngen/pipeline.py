@@ -42,12 +42,16 @@ log = logging.getLogger("attngen")
 
 @dataclass(frozen=True)
 class Found:
-    """A site that can be replaced, with the problem it poses and the choice made for it."""
+    """A site that can be replaced, with the problem it poses and the choice made for it.
+
+    ``terms`` are all that add up to its output, itself among them: they are replaced together.
+    """
 
     placed: replacing.Placed
     where: str
     problem: Problem
     plan: Plan
+    terms: tuple[replacing.Placed, ...] = ()
 
     @property
     def anchor(self) -> fx.Node:
@@ -58,7 +62,7 @@ class Found:
 class Missed:
     """A place that is left as it was. ``anchor`` is the captured node it is at, ``blamed`` the one the reason is about.
 
-    ``end`` is the lowered node of its product with the values; ``site`` is the attention, if it was proved to be one.
+    ``end`` is the lowered node of its product with the values; ``sites`` are the attention, if it was proved to be one.
     """
 
     where: str
@@ -67,7 +71,7 @@ class Missed:
     anchor: fx.Node | None = None
     blamed: fx.Node | None = None
     end: fx.Node | None = None
-    site: Site | None = None
+    sites: detect.Terms = ()
 
 
 def optimize(
@@ -84,7 +88,13 @@ def optimize(
     found = analyse(lowered, device, options, trains(gm, example_inputs), plans)
     analysed = time.perf_counter()
     uses: dict[str, Use] = {}
-    sites = [_replace(each, lowered, device, uses, options) for each in found]
+    sites: list[SiteReport] = []
+    for each in found:
+        if isinstance(each, Missed):
+            sites.append(describe.missed(each))
+        elif each.placed is each.terms[0]:
+            terms = [one for one in found if isinstance(one, Found) and one.terms is each.terms]
+            sites += _replace(terms, lowered, device, uses, options)
     gm.graph.lint()
     gm.recompile()
     seconds = {"analyse": analysed - started, "replace": time.perf_counter() - analysed}
@@ -138,26 +148,34 @@ def analyse(
     nodes = {node.name: node for node in lowered.graph.nodes}
     found: list[Found | Missed] = []
     for each in detect.run(lowered):
-        outcome = _analysed(each, lowered, facts, device, options, training, plans)
-        if isinstance(outcome, Found):
-            found.append(outcome)
+        outcome = each if isinstance(each, Miss) else _all(each, lowered, facts, device, options, training, plans)
+        if not isinstance(outcome, Miss):
+            found += outcome
             continue
-        site = each if isinstance(each, Site) else None
+        sites = () if isinstance(each, Miss) else each
         named = nodes.get(outcome.node)
-        end = site.output if site else named and extract.product_of(named)
+        end = sites[0].output if sites else named and extract.product_of(named)
         name = outcome.node or (end.name if end else "")
         anchor = captured.get(end.name) if end else None
         where = name if anchor is None else provenance.where(anchor)
-        found.append(Missed(where, outcome.reason, name, anchor, captured.get(name, anchor), end, site))
+        found.append(Missed(where, outcome.reason, name, anchor, captured.get(name, anchor), end, sites))
     return found
 
 
+def _all(sites: detect.Terms, *about: Any) -> list[Found] | Miss:
+    """What adds up to one output, which is replaced as a whole or not at all."""
+    outcomes = [_analysed(site, *about) for site in sites]
+    found = [outcome for outcome in outcomes if isinstance(outcome, Found)]
+    if len(found) < len(outcomes):
+        return next(outcome for outcome in outcomes if isinstance(outcome, Miss))
+    terms = tuple(each.placed for each in found)
+    return [replace(each, terms=terms) for each in found]
+
+
 def _analysed(
-    each: Site | Miss, lowered: Lowered, facts: effects.Effects, device: Device, options: Options, training: bool,
+    each: Site, lowered: Lowered, facts: effects.Effects, device: Device, options: Options, training: bool,
     plans: PlanFile | None,
 ) -> Found | Miss:  # fmt: skip
-    if isinstance(each, Miss):
-        return each
     specialised = specialise.run(each)
     if isinstance(specialised, Miss):
         return specialised
@@ -257,24 +275,35 @@ def _problem(site: Site) -> Problem:
 # -------------------------------------------------------------------------------------------------------------- replace
 
 
-def _replace(each: Found | Missed, lowered: Lowered, device: Device, uses: dict[str, Use], options: Options) -> SiteReport:
-    if isinstance(each, Missed):
-        return describe.missed(each)
+def _replace(
+    terms: Sequence[Found], lowered: Lowered, device: Device, uses: dict[str, Use], options: Options
+) -> list[SiteReport]:
+    """Put kernels in place of all that adds up to one output. A report for each, or one that says why it stays."""
+    first = terms[0]
     try:
-        kernel = emitted(each.plan, device.l2_bytes, each.where)
-        assert isinstance(kernel, Kernel)  # or it had been missed
-        target = runtime.operator(each.placed.specialised.spec, kernel)
-        miss = replacing.run(each.placed, lowered, target)
+        kernels = [_kernel(each, device) for each in terms]
+        specs = [each.placed.specialised.spec for each in terms]
+        targets = [runtime.operator(spec, kernel) for spec, kernel in zip(specs, kernels, strict=True)]
+        miss = replacing.run(first.terms, lowered, targets)
     except Exception as problem:
         if options.raises:
             raise
-        log.warning("%s is left as it was: %s: %s", each.where, type(problem).__name__, problem)
-        return describe.missed(Missed(each.where, f"internal error: {problem}", anchor=each.anchor))
+        log.warning("%s is left as it was: %s: %s", first.where, type(problem).__name__, problem)
+        return [describe.missed(Missed(first.where, f"internal error: {problem}", anchor=first.anchor))]
     if miss is not None:
-        return describe.missed(Missed(each.where, miss.reason, miss.node, each.anchor, each.anchor))
-    uses.setdefault(kernel.name, Use(kernel, each.problem, _layouts(each)))
-    described = describe.found(each, device, "replaced")
-    return replace(described, kernel=kernel.name, operator=str(target.name()))
+        return [describe.missed(Missed(first.where, miss.reason, miss.node, first.anchor, first.anchor))]
+    reports = []
+    for each, kernel, target in zip(terms, kernels, targets, strict=True):
+        uses.setdefault(kernel.name, Use(kernel, each.problem, _layouts(each)))
+        described = describe.found(each, device, "replaced")
+        reports.append(replace(described, kernel=kernel.name, operator=str(target.name())))
+    return reports
+
+
+def _kernel(each: Found, device: Device) -> Kernel:
+    kernel = emitted(each.plan, device.l2_bytes, each.where)
+    assert isinstance(kernel, Kernel)  # or it had been missed
+    return kernel
 
 
 def _layouts(each: Found) -> tuple[Layout, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from attngen.passes.pointwise import POINTWISE
-from attngen.passes.semantics import is_tensor, op_name, shape_of
+from attngen.passes.semantics import bind, is_tensor, op_name, shape_of
 from attngen.passes.values import is_contraction
 from attngen.passes.views import PARTS, VIEWS
 
@@ -54,12 +54,17 @@ class Marks:
             self.level[node] = max(before, 2)
         elif name == "sum" and before:
             self.level[node] = 3 if before >= 2 else 1
-        elif before and (passes or name in _JOINS | _CHANGES):
+        elif before and (passes or name in _JOINS | _CHANGES or self._mixes_channels(node)):
             self.level[node] = before
         if (contracts and _is_batched(node)) or (passes and any(n in self.pairs for n in inputs)):
             self.pairs.add(node)
         if before and name == "copy":
             self.level[_whole(node)] = before
+
+    def _mixes_channels(self, node: fx.Node) -> bool:
+        """A convolution over what may be scores or weights, whose channels are then heads."""
+        source = node.all_input_nodes[:1]
+        return is_pointwise_convolution(node) and (self.highest(source) == 3 or any(n in self.pairs for n in source))
 
 
 def _whole(node: fx.Node) -> fx.Node:
@@ -77,6 +82,15 @@ def _is_batched(node: fx.Node) -> bool:
 def is_product(node: fx.Node) -> bool:
     """A contraction; among sums, only those of products."""
     return is_contraction(node) and (op_name(node) != "sum" or any(op_name(n) == "mul" for n in node.all_input_nodes))
+
+
+def is_pointwise_convolution(node: fx.Node) -> bool:
+    """A product over channels, position by position."""
+    if op_name(node) != "conv2d":
+        return False
+    args = bind(node)
+    small = args["groups"] == 1 and shape_of(args["weight"])[2:] == (1, 1)
+    return bool(small) and shape_of(args["input"])[2:] == shape_of(node)[2:]
 
 
 def is_candidate(node: fx.Node, marks: Marks) -> bool:

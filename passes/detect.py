@@ -18,17 +18,15 @@ from torch import fx
 
 from attngen import compat
 from attngen.algebra import Access, Dot, Expr, Load, op, transform
-from attngen.compat import FloorDiv
 from attngen.errors import Miss
-from attngen.index import Axis, numbered
-from attngen.normaliser import Normalised, quotient, softmax, unnormalised
-from attngen.passes import effects
+from attngen.index import Axis
+from attngen.normaliser import OWN_SUM, Normalised, quotient, softmax, summands, unnormalised
+from attngen.passes import effects, heads, ordinary, results
 from attngen.passes.candidates import ATTENTION, Marks, divided, is_candidate, is_product, weighs_pairs
 from attngen.passes.decompose import Decomposer
 from attngen.passes.lower import Lowered
 from attngen.passes.operands import Operand, peel
-from attngen.passes.semantics import Reader, bind, dtype_of, op_name, shape_of
-from attngen.passes.views import VIEWS
+from attngen.passes.semantics import Reader, bind, dtype_of, op_name
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Site:
 
     ``score`` is what the softmax sees, over ``dot`` (the product of query and key) and anything else the graph adds; where
     there is no ``softmax``, it is the weight itself. ``gain`` multiplies the weights after the softmax.
-    ``interior`` are the nodes between the two contractions, which nobody else reads.
+    ``interior`` are the nodes between the two contractions, which nobody else reads. ``dtype`` is that of the result.
     """
 
     output: fx.Node
@@ -59,16 +57,20 @@ class Site:
     late_sink: bool
     lifted: bool
     by_log: bool
+    dtype: torch.dtype
     reader: Reader = field(repr=False, compare=False)
     interior: frozenset[fx.Node] = field(repr=False, compare=False)
 
 
-def run(lowered: Lowered) -> list[Site | Miss]:
-    """Every proved site and every near miss of the graph, in program order."""
+Terms = tuple[Site, ...]  # attentions over the same values, whose sum the output is; one in most models
+
+
+def run(lowered: Lowered) -> list[Terms | Miss]:
+    """What is proved and every near miss of the graph, in program order."""
     facts = effects.run(lowered.graph)
     marks = Marks()
     decompose = Decomposer()
-    found: list[Site | Miss] = []
+    found: list[Terms | Miss] = []
     for node in lowered.graph.nodes:
         marks.add(node)
         if node not in facts.live or not is_product(node):
@@ -77,9 +79,9 @@ def run(lowered: Lowered) -> list[Site | Miss]:
         if not (near or weighs_pairs(node, marks)):
             continue
         proof = _prove(node, lowered, facts, decompose)
-        if isinstance(proof, Site):
-            marks.settle(proof.output)
-        if near or isinstance(proof, Site):  # else it is an ordinary product, not a near miss
+        if not isinstance(proof, Miss):
+            marks.settle(proof[0].output)
+        if near or not isinstance(proof, Miss) or proof.reason == OWN_SUM:  # else it is an ordinary product, not a near miss
             found.append(proof)
     return found
 
@@ -87,22 +89,30 @@ def run(lowered: Lowered) -> list[Site | Miss]:
 # ------------------------------------------------------------------------------------------------------------- proof
 
 _DROPOUT = "the attention weights are dropped at random"
+_FROM_SCORES = "an operand is computed from the scores"
 
 
-def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: Decomposer) -> Site | Miss:
+def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: Decomposer) -> Terms | Miss:
     if op_name(node) == ATTENTION and bind(node)["dropout_p"]:
         return Miss(_DROPOUT, node.name, depth=1)
     reader = Reader(lowered.graph, facts.stale, decompose, facts.overwritten(node))
     misses = []
     for end in filter(None, (divided(node), node)):
-        for output, axes in _sinks(end, lowered, reader, facts):
+        for output, axes in results.run(end, lowered, reader, facts):
             proof = _prove_output(reader, end, output, axes, lowered.parameters)
-            if isinstance(proof, Site):
-                if _fix_head_sizes(proof):
-                    return _prove(node, lowered, facts, decompose)
-                disturbed = effects.undisturbed(proof, end, facts)
-                return proof if disturbed is None else disturbed
-            misses.append(proof)
+            if isinstance(proof, Miss):
+                misses.append(proof)
+                continue
+            if any(_fix_head_sizes(site) for site in proof):
+                return _prove(node, lowered, facts, decompose)
+            inside = proof[0].interior - {site.dot.node for site in proof}
+            mixed = heads.mixed(reader, end) if any(map(heads.may_mix, inside)) else None
+            disturbed = effects.undisturbed(proof[0], end, facts) if mixed is None else mixed
+            if disturbed is None:
+                return proof
+            misses.append(disturbed)
+    if (mixed := heads.mixed(reader, node)) is not None:
+        return mixed
     deepest = max(misses, key=lambda miss: miss.depth)
     return deepest if deepest.node else replace(deepest, node=node.name)
 
@@ -121,7 +131,7 @@ class _Sides:
 
 def _prove_output(
     reader: Reader, node: fx.Node, output: fx.Node, axes: tuple[Axis, ...], parameters: frozenset[fx.Node]
-) -> Site | Miss:
+) -> Terms | Miss:
     result = reader.at(output, axes)
     above, below, _ = quotient(result)
     products = [factor for factor in above if isinstance(factor, Dot)]
@@ -135,29 +145,13 @@ def _prove_output(
     misses = []
     for weights, values in ((product.lhs, product.rhs), (product.rhs, product.lhs)):
         proof = _prove_sides(reader, _Sides(node, output, axes, product.axis, weights, values), outside)
-        if isinstance(proof, Site):
-            if proof.softmax or not (_is_product_of_three(proof) or _is_layer(proof, parameters)):
+        if not isinstance(proof, Miss):
+            refused = None if proof[0].softmax else ordinary.run(proof[0], parameters)
+            if refused is None:
                 return proof
-            proof = Miss("a product with the weights of a layer, or of three matrices", node.name)
+            proof = refused
         misses.append(proof)
     return max(misses, key=lambda miss: miss.depth)
-
-
-def _is_product_of_three(site: Site) -> bool:
-    """Nothing but a factor is done to the weights: the order in which to multiply is the model's choice."""
-    factors, below, _ = quotient(site.score)
-    return all(f == site.dot or site.key not in f.axes for f in (*factors, *below))
-
-
-def _is_layer(site: Site, parameters: frozenset[fx.Node]) -> bool:
-    """Keys or values are weights of the model: a feed-forward layer, not attention."""
-
-    def held(node: fx.Node) -> bool:
-        while node not in parameters and op_name(node) in VIEWS:
-            node = node.all_input_nodes[0]
-        return node in parameters
-
-    return held(site.keys.node) or held(site.values.node)
 
 
 def _fix_head_sizes(site: Site) -> bool:
@@ -177,19 +171,43 @@ def _drops(expr: Expr) -> bool:
     return any(isinstance(n, Load) and op_name(n.source) == "dropout" for n in expr.walk())  # type: ignore[arg-type]
 
 
-def _prove_sides(reader: Reader, sides: _Sides, outside: Expr) -> Site | Miss:
+def _prove_sides(reader: Reader, sides: _Sides, outside: Expr) -> Terms | Miss:
     """``outside`` multiplies the product: the division by a sum that other spellings do before it."""
     weights, key, node = sides.weights, sides.key, sides.node.name
     weight = op("mul", reader.at(weights.source, _plain(weights)), outside)  # type: ignore[arg-type]
     if (plain := unnormalised(weight)) is not None:
         proof = _prove_normalised(reader, sides, outside, plain)
-        return replace(proof, depth=0) if isinstance(proof, Miss) else proof
+        return replace(proof, depth=0) if isinstance(proof, Miss) else (proof,)
     normalised = softmax(weight, key)
-    if isinstance(normalised, str) and _drops(weight):
+    if isinstance(normalised, Normalised):
+        proof = _prove_normalised(reader, sides, outside, normalised)
+        return proof if isinstance(proof, Miss) else (proof,)
+    if _drops(weight):
         return Miss(_DROPOUT, node, depth=2)
-    if isinstance(normalised, str):
-        return Miss(normalised, node, depth=1 if any(isinstance(n, Dot) for n in weight.walk()) else 0)
-    return _prove_normalised(reader, sides, outside, normalised)
+    if len(parts := summands(weight, key)) > 1:
+        return _prove_sum(reader, sides, outside, [softmax(part, key) for part in parts])
+    scored = any(isinstance(n, Dot) for n in weight.walk())
+    return Miss(normalised, node, depth=7 if scored and normalised == OWN_SUM else int(scored))
+
+
+def _prove_sum(reader: Reader, sides: _Sides, outside: Expr, parts: list[Normalised | str]) -> Terms | Miss:
+    """``(w1 + w2) @ v = w1 @ v + w2 @ v``, where each is a softmax; else none of them gains.
+
+    The terms may be larger than their sum, so they are not rounded to 16 bits before it.
+    """
+    normalised = [part for part in parts if isinstance(part, Normalised)]
+    if len(normalised) < len(parts):
+        return Miss("something is added to the attention weights", sides.node.name, depth=1)
+    proofs = [_prove_normalised(reader, sides, outside, part) for part in normalised]
+    misses = [proof for proof in proofs if isinstance(proof, Miss)]
+    if misses:
+        return max(misses, key=lambda miss: miss.depth)
+    sites = [proof for proof in proofs if isinstance(proof, Site)]
+    inside = frozenset[fx.Node]().union(*(site.interior for site in sites))
+    if any(operand.node in inside for site in sites for operand in (site.query, site.keys, site.values)):
+        return Miss(_FROM_SCORES, sides.node.name, depth=5)
+    dtype = torch.promote_types(dtype_of(sides.output), torch.float32)
+    return tuple(replace(site, interior=inside, dtype=dtype) for site in sites)
 
 
 def _prove_normalised(reader: Reader, sides: _Sides, outside: Expr, normalised: Normalised) -> Site | Miss:
@@ -223,12 +241,12 @@ def _prove_scores(reader: Reader, sides: _Sides, normalised: Normalised, dot: Do
     )
     interior = _interior(dot, sides.node)
     if any(operand.node in interior for operand in operands):
-        return Miss("an operand is computed from the scores", sides.node.name, depth=5)
+        return Miss(_FROM_SCORES, sides.node.name, depth=5)
     batch = tuple(a for a in axes if a not in (row, feature))
     return Site(
         sides.output, axes, batch, row, key, dot.axis, feature, q, k, v, dot, score,
         normalised.sinks, normalised.zero_if_empty, normalised.softmax, gain, normalised.late_sink,
-        normalised.lifted, normalised.by_log, reader, interior,
+        normalised.lifted, normalised.by_log, dtype_of(sides.output), reader, interior,
     )  # fmt: skip
 
 
@@ -296,58 +314,6 @@ def _operands(
     if key in v.factor.axes or v.factor.axes or v.factor != Operand.ONE:
         v = peel(reader, values, (key, feature), dtype_of(output), scaled=False)
     return (q, k, v) if isinstance(v, Operand) else v
-
-
-def _sinks(
-    node: fx.Node, lowered: Lowered, reader: Reader, facts: effects.Effects
-) -> list[tuple[fx.Node, tuple[Axis, ...]]]:
-    """The result, and the views and copies of it that only it feeds, as long as its dimensions stay whole; last first.
-
-    So the kernel writes the layout the model wants next, and the copies in between disappear.
-    """
-    sinks = [(node, _fresh(node))]
-    output = node
-    while len(output.users) == 1:
-        (user,) = output.users
-        if op_name(user) not in VIEWS or not _same_size(user, node) or not lowered.origins.get(user):
-            break
-        if (user in facts.cut) != (node in facts.cut):
-            break
-        axes = _fresh(user)
-        place = _trace_back(reader, user, axes, node)
-        if place is None or not _whole(place, axes):
-            break
-        output = user
-        sinks.append((output, axes))
-    return sinks[::-1]
-
-
-def _fresh(node: fx.Node) -> tuple[Axis, ...]:
-    return tuple(numbered(f"o{d}", size) for d, size in enumerate(shape_of(node)))
-
-
-def _same_size(user: fx.Node, node: fx.Node) -> bool:
-    sizes = [sp.Mul(*shape_of(n)) for n in (user, node)]
-    return sp.expand(sizes[0] - sizes[1]) == 0 and dtype_of(user) == dtype_of(node)
-
-
-def _trace_back(
-    reader: Reader, user: fx.Node, index: tuple[sp.Expr, ...], node: fx.Node
-) -> tuple[sp.Expr, ...] | None:
-    while user is not node:
-        step = reader.view(user, index)
-        if step is None:
-            return None
-        user, index = step
-    return index
-
-
-def _whole(place: tuple[sp.Expr, ...], axes: tuple[Axis, ...]) -> bool:
-    """No dimension of the source is cut apart, and none is read with a step or an offset."""
-    if any(p.has(FloorDiv, sp.Mod) for p in place):
-        return False
-    used = [s for p in place for s in p.free_symbols if isinstance(s, Axis)]
-    return len(used) == len(set(used)) and all(p.subs(dict.fromkeys(axes, 0)) == 0 for p in place)
 
 
 def _interior(dot: Dot, node: fx.Node) -> frozenset[fx.Node]:

@@ -39,11 +39,12 @@ class Region:
     operands: tuple[fx.Node, ...] = ()
 
 
-def of_site(site: Site, loaded: Sequence[fx.Node], lowered: Lowered) -> Region:
-    """The region of a proved site. ``loaded`` are the tensors beside its operands that a kernel would read."""
-    stops = [site.query.node, site.keys.node, site.values.node, *loaded]
-    scores = {site.dot.node} if isinstance(site.dot.node, fx.Node) else set()
-    return replace(_cut(site.output, stops, scores, lowered, ()), operands=tuple(stops[:3]))
+def of_sites(sites: Sequence[Site], loaded: Sequence[fx.Node], lowered: Lowered) -> Region:
+    """The region of what was proved, the terms of one output. ``loaded`` are the tensors that kernels would read beside
+    the operands."""
+    stops = [*(operand.node for site in sites for operand in (site.query, site.keys, site.values)), *loaded]
+    scores = {site.dot.node for site in sites if isinstance(site.dot.node, fx.Node)}
+    return replace(_cut(sites[0].output, stops, scores, lowered, ()), operands=tuple(stops[:3]))
 
 
 def of_miss(end: fx.Node, blamed: fx.Node | None, lowered: Lowered) -> Region:

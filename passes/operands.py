@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from attngen.algebra import Access, Const, Expr, op, to_float
+from attngen.compat import FloorDiv
 from attngen.errors import Miss
 from attngen.index import Axis
 from attngen.passes.effects import written
@@ -45,7 +46,7 @@ def peel(
 ) -> Operand | Miss:
     """The tensor to pass for ``access``, whose two ``whole`` axes must each be one full dimension of it.
 
-    ``direct``: every dimension of it is one axis, or read at one place.
+    ``direct``: every dimension of it is one axis, read in equal steps, or read at one place.
     """
     node: fx.Node = access.source  # type: ignore[assignment]
     index: Index = tuple(place.value for place in access.index)  # type: ignore[attr-defined]
@@ -102,7 +103,7 @@ def _keeps(index: Index, place: Index, inner: Axis) -> bool:
 
 
 def _direct(index: Index) -> bool:
-    return all(place.is_Integer or isinstance(place, Axis) for place in index)
+    return all(not place.has(FloorDiv, sp.Mod) and place.free_symbols == place.atoms(Axis) for place in index)
 
 
 def indexable(node: fx.Node, index: Index, whole: tuple[Axis, Axis]) -> bool:

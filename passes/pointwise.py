@@ -29,7 +29,7 @@ from attngen.algebra import (
 from attngen.passes.semantics import Bound, Index, Reader, Row, Unknown, coarsens, dtype_of, kind_of
 
 HALF = (torch.float16, torch.bfloat16)
-LOWEST = Const(torch.finfo(torch.float32).min)
+LOWEST = torch.finfo(torch.float32).min
 
 
 def _plain(name: str, *names: str) -> Row:
@@ -87,7 +87,12 @@ def _drowning_fill(branch: Expr, dtype: torch.dtype, *, loads: bool) -> Expr:
     fill = number(branch)
     if fill is None:
         return _drowning(branch, dtype, loads=loads)
-    return LOWEST if fill != -math.inf and drowns(fill, dtype) else branch
+    if fill == -math.inf or not drowns(fill, dtype):
+        return branch
+    if 2 * fill < torch.finfo(dtype).min:
+        return Const(LOWEST)  # two of them are -inf there, and here
+    # Where float32 numbers are as far apart as the model's are at the fill: of two fills the lower one stays so.
+    return Const(max(fill * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps, LOWEST))
 
 
 def _is_loaded(term: Expr) -> bool:

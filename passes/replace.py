@@ -6,7 +6,9 @@ Only the site's own output is redirected; what nobody needs any more is erased, 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from attngen.passes import effects
 from attngen.passes.detect import Site
 from attngen.passes.graphs import NotHere, Writer, is_pure, opened, sizes_of
 from attngen.passes.lower import Lowered
+from attngen.passes.semantics import dtype_of
 from attngen.passes.specialise import Specialised, Table
 from attngen.passes.strides import memory_order
 
@@ -78,21 +81,25 @@ def _sources(table: Table) -> list[fx.Node]:
     return [node.source for node in table.expr.walk() if hasattr(node, "source")]  # type: ignore[misc]
 
 
-def run(placed: Placed, lowered: Lowered, target: Any) -> Miss | None:
-    """Replace the site by a call of ``target``, an operator over the inputs of the spec. None if that worked."""
-    site = placed.site
+def run(terms: Sequence[Placed], lowered: Lowered, targets: Sequence[Any]) -> Miss | None:
+    """Replace the output of the sites ``terms`` by the sum of calls of ``targets``, operators over the inputs of each spec.
+
+    None if that worked.
+    """
+    site = terms[0].site
     try:
         if not lowered.origins.get(site.output):
-            opened(placed.anchor, lowered)
+            opened(terms[0].anchor, lowered)
     except NotHere as reason:
         return Miss(str(reason), site.output.name, depth=8)
     anchor = lowered.origins[site.output][0]
     writer = Writer(lowered, anchor)
     try:
-        call = writer.call(target, tuple(_arguments(placed, writer)))
-        if placed.specialised.spec.lse:
-            call = writer.call(operator.getitem, (call, 0))
-        if placed.copied:
+        calls = [_call(placed, target, writer) for placed, target in zip(terms, targets, strict=True)]
+        call = reduce(lambda one, other: writer.call(torch.ops.aten.add.Tensor, (one, other)), calls)
+        if site.dtype != dtype_of(site.output):
+            call = writer.call(torch.ops.aten.to.dtype, (call, dtype_of(site.output)))
+        if terms[0].copied and len(terms) == 1:  # a sum is kept by nobody
             call = writer.call(torch.ops.attngen.copied.default, (call,))
         order = memory_order(site.output)
         if order != tuple(range(len(order))):
@@ -105,8 +112,14 @@ def run(placed: Placed, lowered: Lowered, target: Any) -> Miss | None:
         raise
     call.meta = dict(anchor.meta)
     anchor.replace_all_uses_with(call, propagate_meta=False)
+    lowered.origins[site.output].insert(0, call)  # where a later site finds it
     _erase(anchor, lowered)
     return None
+
+
+def _call(placed: Placed, target: Any, writer: Writer) -> fx.Node:
+    call = writer.call(target, tuple(_arguments(placed, writer)))
+    return writer.call(operator.getitem, (call, 0)) if placed.specialised.spec.lse else call
 
 
 def _arguments(placed: Placed, writer: Writer) -> list[fx.Node]:

@@ -84,7 +84,7 @@ def run(site: Site) -> Specialised | Miss:
         output=tuple(names[site.axes[d]] for d in memory_order(site.output)),  # type: ignore[misc]
         head_dim=int(site.inner.extent),
         value_dim=int(site.feature.extent),
-        out_dtype=dtype_of(site.output),
+        out_dtype=site.dtype,
         score=score,
         mask=mask,
         whole=renamed[3] if split.whole is not None else None,

@@ -295,7 +295,7 @@ def _matmul_plus(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Ex
 def _linear(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
     axis = reader.bound(node, shape_of(args["weight"])[-1])
     product = reader.dot(node, (args["input"], (*index[:-1], axis)), (args["weight"], (index[-1], axis)), axis)
-    return product if args["bias"] is None else op("add", product, reader.at(args["bias"], (index[-1],)))
+    return product if args["bias"] is None else op("add", product, reader.operand(args["bias"], (index[-1],)))
 
 
 VALUES: dict[str, Row] = {

@@ -29,7 +29,10 @@ torch.set_num_threads(1)
 
 @dataclass
 class Analysis:
-    """One captured graph: its sites and misses in order; what each node and the graph were when last run."""
+    """One captured graph: its sites and misses in order; what each node and the graph were when last run.
+
+    Sites with the same output are terms of one sum.
+    """
 
     lowered: lower.Lowered
     found: list[tuple[Site, Specialised] | Miss]
@@ -49,7 +52,9 @@ class Analysis:
         return [self.error(site, special, dtype) for site, special in self.hits]
 
     def error(self, site: Site, special: Specialised, dtype: torch.dtype | None = None) -> float:
-        ours, theirs = self.computed(site, special, dtype), self.values[site.output]
+        terms = [(site, special), *(each for each in self.hits if each[0].output is site.output and each[0] is not site)]
+        theirs = self.values[site.output]
+        ours = sum((self.computed(*term, dtype) for term in terms), torch.zeros(())).to(theirs.dtype)
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
         assert torch.equal(ours.isnan(), theirs.isnan())
         scale = float(theirs.nan_to_num().abs().max())
@@ -112,8 +117,12 @@ def analyse_graph(gm: fx.GraphModule, inputs: Any = ()) -> Analysis:
     lowered = lower.run(gm, inputs)
     found: list[tuple[Site, Specialised] | Miss] = []
     for one in detect.run(lowered):
-        special = one if isinstance(one, Miss) else specialise.run(one)
-        found.append(special if isinstance(special, Miss) else (one, special))  # type: ignore[arg-type]
+        if isinstance(one, Miss):
+            found.append(one)
+            continue
+        terms = [specialise.run(site) for site in one]
+        missed = [special for special in terms if isinstance(special, Miss)]
+        found += missed[:1] or zip(one, terms, strict=True)  # type: ignore[arg-type]
     return Analysis(lowered, found)
 
 

@@ -35,6 +35,7 @@ from attngen.errors import AttngenError, Miss
 from attngen.options import Options
 from attngen.passes import detect, effects, lower, specialise
 from attngen.passes import replace as replacing
+from attngen.passes.detect import Site
 from attngen.report import Report
 
 torch.set_num_threads(1)
@@ -52,26 +53,30 @@ class Outcome:
 # ------------------------------------------------------------------------------------------------------------ running
 
 
+def _placed(site: Site, lowered: lower.Lowered, facts: effects.Effects, training: bool) -> replacing.Placed | Miss:
+    special = specialise.run(site)
+    if isinstance(special, Miss):
+        return special
+    special = replace(special, spec=replace(special.spec, lse=training))
+    return replacing.place(site, special, lowered, facts, training=training)
+
+
 def replaced(case: Case) -> tuple[Run, int, list[str]]:
     """The graph with its sites replaced, how many those are, and why others are not: the pipeline without the kernels."""
     gm = _copied(case.gm)
     lowered = lower.run(gm, case.inputs)
     facts = effects.run(lowered.graph)
-    placed: list[replacing.Placed] = []
+    placed: list[list[replacing.Placed]] = []
     reasons = []
     for each in detect.run(lowered):
-        special = each if isinstance(each, Miss) else specialise.run(each)
-        if not isinstance(special, Miss):
-            assert not isinstance(each, Miss)
-            special = replacing.place(each, special, lowered, facts, training=case.training)  # type: ignore[assignment]
-        if isinstance(special, Miss):
-            reasons.append(special.reason)
-        else:
-            placed.append(special)  # type: ignore[arg-type]
-    for site in placed:
-        spec = replace(site.specialised.spec, lse=case.training)
-        site = replace(site, specialised=replace(site.specialised, spec=spec))
-        miss = replacing.run(site, lowered, runtime.operator(spec, None))
+        terms = [each] if isinstance(each, Miss) else [_placed(site, lowered, facts, case.training) for site in each]
+        missed = [term.reason for term in terms if isinstance(term, Miss)]
+        reasons += missed[:1]
+        if not missed:
+            placed.append(terms)  # type: ignore[arg-type]
+    for together in placed:
+        operators = [runtime.operator(site.specialised.spec, None) for site in together]
+        miss = replacing.run(together, lowered, operators)
         reasons += [] if miss is None else [miss.reason]
     gm.graph.lint()
     gm.recompile()

@@ -84,6 +84,17 @@ class _Model:
         q, k, v = (self.disturbed(x, 3) for x in (q, k, v))
         if self.by_library:
             return self.library(q, k, v)
+        weights = self.weights(q, k, v)
+        if self.draw.chance(8):
+            weights = self.combined(weights, v)
+        if self.draw.chance(2):
+            self.written(self.draw.one([v, k, q]))
+        out = self.product(self.disturbed(self.read(weights), 4), v)
+        if self.draw.chance(3):
+            self.written(self.draw.one([out, v, k, q]))
+        return out
+
+    def weights(self, q: Node, k: Node, v: Node) -> Node:
         scores = self.scores(q, k)
         steps = self.draw.below(4)
         for step in range(steps):
@@ -92,13 +103,17 @@ class _Model:
             scores = score_step(self.g, scores, tame=tame, mild=self.mild)
         if self.draw.chance(3):
             self.written(self.draw.one([q, k, v]))
-        weights = normalised(self.g, self.read(scores), unshifted=self.unshifted)
-        if self.draw.chance(2):
-            self.written(self.draw.one([v, k, q]))
-        out = self.product(self.disturbed(self.read(weights), 4), v)
-        if self.draw.chance(3):
-            self.written(self.draw.one([out, v, k, q]))
-        return out
+        return normalised(self.g, self.read(scores), unshifted=self.unshifted)
+
+    def combined(self, first: Node, v: Node) -> Node:
+        """Differential attention: two softmaxes over the same keys, one of them times something."""
+        q = self.operand((*self.lead, self.rows, self.width))
+        k = self.operand((*self.lead, self.keys, self.width), grouped=True)
+        second = self.weights(q, k, v)
+        rate = self.draw.one([0.8, self.g.normal(1, dtype=self.dtype), self.g.normal(self.rows, 1, dtype=self.dtype)])
+        second = self.g(operator.mul, self.disturbed(second, 4), rate)
+        both: Node = self.g(self.draw.one([operator.sub, operator.add]), first, second)
+        return self.g(operator.mul, both, 0.5) if self.draw.chance(20) else both
 
     def library(self, q: Node, k: Node, v: Node) -> Node:
         """``scaled_dot_product_attention``, with a mask or without."""

@@ -153,6 +153,19 @@ def test_large_scores_leave_what_they_leave_in_the_model(dtype: torch.dtype, fil
     close(ours[:, :, ALL], theirs[:, :, ALL])
 
 
+def test_of_two_fills_the_lower_one_counts_less() -> None:
+    """A row whose visible keys are all at -1e9, and the others at the lowest number: the mean of the visible ones."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        s = scores(q, k) + m.to(q.dtype) * -1e9
+        return s.masked_fill(torch.ones_like(s, dtype=torch.bool).triu(1), torch.finfo(s.dtype).min).softmax(-1) @ v
+
+    q, k, v = inputs_in(torch.bfloat16)
+    hidden = torch.zeros(q.shape[-2], k.shape[-2], dtype=torch.bool)
+    hidden[1, :2] = True
+    close(*compared(model, q, k, v, hidden))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_mask_made_from_numbers(dtype: torch.dtype) -> None:
     """One for what is kept, zero for what is not: the mask is computed in the kernel."""

@@ -18,6 +18,8 @@ from attngen.verify import within_budget
 CHANGED = "the weights are changed between the exponential and the product with the values"
 OTHER_DIM = "the softmax runs over another dimension than the product with the values"
 DROPPED = "the attention weights are dropped at random"
+ADDED = "something is added to the attention weights"
+MIXED = "the scores of different heads are mixed"
 NO_PRODUCT = "the softmax is not over a product of queries and keys"
 
 
@@ -127,7 +129,7 @@ MISSED: dict[str, tuple[Function, str]] = {
     "heads and batch swapped": (lambda q, k, v: weights(q, k).transpose(0, 1).reshape(2, 4, 12, 12) @ v, "whole dim"),
     "heads scrambled": (lambda q, k, v: weights(q, k).reshape(2, 12, 4, 12).transpose(1, 2) @ v, "queries alone"),
     "heads rolled": (lambda q, k, v: weights(q, k).roll(1, 1) @ v, CHANGED),
-    "heads mixed": (lambda q, k, v, w: torch.einsum("bhij,hg->bgij", scores(q, k), w[:4, :4]).softmax(-1) @ v, "alone"),
+    "heads mixed": (lambda q, k, v, w: torch.einsum("bhij,hg->bgij", scores(q, k), w[:4, :4]).softmax(-1) @ v, MIXED),
     "heads summed": (lambda q, k, v: torch.einsum("bhij,bhjd->bid", weights(q, k), v), OTHER_DIM),
     "weights returned": (lambda q, k, v: (lambda w: (w @ v, w))(weights(q, k)), "the attention weights are returned"),
     "weights read": (lambda q, k, v: (lambda w: w @ v + w.sum())(weights(q, k)), "also read by sum"),
@@ -143,6 +145,7 @@ MISSED: dict[str, tuple[Function, str]] = {
     "layer norm on scores": (lambda q, k, v: layer_norm(scores(q, k), (12,)).softmax(-1) @ v, NO_PRODUCT),
     "layer norm on weights": (lambda q, k, v: layer_norm(weights(q, k), (12,)) @ v, CHANGED),
     "linear with a bias on weights": (lambda q, k, v, w: linear(weights(q, k), w, w[0]) @ v, "added to it"),
+    "linear with one number as its bias": (lambda q, k, v, w: linear(weights(q, k), w, w[0, 0]) @ v, "added to it"),
     "contrastive": (lambda q, k, v: weights(q, k).mT @ v, OTHER_DIM),
     "contrastive, over heads": (lambda q, k, v: torch.einsum("bhij,bgid->bgjd", weights(q, k), v), CHANGED),
     "weights changed in place": (in_place_weights, CHANGED),
@@ -156,7 +159,7 @@ MISSED: dict[str, tuple[Function, str]] = {
     "weights without NaN": (lambda q, k, v, m: scores(q, k).softmax(-1).nan_to_num() @ v, CHANGED),
     "top scores": (top_scores, "more than pointwise arithmetic"),
     "top weights": (top_weights, CHANGED),
-    "weights plus identity": (lambda q, k, v: (weights(q, k) + torch.eye(12)) @ v, CHANGED),
+    "weights plus identity": (lambda q, k, v: (weights(q, k) + torch.eye(12)) @ v, ADDED),
     "weights accumulated": (lambda q, k, v: weights(q, k).cumsum(-1) @ v, CHANGED),
     "weights in 8 bits": (lambda q, k, v: weights(q, k).to(torch.float8_e4m3fn).float() @ v, CHANGED),
     "scores in 8 bits": (lambda q, k, v: scores(q, k).to(torch.float8_e4m3fn).float().softmax(-1) @ v, NO_PRODUCT),

@@ -138,7 +138,7 @@ LOOK_ALIKES = {
     "divided by a maximum": (op("div", exp(SCORE), over("max", exp(SCORE))), "not the sum of these weights"),
     "changed in between": (
         op("div", op("tanh", exp(SCORE)), over("sum", op("tanh", exp(SCORE)))),
-        "changed between the exponential",
+        "divided by their sum, but are no exponentials",
     ),
     "sigmoid": (op("sigmoid", SCORE), "changed between the exponential"),
     "negative sink": (op("div", exp(SCORE), op("sub", over("sum", exp(SCORE)), Const(0.5))), "not a plain sink"),

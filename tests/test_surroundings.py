@@ -223,6 +223,22 @@ def test_under_ddp() -> None:
     torch.testing.assert_close([p.grad for p in model.parameters()], list(theirs), rtol=1e-3, atol=1e-3)
 
 
+def test_an_attention_reads_the_result_of_another_as_it_is() -> None:
+    """It is not computed again, from what may have changed since."""
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first = q.clone()
+        y = attend(first, k, v)
+        first.neg_()
+        return attend(y, k, v) + first
+
+    tensors = [torch.randn(2, 3, 8, 16, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    with torch.no_grad(), attngen.record() as reports:
+        out = torch.compile(step, backend="attngen", options=EAGER)(*tensors)
+    assert sum(len(report.replaced) for report in reports) == 2
+    torch.testing.assert_close(out, step(*tensors))
+
+
 def test_a_table_of_a_slope_that_is_one_number() -> None:
     def step(q: Tensor, k: Tensor, v: Tensor, slope: Tensor) -> Tensor:
         distance = torch.arange(8) - torch.arange(8)[:, None]

@@ -15,6 +15,10 @@ from analysis import assert_replaced_with_its_gradient, watched
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attngen import advice
+from attngen.normaliser import OWN_SUM
+from attngen.verify import within_budget
+
 BATCH, HEADS, LENGTH, SIZE = 2, 3, 37, 16
 
 
@@ -226,13 +230,95 @@ def test_a_weights_product_that_is_read_elsewhere_stays() -> None:
     assert not analyses[0].hits
 
 
-def test_a_product_of_three_matrices_is_no_attention() -> None:
+def features(x: Tensor) -> Tensor:
+    return F.elu(x) + 1
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k = features(q), features(k)
+    return q @ (k.mT @ v) / (q @ k.sum(-2, keepdim=True).mT)
+
+
+def linear_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k = q.relu(), k.relu()
+    total = torch.einsum("bhid,bhd->bhi", q, k.sum(2)) + 1e-6
+    return torch.einsum("bhid,bhde,bhi->bhie", q, torch.einsum("bhjd,bhje->bhde", k, v), 1 / total)
+
+
+THREE: tuple[Callable[..., Tensor], ...] = (
+    lambda q, k, v: q @ (k.softmax(2).transpose(-1, -2) @ v),
+    lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v),
+    lambda q, k, v: scores(q, k) @ v,
+    lambda q, k, v: (features(q) @ features(k).mT) @ v / LENGTH,
+    linear_attention,
+    linear_einsum,
+)
+
+
+@pytest.mark.parametrize("function", THREE)
+def test_a_product_of_three_matrices_is_no_attention(function: Callable[..., Tensor]) -> None:
     """In which order to multiply is the model's choice."""
+    run, analyses = watched(Call(function))
+    run(*inputs())
+    assert not analyses[0].found
 
-    def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return q @ (k.softmax(2).transpose(-1, -2) @ v)
 
-    for function in (linear_attention, lambda q, k, v: scores(q, k) @ v):
-        run, analyses = watched(Call(function))
-        run(*inputs())
-        assert not analyses[0].hits
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_other_order_of_three_products_may_be_far_off(dtype: torch.dtype) -> None:
+    """Why it is not chosen where it is cheaper: queries that cancel what keys and values have in common."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 512, 32, generator=generator) for _ in range(3))
+    q, k, v = (x.to(dtype) for x in ((q - q.mean(-1, keepdim=True)) / 32, k / 10 + 5, v + 5))
+    exact = (q.double() @ k.double().mT) @ v.double()
+    verdict = within_budget(q @ (k.mT @ v), exact, (q @ k.mT) @ v)
+    assert verdict.error > 10 * verdict.budget
+    harmless = [torch.randn(2, 512, 32, generator=generator).to(dtype) for _ in range(3)]
+    q, k, v = harmless
+    assert within_budget(q @ (k.mT @ v), (q.double() @ k.double().mT) @ v.double(), (q @ k.mT) @ v).ok
+
+
+# ------------------------------------------------------------------------------------- divided by a sum, no exponentials
+
+
+def over_their_sum(weights: Tensor, v: Tensor) -> Tensor:
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+def over_their_sum_late(weights: Tensor, v: Tensor) -> Tensor:
+    return (weights @ v) / (weights.sum(-1, keepdim=True) + 1e-6)
+
+
+WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "features": lambda q, k: features(q) @ features(k).mT,
+    "features, causal": lambda q, k: (features(q) @ features(k).mT).tril(),
+    "relu": lambda q, k: F.relu(scores(q, k)),
+    "sigmoid": lambda q, k: scores(q, k).sigmoid(),
+    "squares": lambda q, k: scores(q, k) ** 2,
+}
+
+
+@pytest.mark.parametrize("last", [over_their_sum, over_their_sum_late], ids=["first", "last"])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_over_their_sum_without_exponentials_are_missed_by_name(
+    name: str, last: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    run, analyses = watched(Call(lambda q, k, v: last(WEIGHTS[name](q, k), v)))
+    run(*inputs())
+    assert not analyses[0].hits
+    assert [miss.reason for miss in analyses[0].misses] == [OWN_SUM]
+    assert advice.on(OWN_SUM)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda q, k, v: (lambda w: (w / w.sum(-2, keepdim=True)) @ v)(scores(q, k).sigmoid()),
+        lambda q, k, v: (lambda w: (w / w.sum(1, keepdim=True)) @ v)(scores(q, k).sigmoid()),
+        lambda q, k, v: (lambda w: (w / k.sum(-1).unsqueeze(-2)) @ v)(scores(q, k).tril()),
+    ],
+    ids=["over queries", "over heads", "another sum"],
+)
+def test_weights_over_another_sum_are_not_called_that(function: Callable[..., Tensor]) -> None:
+    run, analyses = watched(Call(function))
+    run(*inputs())
+    assert OWN_SUM not in [miss.reason for miss in analyses[0].misses]
