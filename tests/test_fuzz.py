@@ -17,7 +17,7 @@ from fuzz_writer import Draw
 from attngen import compat
 
 GRAPHS, PART = 2000, 100
-COMPILED = range(5000, 5040)
+COMPILED = range(5040, 5080)
 INTERPRETED, JOBS = range(6000, 6400), 200
 
 
