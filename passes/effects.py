@@ -48,6 +48,11 @@ class Effects:
         return frozenset(found)
 
 
+def updated(whole: torch.Tensor, write: torch.Tensor) -> torch.Tensor:
+    """``whole`` as it is after the ``write`` to a part of it: the same memory. ``passes.versions`` puts such nodes in."""
+    return whole
+
+
 def run(graph: fx.Graph) -> Effects:
     order = {node: k for k, node in enumerate(graph.nodes)}
     writes: dict[int, list[fx.Node]] = {}
@@ -97,13 +102,14 @@ def _stale(graph: fx.Graph, writes: dict[int, list[fx.Node]], order: dict[fx.Nod
     """Nodes whose memory is written after they are made, and that are used after that write.
 
     Tracing already points later uses of the written tensor itself at the writing node, so what is left are its aliases.
+    The next version of the same memory does not use what was there before.
     """
     stale = set()
     for node in graph.nodes:
         if not _is_tensor(node) or _storage(node) not in writes:
             continue
         later = [w for w in writes[_storage(node)] if order[w] > order[node]]
-        last_use = max((order[user] for user in node.users), default=-1)
+        last_use = max((order[user] for user in node.users if user.target is not updated), default=-1)
         if any(order[w] < last_use for w in later):
             stale.add(node)
     return frozenset(stale)

@@ -83,6 +83,8 @@ def _only_reader(node: fx.Node, region: Region) -> fx.Node | None:
 def _call(node: fx.Node, names: Names) -> str:
     if node.target is operator.getitem:
         return f"{_text(node.args[0], names)}[{node.args[1]}]"
+    if node.target is effects.updated:
+        return _text(node.args[0], names)
     if not isinstance(node.target, torch._ops.OpOverload):
         return f"{node.target.__module__}.{node.target.__name__}({_arguments(node.args, node.kwargs, names)})"  # type: ignore[union-attr]
     args, name = list(node.args), _schema_name(node)
