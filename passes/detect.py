@@ -18,22 +18,23 @@ from torch import fx
 
 from attngen import compat
 from attngen.algebra import Access, Dot, Expr, Load, op, transform
-from attngen.compat import FloorDiv
 from attngen.errors import Miss
-from attngen.index import Axis, numbered
+from attngen.index import Axis
 from attngen.normaliser import Normalised, quotient, softmax, unnormalised
 from attngen.passes import effects
 from attngen.passes.candidates import ATTENTION, Marks, divided, is_candidate, is_product, weighs_pairs
 from attngen.passes.decompose import Decomposer
 from attngen.passes.lower import Lowered
 from attngen.passes.operands import Operand, peel
-from attngen.passes.semantics import Reader, bind, dtype_of, op_name, shape_of
+from attngen.passes.semantics import Reader, bind, dtype_of, op_name
+from attngen.passes.sinks import sinks
 from attngen.passes.views import VIEWS
 
 
 @dataclass(frozen=True)
 class Site:
-    """One proved attention. ``output`` is the node to replace; its dimensions are ``axes``, in order.
+    """One proved attention. ``output`` is the node to replace; its dimensions are ``axes``, in order. It is the result,
+    complete at ``end``, or a view of it.
 
     ``score`` is what the softmax sees, over ``dot`` (the product of query and key) and anything else the graph adds; where
     there is no ``softmax``, it is the weight itself. ``gain`` multiplies the weights after the softmax.
@@ -41,6 +42,7 @@ class Site:
     """
 
     output: fx.Node
+    end: fx.Node
     axes: tuple[Axis, ...]
     batch: tuple[Axis, ...]
     row: Axis
@@ -66,7 +68,7 @@ def run(lowered: Lowered) -> list[Site | Miss]:
     facts = effects.run(lowered.graph)
     marks = Marks()
     decompose = Decomposer()
-    found: list[Site | Miss] = []
+    found: list[tuple[Site | Miss, bool]] = []
     for node in lowered.graph.nodes:
         marks.add(node)
         if node not in facts.live or not is_product(node):
@@ -77,9 +79,20 @@ def run(lowered: Lowered) -> list[Site | Miss]:
         proof = _prove(node, lowered, facts, decompose)
         if isinstance(proof, Site):
             marks.settle(proof.output)
-        if near or isinstance(proof, Site):  # else it is an ordinary product, not a near miss
-            found.append(proof)
-    return found
+        found.append((proof, near))
+    proofs = _undisturbed([proof for proof, _ in found], facts)
+    # What is not near is an ordinary product, no miss.
+    return [proof for proof, (_, near) in zip(proofs, found, strict=True) if near or isinstance(proof, Site)]
+
+
+def _undisturbed(found: list[Site | Miss], facts: effects.Effects) -> list[Site | Miss]:
+    """Without the sites that somebody looks into. Those that are left may look into each other: they go together."""
+    while True:
+        sites = [each for each in found if isinstance(each, Site)]
+        disturbed = {id(site): effects.undisturbed(site, sites, facts) for site in sites}
+        found = [each if (miss := disturbed.get(id(each))) is None else miss for each in found]
+        if len(sites) == sum(isinstance(each, Site) for each in found):
+            return found
 
 
 # ------------------------------------------------------------------------------------------------------------- proof
@@ -93,13 +106,12 @@ def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: D
     reader = Reader(lowered.graph, facts.stale, decompose, facts.overwritten(node))
     misses = []
     for end in filter(None, (divided(node), node)):
-        for output, axes in _sinks(end, lowered, reader, facts):
+        for output, axes in sinks(end, lowered, reader, facts):
             proof = _prove_output(reader, end, output, axes, lowered.parameters)
             if isinstance(proof, Site):
                 if _fix_head_sizes(proof):
                     return _prove(node, lowered, facts, decompose)
-                disturbed = effects.undisturbed(proof, end, facts)
-                return proof if disturbed is None else disturbed
+                return proof
             misses.append(proof)
     deepest = max(misses, key=lambda miss: miss.depth)
     return deepest if deepest.node else replace(deepest, node=node.name)
@@ -224,7 +236,7 @@ def _prove_scores(reader: Reader, sides: _Sides, normalised: Normalised, dot: Do
         return Miss("an operand is computed from the scores", sides.node.name, depth=5)
     batch = tuple(a for a in axes if a not in (row, feature))
     return Site(
-        sides.output, axes, batch, row, key, dot.axis, feature, q, k, v, dot, score,
+        sides.output, sides.node, axes, batch, row, key, dot.axis, feature, q, k, v, dot, score,
         normalised.sinks, normalised.zero_if_empty, normalised.softmax, gain, normalised.late_sink, reader, interior,
     )  # fmt: skip
 
@@ -293,58 +305,6 @@ def _operands(
     if key in v.factor.axes or v.factor.axes or v.factor != Operand.ONE:
         v = peel(reader, values, (key, feature), dtype_of(output), scaled=False)
     return (q, k, v) if isinstance(v, Operand) else v
-
-
-def _sinks(
-    node: fx.Node, lowered: Lowered, reader: Reader, facts: effects.Effects
-) -> list[tuple[fx.Node, tuple[Axis, ...]]]:
-    """The result, and the views and copies of it that only it feeds, as long as its dimensions stay whole; last first.
-
-    So the kernel writes the layout the model wants next, and the copies in between disappear.
-    """
-    sinks = [(node, _fresh(node))]
-    output = node
-    while len(output.users) == 1:
-        (user,) = output.users
-        if op_name(user) not in VIEWS or not _same_size(user, node) or not lowered.origins.get(user):
-            break
-        if (user in facts.cut) != (node in facts.cut):
-            break
-        axes = _fresh(user)
-        place = _trace_back(reader, user, axes, node)
-        if place is None or not _whole(place, axes):
-            break
-        output = user
-        sinks.append((output, axes))
-    return sinks[::-1]
-
-
-def _fresh(node: fx.Node) -> tuple[Axis, ...]:
-    return tuple(numbered(f"o{d}", size) for d, size in enumerate(shape_of(node)))
-
-
-def _same_size(user: fx.Node, node: fx.Node) -> bool:
-    sizes = [sp.Mul(*shape_of(n)) for n in (user, node)]
-    return sp.expand(sizes[0] - sizes[1]) == 0 and dtype_of(user) == dtype_of(node)
-
-
-def _trace_back(
-    reader: Reader, user: fx.Node, index: tuple[sp.Expr, ...], node: fx.Node
-) -> tuple[sp.Expr, ...] | None:
-    while user is not node:
-        step = reader.view(user, index)
-        if step is None:
-            return None
-        user, index = step
-    return index
-
-
-def _whole(place: tuple[sp.Expr, ...], axes: tuple[Axis, ...]) -> bool:
-    """No dimension of the source is cut apart, and none is read with a step or an offset."""
-    if any(p.has(FloorDiv, sp.Mod) for p in place):
-        return False
-    used = [s for p in place for s in p.free_symbols if isinstance(s, Axis)]
-    return len(used) == len(set(used)) and all(p.subs(dict.fromkeys(axes, 0)) == 0 for p in place)
 
 
 def _interior(dot: Dot, node: fx.Node) -> frozenset[fx.Node]:

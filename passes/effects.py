@@ -7,7 +7,7 @@ them is written in between; and its intermediate values may only vanish if nobod
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -125,16 +125,21 @@ def _cut(graph: fx.Graph) -> frozenset[fx.Node]:
     return frozenset(cut)
 
 
-def undisturbed(site: Site, product: fx.Node, facts: Effects) -> Miss | None:
-    """None if the site may be replaced, else what stands in the way."""
+def undisturbed(site: Site, sites: Sequence[Site], facts: Effects) -> Miss | None:
+    """None if the site may be replaced together with all ``sites``, else what stands in the way."""
     for node in site.interior:
         for user in node.users:
-            if user in facts.live and user not in site.interior and user is not product:
+            if user in facts.live and not any(_goes_with(each, node, user) for each in (site, *sites)):
                 return Miss(_read_elsewhere(node, user), node.name, depth=6)
         outside = [w for w in facts.writes.get(_storage(node), ()) if w not in site.interior] if _is_tensor(node) else []
         if outside:
             return Miss("a value between the two products is written in place", outside[0].name, depth=6)
     return None
+
+
+def _goes_with(site: Site, node: fx.Node, user: fx.Node) -> bool:
+    """If the site is replaced, its own part of what reads ``node`` is not there any more."""
+    return node in site.interior and (user in site.interior or user is site.end)
 
 
 def _read_elsewhere(node: fx.Node, user: fx.Node) -> str:

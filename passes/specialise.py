@@ -172,6 +172,10 @@ class _Loads:
             return False
         return isinstance(part, (Dot, Reduce)) or self._reads_outside(part)
 
+    def _lacks_parts(self, expr: Expr) -> bool:
+        """It is made of products or sums that the graph has no tensors for: as a whole it is loaded."""
+        return any(isinstance(n, (Dot, Reduce)) and n not in self._held for n in expr.walk())
+
     def _is_per_pair(self, expr: Expr) -> bool:
         return self._site.row in expr.axes and self._site.key in expr.axes
 
@@ -217,7 +221,7 @@ class _Loads:
         diagonal = numbered("diagonal", row.extent + key.extent - 1)
         moved = substitute(expr, {key: row + diagonal - (row.extent - 1)})
         if row in moved.axes or not all(isinstance(n, (Int, Const, Load, Op)) for n in moved.walk()):
-            return None
+            return expr if expr in self._held and self._lacks_parts(expr) else None
         batch = tuple(a for a in self._site.batch if a in moved.axes)
         index = (*(Int(a) for a in batch), Int(key - row + ROW.extent - 1))
         return self._tables.setdefault(expr, Load(Table(moved, batch, diagonal), index))
