@@ -54,6 +54,9 @@ def statements(region: Region, names: Names, line_of: Callable[[fx.Node], str]) 
     shown = dict(names)
     joins = not any(effects.written(node) for node in region.nodes)
     for node in region.nodes:
+        if node.target is effects.updated and node not in region.outputs:
+            shown[node] = shown[node.args[0]]  # type: ignore[index]
+            continue
         text, line = _call(node, shown), line_of(node)
         reader = _only_reader(node, region) if joins else None
         if reader is not None and line_of(reader) == line and len(text) < LONGEST:

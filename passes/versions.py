@@ -28,6 +28,8 @@ from attngen.passes.views import VIEWS
 
 # Writes that change elements, each with a row that says to what; ``transpose_`` and the like change a tensor's layout.
 _WRITES = frozenset([*POINTWISE, *VALUES, "dropout"]) - (frozenset(VIEWS) - {"dropout", "to"})
+# A matrix that is solved row by row (the delta rule) is no score: what its last rows are made of doubles with each row.
+MOST_WRITES = 8
 
 
 def run(graph: fx.Graph) -> None:
@@ -97,7 +99,7 @@ def _written_scores(graph: fx.Graph) -> dict[int, list[fx.Node]]:
 
 
 def _is_followed(names: Sequence[fx.Node]) -> bool:
-    """All but the first are views of an earlier one or writes to it, and there is a write."""
+    """All but the first are views of an earlier one or writes to it, and there are a few writes."""
     known = {names[0]}
     for name in names[1:]:
         sources = [n for n in name.all_input_nodes if n in known]
@@ -108,7 +110,7 @@ def _is_followed(names: Sequence[fx.Node]) -> bool:
         if not follows:
             return False
         known.add(name)
-    return not written(names[0]) and any(written(name) for name in names)
+    return not written(names[0]) and 0 < sum(bool(written(name)) for name in names) <= MOST_WRITES
 
 
 def _source(name: fx.Node) -> fx.Node:

@@ -124,6 +124,19 @@ def test_the_spec_says_where_the_piece_is() -> None:
     assert readable(special.spec.score) == "(7 if j == 0 else qk)"
 
 
+def solved_row_by_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each row takes in those before it, as in the delta rule: its last row is made of 2^11 products."""
+    s = scores(q, k).tril(-1)
+    for row in range(1, 12):
+        s[..., row, :row] += (s[..., row, :row].unsqueeze(-1) * s[..., :row, :row]).sum(-2)
+    return s.softmax(-1) @ v
+
+
+def test_what_is_written_many_times_is_not_followed() -> None:
+    found = analysed(solved_row_by_row)
+    assert found.hits == [] and "put together in place" in found.misses[0].reason
+
+
 # ------------------------------------------------------------------------------------------------------ at random
 
 
