@@ -422,10 +422,17 @@ def where(condition: Expr, yes: Expr, no: Expr) -> Expr:
         return yes if condition.value else no
     if yes.kind == no.kind == "bool":
         return op("or", op("and", condition, yes), op("and", negate(condition), no))
-    yes, no = _same_kind(as_number(yes), as_number(no))
+    yes, no = _same_kind(_chosen(as_number(yes), condition, 1), _chosen(as_number(no), condition, 2))
     if yes == no or _agree_at_boundary(condition, yes, no):
         return no
     return Op("where", (condition, yes, no))
+
+
+def _chosen(branch: Expr, condition: Expr, place: int) -> Expr:
+    """``where(c, where(c, x, y), z) -> where(c, x, z)``, and the same for the other branch."""
+    while isinstance(branch, Op) and branch.name == "where" and branch.args[0] == condition:
+        branch = branch.args[place]
+    return branch
 
 
 def _same_kind(left: Expr, right: Expr) -> tuple[Expr, Expr]:

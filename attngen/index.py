@@ -131,12 +131,18 @@ def recombine(expr: sp.Expr) -> sp.Expr:
     """``c*(x // c) + x mod c -> x``: undoes a split that a later merge joined again."""
     expr = sp.expand(expr)
     for remainder in expr.atoms(sp.Mod):
-        value, divisor = remainder.args
-        weight = expr.coeff(remainder)
-        quotient = FloorDiv(value, divisor)
-        if weight != 0 and sp.expand(expr.coeff(quotient) - weight * divisor) == 0:
-            expr = sp.expand(expr - weight * remainder - weight * divisor * quotient + weight * value)
+        weight, divisor = expr.coeff(remainder), remainder.args[1]
+        for quotient in expr.atoms(FloorDiv) if weight != 0 else ():
+            if _split_by(quotient, remainder) and sp.expand(expr.coeff(quotient) - weight * divisor) == 0:
+                expr = sp.expand(expr - weight * (remainder + divisor * quotient - quotient.args[0]))
+                break
     return expr
+
+
+def _split_by(quotient: sp.Expr, remainder: sp.Expr) -> bool:
+    """Of one value and divisor. sympy shifts the value of a remainder: ``(x - 1) mod 4 -> (x + 3) mod 4``."""
+    (value, divisor), (shifted, modulus) = quotient.args, remainder.args
+    return divisor == modulus and bool(sp.cancel((shifted - value) / divisor).is_Integer)
 
 
 def reshape(index: Sequence[sp.Expr], shape: Sequence[sp.Expr], source: Sequence[sp.Expr]) -> tuple[sp.Expr, ...]:

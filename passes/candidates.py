@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from attngen.passes.effects import updated
 from attngen.passes.pointwise import POINTWISE
 from attngen.passes.semantics import bind, is_tensor, op_name, shape_of
 from attngen.passes.values import is_contraction
@@ -44,7 +45,7 @@ class Marks:
         """The mark of ``node``; nodes come in program order."""
         name, inputs = op_name(node), node.all_input_nodes
         before = self.highest(inputs)
-        passes = name in _ELEMENTWISE or node.target is operator.getitem
+        passes = name in _ELEMENTWISE or node.target in (operator.getitem, updated)
         contracts = is_product(node) and (name != "sum" or before < 2)
         if node in self.settled or contracts:
             self.level[node] = 1

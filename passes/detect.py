@@ -31,7 +31,8 @@ from attngen.passes.semantics import Reader, bind, dtype_of, op_name
 
 @dataclass(frozen=True)
 class Site:
-    """One proved attention. ``output`` is the node to replace; its dimensions are ``axes``, in order.
+    """One proved attention. ``output`` is the node to replace; its dimensions are ``axes``, in order. It is the result,
+    complete at ``end``, or a view of it.
 
     ``score`` is what the softmax sees, over ``dot`` (the product of query and key) and anything else the graph adds; where
     there is no ``softmax``, it is the weight itself. ``gain`` multiplies the weights after the softmax.
@@ -39,6 +40,7 @@ class Site:
     """
 
     output: fx.Node
+    end: fx.Node
     axes: tuple[Axis, ...]
     batch: tuple[Axis, ...]
     row: Axis
@@ -70,7 +72,7 @@ def run(lowered: Lowered) -> list[Terms | Miss]:
     facts = effects.run(lowered.graph)
     marks = Marks()
     decompose = Decomposer()
-    found: list[Terms | Miss] = []
+    found: list[tuple[Terms | Miss, bool]] = []
     for node in lowered.graph.nodes:
         marks.add(node)
         if node not in facts.live or not is_product(node):
@@ -81,9 +83,24 @@ def run(lowered: Lowered) -> list[Terms | Miss]:
         proof = _prove(node, lowered, facts, decompose)
         if not isinstance(proof, Miss):
             marks.settle(proof[0].output)
-        if near or not isinstance(proof, Miss) or proof.reason == OWN_SUM:  # else it is an ordinary product, not a near miss
-            found.append(proof)
-    return found
+        found.append((proof, near))
+    proofs = _undisturbed([proof for proof, _ in found], facts)
+    return [proof for proof, (_, near) in zip(proofs, found, strict=True) if near or _is_told(proof)]
+
+
+def _is_told(proof: Terms | Miss) -> bool:
+    """What is not near is an ordinary product, no miss."""
+    return not isinstance(proof, Miss) or proof.reason == OWN_SUM
+
+
+def _undisturbed(found: list[Terms | Miss], facts: effects.Effects) -> list[Terms | Miss]:
+    """Without the sites that somebody looks into. Those that are left may look into each other: they go together."""
+    while True:
+        sites = [each[0] for each in found if not isinstance(each, Miss)]  # terms of one sum share their interior
+        disturbed = {site.output: miss for site in sites if (miss := effects.undisturbed(site, sites, facts)) is not None}
+        found = [each if isinstance(each, Miss) else disturbed.get(each[0].output, each) for each in found]
+        if len(sites) == sum(not isinstance(each, Miss) for each in found):
+            return found
 
 
 # ------------------------------------------------------------------------------------------------------------- proof
@@ -96,8 +113,10 @@ def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: D
     if op_name(node) == ATTENTION and bind(node)["dropout_p"]:
         return Miss(_DROPOUT, node.name, depth=1)
     reader = Reader(lowered.graph, facts.stale, decompose, facts.overwritten(node))
-    misses = []
+    misses: list[Miss] = []
     for end in filter(None, (divided(node), node)):
+        if any(miss.reason == OWN_SUM for miss in misses):  # the weights are read by that sum
+            break
         for output, axes in results.run(end, lowered, reader, facts):
             proof = _prove_output(reader, end, output, axes, lowered.parameters)
             if isinstance(proof, Miss):
@@ -107,10 +126,9 @@ def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: D
                 return _prove(node, lowered, facts, decompose)
             inside = proof[0].interior - {site.dot.node for site in proof}
             mixed = heads.mixed(reader, end) if any(map(heads.may_mix, inside)) else None
-            disturbed = effects.undisturbed(proof[0], end, facts) if mixed is None else mixed
-            if disturbed is None:
+            if mixed is None:
                 return proof
-            misses.append(disturbed)
+            misses.append(mixed)
     if (mixed := heads.mixed(reader, node)) is not None:
         return mixed
     deepest = max(misses, key=lambda miss: miss.depth)
@@ -244,7 +262,7 @@ def _prove_scores(reader: Reader, sides: _Sides, normalised: Normalised, dot: Do
         return Miss(_FROM_SCORES, sides.node.name, depth=5)
     batch = tuple(a for a in axes if a not in (row, feature))
     return Site(
-        sides.output, axes, batch, row, key, dot.axis, feature, q, k, v, dot, score,
+        sides.output, sides.node, axes, batch, row, key, dot.axis, feature, q, k, v, dot, score,
         normalised.sinks, normalised.zero_if_empty, normalised.softmax, gain, normalised.late_sink,
         normalised.lifted, normalised.by_log, dtype_of(sides.output), reader, interior,
     )  # fmt: skip

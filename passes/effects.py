@@ -7,7 +7,7 @@ them is written in between; and its intermediate values may only vanish if nobod
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,11 @@ class Effects:
             last = max((self.order[w] for w in self.writes[storage] if self.order[w] <= self.order[end]), default=-1)
             found += [node for node in nodes if self.order[node] < last]
         return frozenset(found)
+
+
+def updated(whole: torch.Tensor, write: torch.Tensor) -> torch.Tensor:
+    """``whole`` as it is after the ``write`` to a part of it: the same memory. ``passes.versions`` puts such nodes in."""
+    return whole
 
 
 def run(graph: fx.Graph) -> Effects:
@@ -97,13 +102,14 @@ def _stale(graph: fx.Graph, writes: dict[int, list[fx.Node]], order: dict[fx.Nod
     """Nodes whose memory is written after they are made, and that are used after that write.
 
     Tracing already points later uses of the written tensor itself at the writing node, so what is left are its aliases.
+    The next version of the same memory does not use what was there before.
     """
     stale = set()
     for node in graph.nodes:
         if not _is_tensor(node) or _storage(node) not in writes:
             continue
         later = [w for w in writes[_storage(node)] if order[w] > order[node]]
-        last_use = max((order[user] for user in node.users), default=-1)
+        last_use = max((order[user] for user in node.users if user.target is not updated), default=-1)
         if any(order[w] < last_use for w in later):
             stale.add(node)
     return frozenset(stale)
@@ -119,16 +125,21 @@ def _cut(graph: fx.Graph) -> frozenset[fx.Node]:
     return frozenset(cut)
 
 
-def undisturbed(site: Site, product: fx.Node, facts: Effects) -> Miss | None:
-    """None if the site may be replaced, else what stands in the way."""
+def undisturbed(site: Site, sites: Sequence[Site], facts: Effects) -> Miss | None:
+    """None if the site may be replaced together with all ``sites``, else what stands in the way."""
     for node in site.interior:
         for user in node.users:
-            if user in facts.live and user not in site.interior and user is not product:
+            if user in facts.live and not any(_goes_with(each, node, user) for each in (site, *sites)):
                 return Miss(_read_elsewhere(node, user), node.name, depth=6)
         outside = [w for w in facts.writes.get(_storage(node), ()) if w not in site.interior] if _is_tensor(node) else []
         if outside:
             return Miss("a value between the two products is written in place", outside[0].name, depth=6)
     return None
+
+
+def _goes_with(site: Site, node: fx.Node, user: fx.Node) -> bool:
+    """If the site is replaced, its own part of what reads ``node`` is not there any more."""
+    return node in site.interior and (user in site.interior or user is site.end)
 
 
 def _read_elsewhere(node: fx.Node, user: fx.Node) -> str:

@@ -109,7 +109,7 @@ def _reached(ends: Sequence[fx.Node], stops: Collection[fx.Node], path: Collecti
 def _is_cheap(node: fx.Node) -> bool:
     """Also what positions alone decide, and whatever is an integer or a truth value: random ones could not stand for it."""
     discrete = _is_tensor(node) and not node.meta["val"].dtype.is_floating_point
-    if discrete or op_name(node) in _CHEAP or node.target is operator.getitem:
+    if discrete or op_name(node) in _CHEAP or node.target in (operator.getitem, effects.updated):
         return True
     return not any(above.op in ("placeholder", "get_attr") for above in effects.ancestors(node))
 

@@ -17,6 +17,7 @@ from attngen import compat
 from attngen.algebra import Load
 from attngen.evaluate import Evaluator
 from attngen.index import Axis
+from attngen.passes.effects import updated
 from attngen.passes.lower import Lowered
 from attngen.passes.semantics import bind, shape_of
 from attngen.passes.specialise import Table
@@ -38,9 +39,14 @@ class Writer:
 
     def value(self, node: fx.Node) -> fx.Node:
         """A captured node that holds the value of the lowered ``node``."""
-        for origin in self._lowered.origins.get(node, ()):
+        memory = node
+        while memory.target is updated:
+            memory = memory.args[0]  # type: ignore[assignment]
+        for origin in self._lowered.origins.get(memory, ()):
             if origin in self._before:
                 return origin
+        if memory is not node:
+            raise NotHere(f"{memory.name} is written in pieces, and exists only inside another call")
         if node not in self._copies:
             self._copies[node] = self._copied(node)
         return self._copies[node]

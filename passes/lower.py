@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from attngen import compat
+from attngen.passes import versions
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def run(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Lowered:
             tracer.lowered, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
         )(*inputs)
     _write_out_constants(lowered)
+    versions.run(lowered.graph)
     kept = set(lowered.graph.nodes)
     origins: dict[fx.Node, list[fx.Node]] = {}
     for captured, node in tracer.record.values.items():

@@ -141,9 +141,11 @@ def _unmask(score: Expr, dtype: torch.dtype, *, alone: bool = True) -> tuple[Exp
 
 
 def _summands(expr: Expr) -> list[Expr]:
-    if isinstance(expr, Op) and expr.name == "add":
-        return [t for a in expr.args for t in _summands(a)]
-    return [expr]
+    """The terms of a sum, some of which are masks; sums of no masks stay whole, for the graph may have them as tensors."""
+    if not (isinstance(expr, Op) and expr.name == "add"):
+        return [expr]
+    parts = [t for a in expr.args for t in _summands(a)]
+    return parts if any(_masked(part) for part in parts) else [expr]
 
 
 def _masked(expr: Expr) -> tuple[Expr, Expr, float] | None:

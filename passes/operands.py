@@ -7,6 +7,7 @@ are kept, because a strided tensor costs nothing and its gradient has its own sh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -48,33 +49,53 @@ def peel(
 
     ``direct``: every dimension of it is one axis, read in equal steps, or read at one place.
     """
+    chosen: _Layer | None = None
+    below = False
+    for layer in _layers(reader, access, whole[1], scaled=scaled):
+        below = below or not layer.free
+        if (below or chosen is None) and _fits(reader, layer, whole, direct=direct):
+            chosen, below = layer, False
+    if chosen is None:
+        return Miss("an operand is not indexed by whole dimensions", str(access.source), depth=5)
+    return Operand(chosen.node, broadcast(chosen.index, shape_of(chosen.node)), chosen.factor, dtype)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """``factor * node[index]``; ``free``: the layer above only shows this one, by a strided view."""
+
+    node: fx.Node
+    index: Index
+    factor: Expr
+    free: bool
+
+
+def _layers(reader: Reader, access: Access, inner: Axis, *, scaled: bool) -> Iterator[_Layer]:
+    """One side of a contraction, and what it is a view, a copy or a multiple of, layer by layer."""
     node: fx.Node = access.source  # type: ignore[assignment]
     index: Index = tuple(place.value for place in access.index)  # type: ignore[attr-defined]
-    candidates = [(node, index, Operand.ONE)] if node.graph is reader.graph else []
-    factor, below = Operand.ONE, False
+    factor, free = Operand.ONE, True
     while True:
+        yield _Layer(node, index, factor, free)
         if written(node):
-            break  # what is below is overwritten
+            return  # what is below is overwritten
         if (view := reader.view(node, index)) is not None:
-            below = below or op_name(node) not in FREE
-            source, place = view
-            if dtype_of(source) != dtype_of(node):
-                break
-            node, index = source, place
-        elif scaled and (product := _scaled(reader, node, index, whole[1])) is not None:
-            below = True
+            free = op_name(node) in FREE
+            if dtype_of(view[0]) != dtype_of(node):
+                return
+            node, index = view
+        elif scaled and (product := _scaled(reader, node, index, inner)) is not None:
+            free = False
             node, index, factor = product[0], product[1], op("mul", factor, product[2])
         else:
-            break
+            return
         node = reader.resolve(node)
-        if (below or not candidates) and node.graph is reader.graph and indexable(node, index, whole):
-            candidates.append((node, index, factor))
-            below = False
-    fitting = [c for c in candidates if indexable(c[0], c[1], whole) and (not direct or _direct(c[1]))]
-    if not fitting:
-        return Miss("an operand is not indexed by whole dimensions", str(access.source), depth=5)
-    node, index, factor = fitting[-1]
-    return Operand(node, broadcast(index, shape_of(node)), factor, dtype)
+
+
+def _fits(reader: Reader, layer: _Layer, whole: tuple[Axis, Axis], *, direct: bool) -> bool:
+    if layer.node.graph is not reader.graph or not indexable(layer.node, layer.index, whole):
+        return False
+    return not direct or _direct(layer.index)
 
 
 def _scaled(reader: Reader, node: fx.Node, index: Index, inner: Axis) -> tuple[fx.Node, Index, Expr] | None:

@@ -134,6 +134,11 @@ def _cast(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
     return {"bool": to_bool, "int": to_int, "float": to_float}[kind_of(dtype_of(node))](value)
 
 
+def _copied(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+    """What is written over a tensor, in its type."""
+    return _cast(reader, node, Bound(self=args["src"]), index)
+
+
 def _where(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
     if "self" not in args:
         raise Unknown("where with one argument lists positions")
@@ -194,6 +199,7 @@ POINTWISE: dict[str, Row] = {
     **{name: _unary(lambda x, name=name: op(name, x)) for name in _FUNCTIONS},  # type: ignore[misc]
     **{name: _plain(name, "self", "other") for name in COMPARISONS},
     **dict.fromkeys(("to", "_to_copy", "type_as"), _cast),
+    "copy": _copied,
     "expm1": _unary(lambda x: op("sub", op("exp", x), _ONE)),
     "log1p": _unary(lambda x: op("log", op("add", x, _ONE))),
     "reciprocal": _unary(lambda x: op("div", _ONE, x)),

@@ -197,8 +197,10 @@ class Reader:
         return None if row is None else row(self, parent, bind(parent), index, part)  # type: ignore[arg-type]
 
     def _read(self, node: fx.Node, index: Index) -> Expr:
+        from attngen.passes.effects import updated
+        from attngen.passes.pieces import after_write
         from attngen.passes.pointwise import POINTWISE
-        from attngen.passes.values import PART_VALUES, VALUES
+        from attngen.passes.values import VALUES
 
         node = self.resolve(node)
         if isinstance(value := node.meta.get("val"), torch.SymInt):
@@ -210,11 +212,9 @@ class Reader:
         if (source := self.view(node, index)) is not None:
             return self.at(*source)
         if node.target is operator.getitem:
-            parent, part = node.args
-            row = PART_VALUES.get((op_name(parent), part))  # type: ignore[arg-type]
-            if row is None:
-                raise Unknown
-            return row(self, parent, bind(parent), index)  # type: ignore[arg-type]
+            return self._read_part(node, index)
+        if node.target is updated:
+            return after_write(self, node, index)
         name = op_name(node)
         if name in POINTWISE:
             if self._reads_passing(node):
@@ -223,6 +223,15 @@ class Reader:
         if name in VALUES:
             return VALUES[name](self, node, bind(node), index)
         return self._read_inlined(node, index)
+
+    def _read_part(self, node: fx.Node, index: Index) -> Expr:
+        from attngen.passes.values import PART_VALUES
+
+        parent, part = node.args
+        row = PART_VALUES.get((op_name(parent), part))  # type: ignore[arg-type]
+        if row is None:
+            raise Unknown
+        return row(self, parent, bind(parent), index)  # type: ignore[arg-type]
 
     def _read_inlined(self, node: fx.Node, index: Index) -> Expr:
         if node not in self._inlined:

@@ -54,6 +54,9 @@ def statements(region: Region, names: Names, line_of: Callable[[fx.Node], str]) 
     shown = dict(names)
     joins = not any(effects.written(node) for node in region.nodes)
     for node in region.nodes:
+        if node.target is effects.updated and node not in region.outputs:
+            shown[node] = shown[node.args[0]]  # type: ignore[index]
+            continue
         text, line = _call(node, shown), line_of(node)
         reader = _only_reader(node, region) if joins else None
         if reader is not None and line_of(reader) == line and len(text) < LONGEST:
@@ -83,6 +86,8 @@ def _only_reader(node: fx.Node, region: Region) -> fx.Node | None:
 def _call(node: fx.Node, names: Names) -> str:
     if node.target is operator.getitem:
         return f"{_text(node.args[0], names)}[{node.args[1]}]"
+    if node.target is effects.updated:
+        return _text(node.args[0], names)
     if not isinstance(node.target, torch._ops.OpOverload):
         return f"{node.target.__module__}.{node.target.__name__}({_arguments(node.args, node.kwargs, names)})"  # type: ignore[union-attr]
     args, name = list(node.args), _schema_name(node)

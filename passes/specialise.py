@@ -18,8 +18,9 @@ import torch
 from torch import fx
 
 from attngen.algebra import Const, Dot, Expr, Int, Load, Op, Reduce, op, substitute, transform
+from attngen.compat import FloorDiv
 from attngen.errors import Miss
-from attngen.index import Axis, numbered
+from attngen.index import Axis, always_less, never_negative, numbered
 from attngen.passes import masking
 from attngen.passes.detect import Site
 from attngen.passes.masking import CHEAP
@@ -171,6 +172,10 @@ class _Loads:
             return False
         return isinstance(part, (Dot, Reduce)) or self._reads_outside(part)
 
+    def _lacks_parts(self, expr: Expr) -> bool:
+        """It is made of products or sums that the graph has no tensors for: as a whole it is loaded."""
+        return any(isinstance(n, (Dot, Reduce)) and n not in self._held for n in expr.walk())
+
     def _is_per_pair(self, expr: Expr) -> bool:
         return self._site.row in expr.axes and self._site.key in expr.axes
 
@@ -196,6 +201,7 @@ class _Loads:
         assert isinstance(load, Load)
         if load.source in self._site.interior:
             return self._refuse("the score is made of more than pointwise arithmetic")
+        load = _clamped(load)
         return load if self._plain(load) else self._refuse("a position that is computed from data")
 
     def _refuse(self, reason: str) -> Expr:
@@ -215,10 +221,27 @@ class _Loads:
         diagonal = numbered("diagonal", row.extent + key.extent - 1)
         moved = substitute(expr, {key: row + diagonal - (row.extent - 1)})
         if row in moved.axes or not all(isinstance(n, (Int, Const, Load, Op)) for n in moved.walk()):
-            return None
+            return expr if expr in self._held and self._lacks_parts(expr) else None
         batch = tuple(a for a in self._site.batch if a in moved.axes)
         index = (*(Int(a) for a in batch), Int(key - row + ROW.extent - 1))
         return self._tables.setdefault(expr, Load(Table(moved, batch, diagonal), index))
+
+
+def _clamped(load: Load) -> Load:
+    """Read at the nearest place that is surely inside; the graph only reads within a tensor, so others do not count."""
+    places = list(load.index)
+    for dim, (place, size) in enumerate(zip(load.index, shape_of(load.source), strict=True)):  # type: ignore[arg-type]
+        if isinstance(place, Int) and size != 1:
+            low = place.value if never_negative(place.value) else _not_negative(place.value)
+            places[dim] = Int(low if always_less(low, size) else sp.Min(low, size - 1))
+    return Load(load.source, tuple(places), load.kind)
+
+
+def _not_negative(place: sp.Expr) -> sp.Expr:
+    """``max(place, 0)``; divided before it is rounded down, it would be slower to divide."""
+    if isinstance(place, FloorDiv) and place.args[1].is_positive:
+        return FloorDiv(sp.Max(place.args[0], 0), place.args[1])
+    return sp.Max(place, 0)
 
 
 # ------------------------------------------------------------------------------------------------------- fixed names

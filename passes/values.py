@@ -300,7 +300,7 @@ def _linear(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
 
 VALUES: dict[str, Row] = {
     "arange": _arange,
-    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _filled(0)),
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "zero"), _filled(0)),
     **dict.fromkeys(("ones", "ones_like", "new_ones"), _filled(1)),
     **dict.fromkeys(("full", "full_like", "new_full", "scalar_tensor"), _full),
     "fill": lambda reader, node, args, index: _full(reader, node, Bound(fill_value=args["value"]), index),

@@ -44,7 +44,7 @@ def _same_place(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tup
 def _inert_dropout(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[fx.Node, Index]:
     if args["train"] and args["p"] != 0:
         raise Unknown("dropout in training")
-    return args["input"], index
+    return args["input" if "input" in args else "self"], index  # it may be told to work in place
 
 
 def _expand(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[fx.Node, Index]:
@@ -132,11 +132,11 @@ def _unbind(reader: Reader, node: fx.Node, args: Bound, index: Index, part: int)
     return args["self"], (*index[:dim], sp.Integer(part), *index[dim:])
 
 
-_RESHAPES = ("view", "_unsafe_view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze")
+RESHAPES = ("view", "_unsafe_view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze")
 _COPIES = ("clone", "contiguous", "alias", "detach", "to", "_to_copy", "type_as", "lift_fresh", "lift_fresh_copy")
 
 VIEWS: dict[str, ViewRow] = {
-    **dict.fromkeys(_RESHAPES, _regrouped),
+    **dict.fromkeys(RESHAPES, _regrouped),
     **dict.fromkeys(_COPIES, _same_place),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _permuted(lambda a, n: _swap(*_pair(a), n))),
@@ -167,5 +167,5 @@ PARTS: dict[str, Part] = {
 }
 
 # Views that never move data: what they read from can be passed on as a strided tensor.
-FREE = frozenset([*_RESHAPES[:2], "squeeze", "unsqueeze", "transpose", "swapaxes", "swapdims", "t", "mT", "permute"])
+FREE = frozenset([*RESHAPES[:2], "squeeze", "unsqueeze", "transpose", "swapaxes", "swapdims", "t", "mT", "permute"])
 FREE |= frozenset(["alias", "detach", "select", "slice", "narrow", "view_as", "unflatten"])

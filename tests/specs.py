@@ -110,6 +110,9 @@ STREAMING = op("or", window(32), op("and", CAUSAL, op("lt", Int(KEY), integer(4)
 CHUNKS = op("and", CAUSAL, op("eq", Int(FloorDiv(ROW, 48)), Int(FloorDiv(KEY, 48))))
 DILATED = op("and", CAUSAL, op("eq", Int(sp.Mod(ROW - KEY, 3)), integer(0)))
 BESIDE = op("ge", Int(FloorDiv(ROW - KEY, 32)), integer(-1))  # keys up to the end of the next block of 32
+# All pairs but those of the first query or key have a bias per group of four keys; the others read what does not count.
+BESIDE_THE_FIRST = op("and", op("ge", Int(ROW), integer(1)), op("ge", Int(KEY), integer(1)))
+GROUPED = (B, H, sp.Max(0, ROW - 1), FloorDiv(sp.Max(0, KEY - 1), 4))
 PREFIX = op("or", CAUSAL, op("lt", Int(KEY), integer(40)))
 POSITIVE = op("max", QK, Const(0.0))
 
@@ -162,6 +165,10 @@ CASES = (
     Case("alibi", attention(mask=CAUSAL, score=ALIBI, extras=SLOPES)),
     Case("alibi_distance", attention(score=ALIBI_DISTANCE, extras=SLOPES)),
     Case("bias", attention(score=plus(QK, BIAS), extras=DENSE)),
+    Case(
+        "bias_beside_the_first",
+        attention(score=where(BESIDE_THE_FIRST, plus(QK, loaded("t0", *GROUPED)), QK), extras={"t0": (HALF, GROUPED)}),
+    ),
     Case("mask_added_in_half", attention(score=plus(QK, op("drown", BIAS, Const(-32768.0))), extras=DENSE)),
     Case("table_cross", attention(score=plus(SCORE, loaded("t0", H, DIAGONAL)), extras=TABLE), cross=29),
     Case("temperature", attention(score=op("mul", SCORE, SLOPE), extras=SLOPES)),

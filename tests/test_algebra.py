@@ -209,6 +209,8 @@ def test_equal_expressions_have_equal_hashes_and_kinds_hold(expr: Expr) -> None:
         (lambda: op("floordiv", Int(7 * C + R), integer(7)), Int(C)),
         (lambda: op("mod", Int(7 * C + R), integer(7)), Int(R)),
         (lambda: where(LEAVES["m"], LEAVES["x"], LEAVES["x"]), LEAVES["x"]),
+        (lambda: where(LEAVES["m"], where(LEAVES["m"], LEAVES["x"], Const(1.0)), Const(2.0)).args[1], LEAVES["x"]),
+        (lambda: where(LEAVES["m"], Const(1.0), where(LEAVES["m"], Const(2.0), LEAVES["x"])).args[2], LEAVES["x"]),
         (lambda: op("eq", where(LEAVES["m"], integer(1), integer(0)), integer(0)), negate(LEAVES["m"])),
         (lambda: op("mul", where(LEAVES["m"], Const(0.0), Const(-math.inf)), Const(2.0)).args[0], LEAVES["m"]),
         (lambda: to_bool(to_float(LEAVES["m"])), LEAVES["m"]),

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from analysis import Function, analysed, scores, weights
+from analysis import Function, analysed, assert_replaced_with_its_gradient, inputs_of, scores, weights
 from torch import Tensor
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 
@@ -54,6 +54,22 @@ def late_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     w = weights(q, k)
     v.mul_(3)
     return w @ v
+
+
+def merged_for_the_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Batch and heads are one dimension of the scores and two of the values; queries and keys are put together first."""
+    q, k = (torch.cat([x[..., 8:], x[..., :8]], -1).view(8, 12, 16) for x in (q, k))
+    s = torch.baddbmm(torch.zeros(8, 12, 12), q, k.transpose(1, 2), alpha=0.25)
+    return s.view(2, 4, 12, 12).softmax(-1) @ v
+
+
+def bias_of_a_layer_by_bucket(q: Tensor, k: Tensor, v: Tensor, m: Tensor, w: Tensor) -> Tensor:
+    """A bias that a layer gives each query for each distance, beside a mask (ProphetNet)."""
+    places = torch.arange(12)
+    buckets = (places[:, None] - places).clamp(0, 11).expand(2, 4, 12, 12)
+    bias = linear(q, w[:, :1] * q[0, 0], w[0])
+    added = torch.zeros(12, 12).masked_fill(m, LOWEST) + torch.zeros(12, 12).masked_fill(places > places[:, None], LOWEST)
+    return (scores(q, k) * 0.25 + bias.gather(-1, buckets) + added).softmax(-1) @ v
 
 
 EXACT: dict[str, Function] = {
@@ -122,6 +138,8 @@ EXACT: dict[str, Function] = {
     "mask and scale in place": in_place_mask,
     "queries scaled in place": in_place_queries,
     "values changed before they are read": late_in_place,
+    "batch and heads merged for the scores alone": merged_for_the_scores,
+    "a layer's bias by bucket, and masks": bias_of_a_layer_by_bucket,
 }
 
 
@@ -130,6 +148,16 @@ def test_found_and_exact(name: str) -> None:
     found = analysed(EXACT[name])
     assert len(found.hits) == 1, [str(miss) for miss in found.misses]
     assert max(found.errors()) < 5e-6
+
+
+@pytest.mark.parametrize("function", [merged_for_the_scores, bias_of_a_layer_by_bucket], ids=lambda f: f.__name__)
+def test_gradients_of_what_is_read_in_other_places(function: Function) -> None:
+    fixed = [x for name, x in inputs_of(function).items() if name == "m"]
+
+    def inputs() -> list[Tensor]:
+        return [x.requires_grad_() for name, x in inputs_of(function).items() if name != "m"]
+
+    assert_replaced_with_its_gradient(lambda q, k, v, *rest: function(q, k, v, *fixed, *rest), inputs)
 
 
 def keys_written_before_the_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

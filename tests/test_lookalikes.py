@@ -23,23 +23,50 @@ MIXED = "the scores of different heads are mixed"
 NO_PRODUCT = "the softmax is not over a product of queries and keys"
 
 
-def in_place_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    w = weights(q, k)
-    w[:, 0].zero_()
+def written_along_the_diagonal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    s.diagonal(dim1=-2, dim2=-1).fill_(-math.inf)
+    return s.softmax(-1) @ v
+
+
+def written_as_other_memory(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    s.as_strided((2, 4, 12), (576, 144, 12), 3).zero_()
+    return s.softmax(-1) @ v
+
+
+def scores_of_another_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    s[:, 0] = s[:, 1]
+    return s.softmax(-1) @ v
+
+
+def scores_of_the_row_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    s[:, :, 1:] += s[:, :, :-1].clone()
+    return s.softmax(-1) @ v
+
+
+def part_read_elsewhere(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    part = s[..., 1:]
+    part.mul_(2)
+    return s.softmax(-1) @ v + part.sum()
+
+
+def part_written_after_the_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    w = s.softmax(-1)
+    s[..., 0] = 1.0
     return w @ v
 
 
-def in_place_through_an_alias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    w = weights(q, k)
-    same = w.view(8, 12, 12)
-    w.mul_(2)
-    return same @ v.view(8, 12, 16)
-
-
-def in_place_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def only_the_part(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The scores under their old name, as they were before a copy was changed."""
     s = scores(q, k)
-    s[..., 0].fill_(7.0)
-    return s.softmax(-1) @ v
+    other = s.clone()
+    other[..., 1:] = 0.0
+    return (s + other.sum()).softmax(-1) @ v
 
 
 def top_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -148,9 +175,13 @@ MISSED: dict[str, tuple[Function, str]] = {
     "linear with one number as its bias": (lambda q, k, v, w: linear(weights(q, k), w, w[0, 0]) @ v, "added to it"),
     "contrastive": (lambda q, k, v: weights(q, k).mT @ v, OTHER_DIM),
     "contrastive, over heads": (lambda q, k, v: torch.einsum("bhij,bgid->bgjd", weights(q, k), v), CHANGED),
-    "weights changed in place": (in_place_weights, CHANGED),
-    "weights changed through an alias": (in_place_through_an_alias, CHANGED),
-    "scores changed in place": (in_place_scores, "put together in place"),
+    "written along the diagonal": (written_along_the_diagonal, "put together in place"),
+    "written as other memory": (written_as_other_memory, "put together in place"),
+    "scores of another head written in": (scores_of_another_head, "no tensor for"),
+    "scores of the row before added": (scores_of_the_row_before, "more than pointwise arithmetic"),
+    "a written part is read": (part_read_elsewhere, "also read by sum"),
+    "a part is written after the softmax": (part_written_after_the_softmax, "also read by select"),
+    "a changed copy is read": (only_the_part, "more than pointwise arithmetic"),
     "weights thresholded": (lambda q, k, v: (lambda w: torch.where(w > 0.05, w, 0.0) @ v)(weights(q, k)), "no tensor for"),
     "a sum's logarithm, lost in a fill": (
         lambda q, k, v, m: (lambda s: (s - s.logsumexp(-1, keepdim=True)).exp() @ v)(scores(q, k).masked_fill(m, -1e9)),

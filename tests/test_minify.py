@@ -213,12 +213,24 @@ def written_alias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return w @ v
 
 
+def written_part(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.transpose(-1, -2)
+    s[..., 1:, 2:] += s[..., 1:, 2:].tanh()
+    return s.softmax(-1) @ v
+
+
+def written_diagonal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    w = weights(q, k)
+    w.diagonal(dim1=-2, dim2=-1).mul_(2)
+    return w @ v
+
+
 @pytest.mark.parametrize(
     ("model", "status"),
     [
         (by_hand, "found"), (windowed, "found"), (library, "found"), (doubled, "missed"), (returned, "missed"),
         (read_elsewhere, "missed"), (other_dimension, "missed"), (by_distance, "missed"),
-        (written_alias, "missed"), (written_between, "missed"),
+        (written_alias, "found"), (written_part, "found"), (written_diagonal, "missed"), (written_between, "missed"),
     ],
 )  # fmt: skip
 def test_the_script_computes_what_the_model_does_with_the_same_outcome(model: Any, status: str) -> None:
