@@ -20,7 +20,7 @@ from attngen.mask import MAX_RUNS, Cover, Interval, grouped, may_be_full
 from attngen.printer import Printer, bare
 from attngen.spec import KEY
 
-SCAN = 2048  # keys that are looked at together
+SCANNED = 256  # keys that one warp looks at together
 _EXTREMES = {"least": ("tl.min", 2**63 - 1), "most": ("tl.max", -(2**63))}
 
 
@@ -40,8 +40,9 @@ class Bounds:
     compares: bool = False
 
 
-def loop_bounds(printer: Printer, cover: Cover) -> Bounds:
-    writer = _Writer(printer)
+def loop_bounds(printer: Printer, cover: Cover, warps: int) -> Bounds:
+    """The bounds of a tile that so many warps share."""
+    writer = _Writer(printer, SCANNED * warps)
     writer.name_data([*cover.visit, *cover.partial])
     return writer.fixed(cover) if _is_plain(cover) else writer.compared(cover)
 
@@ -70,6 +71,7 @@ class _Run:
 @dataclass
 class _Writer:
     printer: Printer
+    scanned: int
     lines: list[str] = field(default_factory=list)
     names: dict[sp.Symbol, str] = field(default_factory=dict)
 
@@ -222,8 +224,8 @@ class _Writer:
             self.say(f"first_{run.low}", "size_j")
             self.say(f"last_{run.high}", "0")
         self.lines += [
-            f"for block in range(low // BLOCK_J * BLOCK_J, stop, {SCAN}):",
-            f"    cols = block + tl.arange(0, {SCAN})",
+            f"for block in range(low // BLOCK_J * BLOCK_J, stop, {self.scanned}):",
+            f"    cols = block + tl.arange(0, {self.scanned})",
             "    places = cols[None, :]",
         ]
         self._name_keys(scanned)

@@ -98,7 +98,7 @@ def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     score = _score(printer, spec, scale, shaped, natural)
     sinks = _sinks(printer, [s if natural else op("mul", s, Const(LOG2E)) for s in spec.sinks])
     whole = _whole(printer, spec)
-    bounds = loop_bounds(printer, cover)
+    bounds = loop_bounds(printer, cover, tile.warps)
     heavy_first = any(i.high.has(FIRST, LAST) for i in cover.visit)
     unit = [f"scale = {scale!r}  # scores times this are in base 2, as the running maximum is"] if score["times"] else []
     where = addresses(spec, printer)

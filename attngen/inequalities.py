@@ -74,6 +74,8 @@ def inequalities(expr: Expr) -> list[Conjunction]:
     compared = None if inverted else _compared(expr)
     if compared is not None:
         return [c for atoms in compared for c in _without_abs(atoms)]
+    if isinstance(inside, Op) and inside.name in ("eq", "gt", "ge") and all(a.kind == "int" for a in inside.args):
+        inside, inverted = negate(inside), not inverted  # one variable for a comparison and its opposite
     value = _loaded(inside)
     if value is None:
         return [([], False)]
