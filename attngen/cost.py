@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MIN_DOT = 16  # the smallest side of a tensor-core product
 MMA_SYNC_FRACTION = 0.62  # of Hopper's rate, for products too small for its warp groups
 FMA_FRACTION = 0.5  # of the fp32 rate, for products without tensor cores: operands come from shared memory
+SCAN = 0.3  # of what starting a loop costs, looking for the first and last keys; assumed, not measured
 REGISTER_LIMIT = 320  # estimated; up to there spills cost time but were measured among the fastest tiles
 
 
@@ -158,6 +159,7 @@ def _of_tiles(spec: AttentionSpec, problem: Problem, device: Device, tiles: Sequ
     grouped = (high >= 64) & (warp_count % 4 == 0) & (device.wgmma and not exact)
     rate = device.fp32 * FMA_FRACTION if exact else (device.tensor32 if spec.tf32 else device.tensor16)
     slowed = device.wgmma and not exact
+    scans = any(i.among for i in (*cover.visit, *cover.partial))
     return {
         f.rows: high,
         f.keys: wide,
@@ -167,7 +169,7 @@ def _of_tiles(spec: AttentionSpec, problem: Problem, device: Device, tiles: Sequ
         f.most: np.array([b.most for b in visited]),
         f.last: np.array([b.last for b in visited]),
         f.masked: np.array([b.masked / max(b.mean, 1e-9) for b in visited]),
-        f.loops: np.array([1.0 + (0 < b.masked < b.mean) for b in visited]),
+        f.loops: np.array([1.0 + (0 < b.masked < b.mean) + SCAN * scans for b in visited]),
         f.wgmma: 1.0 * grouped,
         f.fma: 1.0 * exact,
         f.copies: np.where(depth == 1, 0, depth - 1 + grouped),

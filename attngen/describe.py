@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from attngen import advice, cost, mask
+from attngen import advice, cost, naming
 from attngen.algebra import ONE, TRUE
 from attngen.choose import Plan
 from attngen.device import Device
@@ -70,7 +70,7 @@ def computes(spec: AttentionSpec, problem: Problem) -> str:
     It is "weights" where nothing normalises.
     """
     score = readable(spec.score)
-    named = mask.describe(spec.mask)
+    named = naming.describe(spec.mask)
     shown = f"; {named}" if named else (f"; where {readable(spec.mask)}" if spec.mask != TRUE else "")
     times = f"; times {readable(spec.gain)}" if spec.gain != ONE else ""
     sinks = f"; sinks {', '.join(map(readable, spec.sinks))}" if spec.sinks else ""

@@ -10,13 +10,13 @@ from importlib.resources import files
 from typing import Any
 
 import jinja2
-import sympy as sp
 
 import attngen
 from attngen.algebra import ONE, TRUE, Const, Expr, Load, Op, number, op, terms, total
+from attngen.bounds import loop_bounds
 from attngen.errors import Miss
 from attngen.layout import addresses, arguments
-from attngen.mask import Cover, Interval, derive
+from attngen.mask import FIRST, LAST, derive
 from attngen.printer import LOG2E, Printer, Unprintable, bare
 from attngen.spec import KEY, ROW, SCORE, AttentionSpec, Tile, digest
 
@@ -98,8 +98,8 @@ def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     score = _score(printer, spec, scale, shaped, natural)
     sinks = _sinks(printer, [s if natural else op("mul", s, Const(LOG2E)) for s in spec.sinks])
     whole = _whole(printer, spec)
-    bounds, has_head, has_full = _bounds(printer, cover)
-    heavy_first = any(i.high != KEY.extent for i in cover.visit)
+    bounds = loop_bounds(printer, cover, tile.warps)
+    heavy_first = any(i.high.has(FIRST, LAST) for i in cover.visit)
     unit = [f"scale = {scale!r}  # scores times this are in base 2, as the running maximum is"] if score["times"] else []
     where = addresses(spec, printer)
     block_d, block_e = (max(MIN_DOT, 1 << (n - 1).bit_length()) for n in (spec.head_dim, spec.value_dim))
@@ -109,13 +109,12 @@ def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
             "tanh": _tanh(spec) if printer.uses_tanh else "",
             "floor_div": printer.uses_floor_div,
             "drowned": printer.uses_drowned,
+            "longer": bounds.compares,
         },
         "score": score,
         "whole": whole,
         "prologue": [*unit, *printer.prologue],
         "bounds": bounds,
-        "has_head": has_head,
-        "has_full": has_full,
         "sink_lines": _sink_lines(sinks, f" * {LOG2E!r}" if natural else ""),
         "heavy_first": heavy_first,
         "order_comment": "Rows with most keys go first." if heavy_first else "Tiles of one head are neighbours.",
@@ -253,83 +252,3 @@ def _sink_lines(sinks: list[str], times: str) -> list[str]:
 
 def _tanh(spec: AttentionSpec) -> str:
     return "approx" if spec.query.dtype.itemsize < 4 else "exact"
-
-
-# ------------------------------------------------------------------------------------------------------------- bounds
-
-
-def _bounds(printer: Printer, cover: Cover) -> tuple[list[str], bool, bool]:
-    """Lines that set start, full_start, full_stop, stop; whether a masked loop leads, whether a block can be full."""
-    lines: list[str] = []
-    low, high = _hull(printer, cover.visit, lines)
-    heads = [i for i in cover.partial if i.low == 0 and i.high != KEY.extent]
-    tails = [i for i in cover.partial if i not in heads]
-    has_head = bool(heads) or low != "0"
-    has_full = all(i.low != 0 for i in tails)
-    if low != "0":
-        lines.append(f"low = {bare(low)}")
-        low = "low"
-    lines.append("start = low // BLOCK_J * BLOCK_J" if low == "low" else "start = 0")
-    lines.append(f"stop = {bare(high)}")
-    if not has_full:
-        return lines, False, False
-    if has_head:
-        full_low = _innermost(printer, heads, "high", "tl.maximum", low)
-        lines.append(f"full_low = tl.minimum({full_low}, stop)")
-        lines.append("full_start = tl.maximum(start, tl.cdiv(full_low, BLOCK_J) * BLOCK_J)")
-    else:
-        lines.append("full_start = start")
-    full_high = _innermost(printer, tails, "low", "tl.minimum", "stop")
-    if tails:
-        lines.append(f"full_high = {full_high}")
-    lines.append(f"full_stop = tl.maximum(full_start, {'full_high' if tails else 'stop'} // BLOCK_J * BLOCK_J)")
-    return lines, has_head, True
-
-
-def _hull(printer: Printer, intervals: tuple[Interval, ...], lines: list[str]) -> tuple[str, str]:
-    """The smallest interval around all; one that is empty for this tile does not count."""
-    if not intervals:
-        return "0", "0"
-    ends = []
-    for k, interval in enumerate(intervals):
-        low, high = (_bound(printer, e) for e in (interval.low, interval.high))
-        if interval.when:
-            lines.append(f"high_{k} = tl.where({_guards(printer, interval)}, {high}, 0)")
-            high = f"high_{k}"
-        ends.append((low, high))
-    if len(ends) == 1:
-        return ends[0]
-    lows = [low if low == "0" else f"tl.where({low} < {high}, {low}, size_j)" for low, high in ends]
-    low = "0" if all(e.low == 0 for e in intervals) else _folded("tl.minimum", lows)
-    return low, _folded("tl.maximum", [high for _, high in ends])
-
-
-def _innermost(printer: Printer, intervals: list[Interval], end: str, call: str, limit: str) -> str:
-    parts = [limit]
-    for interval in intervals:
-        text = _bound(printer, getattr(interval, end))
-        empty = f"{_bound(printer, interval.low)} >= {_bound(printer, interval.high)}"
-        if interval.when:
-            empty = f"({empty}) | ~({_guards(printer, interval)})"
-        parts.append(f"tl.where({empty}, {limit}, {text})" if _may_be_empty(interval) else text)
-    return _folded(call, parts)
-
-
-def _may_be_empty(interval: Interval) -> bool:
-    """Worth a test: an interval that is empty for some tile must not end the full blocks there."""
-    return bool(interval.when) or (interval.high != KEY.extent and interval.low != 0)
-
-
-def _guards(printer: Printer, interval: Interval) -> str:
-    return " & ".join(f"({_bound(printer, e)} >= 0)" for e in interval.when)
-
-
-def _bound(printer: Printer, expr: sp.Expr) -> str:
-    return printer.index(expr)
-
-
-def _folded(call: str, parts: list[str]) -> str:
-    text = parts[0]
-    for part in parts[1:]:
-        text = f"{call}({bare(text)}, {bare(part)})"
-    return text

@@ -1,4 +1,4 @@
-"""From a mask expression to the key blocks a query tile must visit, in closed form.
+"""From a mask expression to the key blocks a query tile must visit.
 
 For a tile of rows ``first .. last`` and a mask ``P(i, j)``:
 
@@ -6,36 +6,50 @@ For a tile of rows ``first .. last`` and a mask ``P(i, j)``:
 ``partial``  covers  { j : not P(i, j) for some row i }  keys outside need no masking
 
 One primitive serves both: eliminate ``i`` from each conjunction of the disjunctive normal form of ``P`` or of ``not P``. An
-atom that cannot be solved for ``j`` (a loaded element, say) is dropped, which only makes the cover larger: more blocks
-visited, more blocks masked, never a wrong result.
+atom that cannot be solved for ``j`` is dropped, which only makes the cover larger: more blocks visited, more blocks masked,
+never a wrong result.
+
+What is loaded takes part as a symbol, a ``Datum``. If it is the same for all keys (a length, a position), bounds are
+arithmetic with its least and largest value over the rows of the tile. If it differs from key to key (padding, document
+ids), the row is eliminated all the same, by these values, and what remains is a condition on keys one by one (``among``):
+a kernel looks for the first and the last key that meets it. Only what is loaded per pair is dropped.
 """
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import sympy as sp
 
-from attngen.algebra import COMPARISONS, FALSE, TRUE, Expr, Int, Load, Op, negate, substitute
+from attngen.algebra import TRUE, Expr, negate, substitute
 from attngen.compat import FloorDiv
-from attngen.index import Axis
+from attngen.index import Axis, remembered
+from attngen.inequalities import Datum, datum, dnf, solve
 from attngen.spec import KEY, ROW
-from attngen.text import index_text
 
 FIRST = sp.Symbol("first", integer=True, nonnegative=True)
 LAST = sp.Symbol("last", integer=True, nonnegative=True)
 SIZE = KEY.extent
-MAX_CONJUNCTIONS = 64
+MAX_RUNS = 6  # stretches of keys that a kernel compares
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Keys ``low <= j < high``, or none unless every expression of ``when`` is at least zero."""
+    """Keys ``low <= j < high``, or none unless every expression of ``when`` is at least zero.
+
+    Of these keys only those count for which every expression of ``among`` is at least zero.
+    """
 
     low: sp.Expr
     high: sp.Expr
     when: tuple[sp.Expr, ...] = ()
+    among: tuple[sp.Expr, ...] = ()
+
+    @property
+    def data(self) -> list[Datum]:
+        """What is loaded to know this interval, in an order that depends on the text alone."""
+        found = set().union(*(e.atoms(Datum) for e in (self.low, self.high, *self.when, *self.among)))
+        return sorted(found, key=lambda each: str(each.name))
 
 
 @dataclass(frozen=True)
@@ -57,111 +71,136 @@ def derive(mask: Expr) -> Cover:
     return Cover(visit, partial, visit_exact and partial_exact)
 
 
+def grouped(intervals: tuple[Interval, ...]) -> list[tuple[Interval, ...]]:
+    """Intervals that overlap or are empty, together: those from the first key on, those up to the last key; others alone."""
+    heads = tuple(i for i in intervals if i.low == 0 and not i.among)
+    tails = tuple(i for i in intervals if i.high == SIZE and not i.among and i not in heads)
+    others = [(i,) for i in intervals if i not in heads and i not in tails]
+    return [group for group in (heads, tails, *others) if group]
+
+
+def may_be_full(cover: Cover) -> bool:
+    """Some block may need no mask, and it can be told which."""
+    always = any(i.low == 0 and i.high == SIZE and not i.when and not i.among for i in cover.partial)
+    return not always and len(grouped(cover.partial)) <= MAX_RUNS
+
+
 def _eliminate_rows(mask: Expr) -> tuple[tuple[Interval, ...], bool]:
-    conjunctions = _dnf(mask)
+    conjunctions = dnf(mask)
     if conjunctions is None:
         return (EVERYTHING,), False
-    projected = [_project(atoms, exact) for atoms, exact in conjunctions]
-    intervals = tuple(dict.fromkeys(interval for interval, _ in projected))
-    return intervals, all(exact for _, exact in projected)
+    projected = [found for atoms, exact in conjunctions if (found := _project(atoms, exact)) is not None]
+    kept: list[Interval] = []
+    for interval in dict.fromkeys(interval for interval, _ in projected):
+        if not any(_within(interval, other) for other in kept):
+            kept = [*(other for other in kept if not _within(other, interval)), interval]
+    return tuple(kept), all(exact for _, exact in projected)
 
 
-# ------------------------------------------------------------------------------------------- disjunctive normal form
-
-Conjunction = tuple[list[sp.Expr], bool]  # atoms, each "expression >= 0"; False if an atom was dropped
-
-
-def _dnf(expr: Expr) -> list[Conjunction] | None:
-    if expr == TRUE:
-        return [([], True)]
-    if expr == FALSE:
-        return []
-    if isinstance(expr, Op) and expr.name == "or":
-        parts = [_dnf(a) for a in expr.args]
-        return _limited([c for part in parts if part is not None for c in part]) if None not in parts else None
-    if isinstance(expr, Op) and expr.name == "and":
-        product: list[Conjunction] | None = [([], True)]
-        for arg in expr.args:
-            right = _dnf(arg)
-            if product is None or right is None:
-                return None
-            pairs = itertools.product(product, right)
-            product = _limited([(a + b, exact_a and exact_b) for (a, exact_a), (b, exact_b) in pairs])
-        return product
-    if isinstance(expr, Op) and expr.name == "not":
-        opened = negate(expr.args[0])
-        return [([], False)] if opened == expr else _dnf(opened)
-    return _atom(expr)
+def _within(inner: Interval, outer: Interval) -> bool:
+    """Whatever the sizes and the data, ``outer`` holds all that ``inner`` does."""
+    if not (set(outer.when) <= set(inner.when) and set(outer.among) <= set(inner.among)):
+        return False
+    starts, begins = sp.Max.make_args(outer.low), sp.Max.make_args(inner.low)
+    stops, ends = sp.Min.make_args(outer.high), sp.Min.make_args(inner.high)
+    before = all(any(_at_least(begin, start) for begin in begins) for start in starts)
+    return before and all(any(_at_least(stop, end) for end in ends) for stop in stops)
 
 
-def _limited(conjunctions: list[Conjunction]) -> list[Conjunction] | None:
-    return conjunctions if len(conjunctions) <= MAX_CONJUNCTIONS else None
-
-
-def _atom(expr: Expr) -> list[Conjunction]:
-    """A comparison of integers as one or two inequalities; anything else is dropped."""
-    if not (isinstance(expr, Op) and all(isinstance(a, Int) for a in expr.args)):
-        return [([], False)]
-    left, right = (a.value for a in expr.args)  # type: ignore[attr-defined]
-    gap = right - left
-    inequalities = {
-        "le": [[gap]],
-        "lt": [[gap - 1]],
-        "ge": [[-gap]],
-        "gt": [[-gap - 1]],
-        "eq": [[gap, -gap]],
-        "ne": [[gap - 1], [-gap - 1]],
-    }.get(expr.name)
-    if inequalities is None:
-        return [([], False)]
-    return [c for atoms in inequalities for c in _without_abs(atoms)]
-
-
-def _without_abs(atoms: list[sp.Expr]) -> list[Conjunction]:
-    """``c - |x| >= 0`` is ``c - x >= 0`` and ``c + x >= 0``; ``|x| - c >= 0`` is ``x - c >= 0`` or ``-x - c >= 0``."""
-    cases: list[list[sp.Expr]] = [[]]
-    for atom in atoms:
-        atom = sp.expand(atom)
-        found = sorted(atom.atoms(sp.Abs), key=str)
-        if len(found) != 1:
-            cases = [[*case, atom] for case in cases]
-            continue
-        inside, weight = found[0].args[0], atom.coeff(found[0])
-        signed = [sp.expand(atom - weight * found[0] + weight * sign * inside) for sign in (1, -1)]
-        if weight.is_negative:
-            cases = [[*case, *signed] for case in cases]
-        else:
-            cases = [[*case, choice] for case in cases for choice in signed]
-    return [(case, True) for case in cases]
+def _at_least(left: sp.Expr, right: sp.Expr) -> bool:
+    return left == right or bool((left - right).is_nonnegative)
 
 
 # --------------------------------------------------------------------------------------------------------- projection
 
 
-def _project(atoms: list[sp.Expr], exact: bool) -> tuple[Interval, bool]:
-    """The keys for which some row of the tile satisfies all atoms; a superset where they cannot be solved together."""
+def _project(atoms: list[sp.Expr], exact: bool) -> tuple[Interval, bool] | None:
+    """The keys for which some row of the tile satisfies all atoms, or more where they cannot be solved together; None if
+    no row ever does."""
     lows: list[sp.Expr] = []
     highs: list[sp.Expr] = []
-    first, last, when = [FIRST], [LAST], []
+    first, last = [FIRST], [LAST]
+    when: list[sp.Expr] = []
+    among: list[sp.Expr] = []
     for atom in atoms:
-        if not atom.has(ROW) and not atom.has(KEY):
-            when.append(atom)
+        target = _target(atom)
+        if target is None:
+            loose = _loosened(atom)
+            exact = exact and loose == atom and not _by_key(atom)
+            if loose is not None:
+                (among if _by_key(atom) else when).append(loose)
             continue
-        side, bound = _solve(atom, KEY if atom.has(KEY) else ROW)
+        side, bound = solve(atom, target)
         if side is None:
             exact = False
-        elif atom.has(KEY):
+        elif target is KEY:
             (lows if side == "low" else highs).append(bound)
         else:
             (first if side == "low" else last).append(bound)
-    begin, end = sp.Max(*first), sp.Min(*last)
+    distances = _distances(lows, highs)
+    if any(distance.is_negative for distance in distances):
+        return None
+    begin, end = _largest(*first), _smallest(*last)
     if len(first) + len(last) > 2:
         when.append(end - begin)
     low, low_directions = _extreme(lows, begin, end, lowest=True)
     high, high_directions = _extreme(highs, begin, end, lowest=False)
     directions = low_directions | high_directions
     exact = exact and None not in directions and len(directions - {0}) <= 1
-    return Interval(sp.Max(0, *low), sp.Min(SIZE, *(h + 1 for h in high)), tuple(when)), exact
+    conditions = tuple(dict.fromkeys([*when, *(d for d in distances if not d.is_nonnegative)]))
+    begin, end = _largest(sp.S.Zero, *low), _smallest(SIZE, *(h + 1 for h in high))
+    return Interval(begin, end, conditions, tuple(dict.fromkeys(among))), exact
+
+
+def _largest(*args: sp.Expr) -> sp.Expr:
+    return _extremum(sp.Max, frozenset(args))
+
+
+def _smallest(*args: sp.Expr) -> sp.Expr:
+    return _extremum(sp.Min, frozenset(args))
+
+
+@remembered
+def _extremum(of: type[sp.Expr], args: frozenset[sp.Expr]) -> sp.Expr:
+    return of(*args)  # sympy takes milliseconds, and the conjunctions of one mask ask for few different ones
+
+
+def _target(atom: sp.Expr) -> Axis | None:
+    """What to solve ``atom`` for; None for a condition on the tile, or on keys one by one."""
+    if _by_key(atom):
+        return None
+    if atom.has(KEY):
+        return KEY
+    return ROW if atom.has(ROW) and not _by_row(atom) else None
+
+
+def _by_key(expr: sp.Expr) -> bool:
+    return any(each.role == "key" for each in expr.atoms(Datum))
+
+
+def _by_row(expr: sp.Expr) -> list[Datum]:
+    return sorted((each for each in expr.atoms(Datum) if each.role == "row"), key=lambda each: str(each.name))
+
+
+def _loosened(atom: sp.Expr) -> sp.Expr | None:
+    """What some row of the tile needs to make ``atom`` at least zero: the atom where it is largest in each of its parts."""
+    ends: dict[sp.Symbol, tuple[sp.Symbol, sp.Symbol]] = {each: _ends(each) for each in _by_row(atom)}
+    if atom.has(ROW):
+        ends[ROW] = (FIRST, LAST)
+    directions = {part: _direction(sp.expand(atom), part) for part in ends}
+    if None in directions.values():
+        return None
+    return atom.xreplace({part: ends[part][direction > 0] for part, direction in directions.items()})  # type: ignore[operator]
+
+
+def _ends(each: Datum) -> tuple[Datum, Datum]:
+    return datum(each.expr, "least"), datum(each.expr, "most")
+
+
+def _distances(lows: list[sp.Expr], highs: list[sp.Expr]) -> list[sp.Expr]:
+    """From low to high bounds, where that is the same in all rows: no row has a key where one is negative."""
+    pairs = [sp.expand(high - low) for low in lows for high in highs]
+    return [distance for distance in pairs if not distance.has(ROW) and not _by_row(distance)]
 
 
 def _extreme(
@@ -171,11 +210,11 @@ def _extreme(
     loosest: list[sp.Expr] = []
     directions: set[int | None] = set()
     for bound in bounds:
-        direction = _direction(bound, ROW)
-        directions.add(direction)
-        if direction is not None:
-            row = begin if (direction > 0) == lowest else end
-            loosest.append(bound if direction == 0 else bound.xreplace({ROW: row}))
+        ends: dict[sp.Symbol, tuple[sp.Expr, sp.Expr]] = {ROW: (begin, end), **{d: _ends(d) for d in _by_row(bound)}}
+        found = {part: _direction(bound, part) for part in ends}
+        directions |= {found[ROW], *(None for part in ends if part is not ROW)}
+        if None not in found.values():
+            loosest.append(bound.xreplace({p: ends[p][(d < 0) == lowest] for p, d in found.items()}))  # type: ignore[operator]
     return loosest, directions
 
 
@@ -199,38 +238,6 @@ def _direction(expr: sp.Expr, symbol: sp.Symbol) -> int | None:
     return None
 
 
-def _solve(atom: sp.Expr, symbol: Axis) -> tuple[str | None, sp.Expr]:
-    """``atom >= 0`` as ``symbol >= bound`` ("low") or ``symbol <= bound`` ("high"); (None, 0) if that cannot be said."""
-    moving = [t for t in sp.Add.make_args(sp.expand(atom)) if t.has(symbol)]
-    rest = sp.expand(atom) - sp.Add(*moving)
-    if len(moving) != 1:
-        return None, sp.S.Zero
-    weight, target = moving[0].as_independent(symbol, as_Add=False)
-    if not weight.is_Integer:
-        return None, sp.S.Zero
-    if weight > 0:
-        return _invert(target, "low", _ceil_div(-rest, weight), symbol)
-    return _invert(target, "high", _floor_div(rest, -weight), symbol)
-
-
-def _invert(target: sp.Expr, side: str, bound: sp.Expr, symbol: Axis) -> tuple[str | None, sp.Expr]:
-    if target == symbol:
-        return side, bound
-    if isinstance(target, FloorDiv) and target.args[1].is_positive and not target.args[1].has(symbol):
-        inside, divisor = target.args
-        atom = inside - divisor * bound if side == "low" else divisor * bound + divisor - 1 - inside
-        return _solve(sp.expand(atom), symbol)
-    return None, sp.S.Zero
-
-
-def _floor_div(expr: sp.Expr, divisor: sp.Expr) -> sp.Expr:
-    return expr if divisor == 1 else FloorDiv(expr, divisor)
-
-
-def _ceil_div(expr: sp.Expr, divisor: sp.Expr) -> sp.Expr:
-    return expr if divisor == 1 else -FloorDiv(-expr, divisor)
-
-
 # -------------------------------------------------------------------------------------------------------- no empty row
 
 
@@ -241,84 +248,3 @@ def no_row_is_empty(mask: Expr, row: Axis, key: Axis) -> bool:
     if gap.is_nonnegative:
         candidates += [row, row + gap]
     return any(substitute(mask, {key: place}) == TRUE for place in candidates)
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
-def describe(mask: Expr) -> str | None:
-    """The mask in the field's words (``causal & window(4096)``), or None if it has no such name."""
-    if mask == TRUE:
-        return ""
-    parts = mask.args if isinstance(mask, Op) and mask.name == "and" else (mask,)
-    low: sp.Expr | None = None
-    high: sp.Expr | None = None
-    others: list[str] = []
-    for part in parts:
-        conjunctions = _atom(part)
-        atoms = conjunctions[0][0] if len(conjunctions) == 1 and conjunctions[0][1] else None
-        bounds = [_band(atom) for atom in atoms] if atoms else [None]
-        if None in bounds:
-            name = _named(part)
-            if name is None:
-                return None
-            others.append(name)
-            continue
-        for side, offset in bounds:  # type: ignore[misc]
-            low, high = (offset, high) if side == "low" else (low, offset)
-    return " & ".join([*_band_names(low, high), *others])
-
-
-def _band(atom: sp.Expr) -> tuple[str, sp.Expr] | None:
-    """``j <= i + c`` or ``j >= i + c``."""
-    side, bound = _solve(atom, KEY) if atom.has(KEY) else (None, sp.S.Zero)
-    if side is None or not bound.has(ROW) or sp.expand(bound - ROW).has(ROW):
-        return None
-    return side, sp.expand(bound - ROW)
-
-
-def _band_names(low: sp.Expr | None, high: sp.Expr | None) -> list[str]:
-    if low is not None and high is not None and sp.expand(low + high) == 0 and high != 0:
-        return [f"window(±{index_text(high)})"]
-    if low is not None and high is None:
-        return [f"anticausal{'' if low == 0 else f'(offset {index_text(low)})'}"]
-    names = []
-    if high is not None:
-        names.append("causal" if high == 0 else f"causal(offset {index_text(high)})")
-    if low is not None and high is not None:
-        names.append(f"window({index_text(1 - low + high)})")
-    return names
-
-
-def _named(part: Expr) -> str | None:
-    """A part that is no band: by what it looks at."""
-    if isinstance(part, Op) and part.name == "or":
-        names = [describe(choice) for choice in part.args]
-        return None if None in names else f"({' | '.join(map(str, names))})"
-    loads = [node for node in part.walk() if isinstance(node, Load)]
-    if not loads:
-        return _named_position(part)
-    if any(ROW in load.axes and KEY in load.axes for load in loads):
-        return None
-    row, key = (any(axis in load.axes for load in loads) for axis in (ROW, KEY))
-    if KEY not in part.axes:
-        return "query padding"
-    if isinstance(part, Op) and part.name in COMPARISONS and row and key:
-        return "documents" if part.name == "eq" else "causal(loaded positions)"
-    if isinstance(part, Op) and part.name in COMPARISONS and not key:
-        return "causal(loaded positions)"
-    return "padding" if ROW not in part.axes else None
-
-
-def _named_position(part: Expr) -> str | None:
-    if not (isinstance(part, Op) and all(isinstance(a, Int) for a in part.args)):
-        return None
-    left, right = (a.value for a in part.args)  # type: ignore[attr-defined]
-    if part.name == "eq" and isinstance(left, FloorDiv) and isinstance(right, FloorDiv):
-        return f"chunks({left.args[1]})" if left.args[1] == right.args[1] else None
-    conjunctions = _atom(part)
-    atoms = conjunctions[0][0] if len(conjunctions) == 1 else []
-    if len(atoms) == 1 and atoms[0].has(KEY) and not atoms[0].has(ROW):
-        side, bound = _solve(atoms[0], KEY)
-        return {"high": f"prefix({index_text(bound + 1)})", "low": f"from({index_text(bound)})"}.get(str(side))
-    return None

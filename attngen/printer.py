@@ -8,6 +8,7 @@ named variables before the loop, values without the row axis are vectors over th
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import sympy as sp
@@ -58,10 +59,18 @@ class Printer:
     uses_drowned: bool = False
     _names: dict[Expr, str] = field(default_factory=dict)
     _blocks: dict[str, str] = field(default_factory=dict)
+    _keys_end: str = "size_j"
 
     def value(self, expr: Expr, *, masked: bool) -> str:
         """``expr`` inside the loop; ``masked`` blocks also guard their loads against keys beyond the end."""
         return self._show(expr, masked)
+
+    def scanned(self, expr: Expr, end: str) -> str:
+        """``expr``, which is the same for all rows, for a block of keys of which those before ``end`` are read."""
+        self._keys_end = end
+        text = self._show(expr, True)
+        self._keys_end = "size_j"
+        return text
 
     def blocks(self) -> list[str]:
         """Lines that read what the values printed since the last call load per pair.
@@ -138,7 +147,7 @@ class Printer:
     def _int(self, expr: sp.Expr) -> str:
         return self.index(expr, {ROW: "rows[:, None]", KEY: "cols[None, :]"})
 
-    def index(self, expr: sp.Expr, axes: dict[Axis, str] | None = None) -> str:
+    def index(self, expr: sp.Expr, axes: Mapping[sp.Symbol, str] | None = None) -> str:
         """Integer arithmetic as Triton text; floor division of what may be negative goes through a helper."""
         axes = axes or {}
         if expr in axes:
@@ -180,7 +189,7 @@ class Printer:
             text = f"{source.name}_block"
             self._blocks[text] = self._read(source, {ROW: "rows[:, None]", KEY: "cols[None, :]"}, _GUARDS[masked])
         elif KEY in expr.axes:
-            text = self._read(source, {KEY: "cols"}, ["cols < size_j"] if masked else []) + "[None, :]"
+            text = self._read(source, {KEY: "cols"}, [f"cols < {self._keys_end}"] if masked else []) + "[None, :]"
         elif ROW in expr.axes:
             text = self._read(source, {ROW: "rows"}, ["rows < size_i"]) + "[:, None]"
         else:

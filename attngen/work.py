@@ -13,7 +13,8 @@ import sympy as sp
 from attngen.algebra import TRUE, Expr, Int, Load, Op, number
 from attngen.compat import FloorDiv
 from attngen.index import Axis
-from attngen.mask import FIRST, LAST, Cover, Interval
+from attngen.inequalities import Datum
+from attngen.mask import EVERYTHING, FIRST, LAST, MAX_RUNS, Cover, Interval, grouped, may_be_full
 from attngen.spec import FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input, Problem
 
 Value = Any  # a number, or an array with one per candidate or query tile
@@ -174,46 +175,95 @@ class Blocks:
 
 def count_blocks(cover: Cover, at: Mapping[sp.Symbol, int], problem: Problem, rows: int, keys: int) -> Blocks:
     """The blocks of ``keys`` keys that tiles of ``rows`` queries visit, by the loop bounds of the template."""
-    first = np.arange(0, problem.rows, rows)
-    here = {**at, FIRST: first, LAST: np.minimum(first + rows, problem.rows) - 1}
     try:
-        start, stop = _visited(cover, here, first, keys)
-        full = _full(cover, here, start, stop, keys)
+        loops = loops_of(cover, at, problem.rows, rows, keys)
     except KeyError:  # a bound over a size that only the run knows: count the whole rectangle, all of it masked
-        start, stop, full = 0 * first, 0 * first + problem.keys, 0 * first
-    visited = np.ceil(np.maximum(stop - start, 0) / keys)
+        loops = loops_of(_DENSE, at, problem.rows, rows, keys)
+    visited = np.ceil(np.maximum(loops.stop - loops.start, 0) / keys) - (loops.gap_stop - loops.gap_start) / keys
+    full = (loops.full_stop - loops.full_start) / keys
     return Blocks(
         mean=float(visited.mean()),
         most=float(visited.max()),
         last=float(visited[0]),
-        masked=float(np.maximum(visited - full, 0).mean()),
+        masked=float((visited - full).mean()),
     )
 
 
-def _visited(cover: Cover, at: Mapping[sp.Symbol, Value], first: Value, keys: int) -> tuple[Value, Value]:
-    """Start, a multiple of the block, and stop of the smallest interval around all that is visited."""
-    size = at[KEY.extent]
-    low, high = size + 0 * first, 0 * first
-    for interval in cover.visit:
-        begin, end = (evaluate(e, at) + 0 * first for e in (interval.low, interval.high))
-        counts = (begin < end) & _holds(interval, at, first)
-        low = np.where(counts, np.minimum(low, begin), low)
-        high = np.where(counts, np.maximum(high, end), high)
-    return np.minimum(low, high) // keys * keys, high
+@dataclass(frozen=True)
+class Loops:
+    """The loop bounds of every query tile; see ``attngen.bounds``."""
+
+    start: Value
+    stop: Value
+    full_start: Value
+    full_stop: Value
+    gap_start: Value
+    gap_stop: Value
 
 
-def _full(cover: Cover, at: Mapping[sp.Symbol, Value], start: Value, stop: Value, keys: int) -> Value:
-    """Blocks between the masked ones at the beginning and those at the end."""
-    begin, end = start, stop
-    for interval in cover.partial:
-        low, high = (evaluate(e, at) + 0 * start for e in (interval.low, interval.high))
-        counts = (low < high) & _holds(interval, at, start)
-        if interval.low == 0 and interval.high != KEY.extent:
-            begin = np.where(counts, np.maximum(begin, high), begin)
-        else:
-            end = np.where(counts, np.minimum(end, low), end)
-    return np.maximum(end // keys - -(-begin // keys), 0)
+_DENSE = Cover((EVERYTHING,), (EVERYTHING,), False)
+Runs = list[tuple[Value, Value]]
 
 
-def _holds(interval: Interval, at: Mapping[sp.Symbol, Value], like: Value) -> Value:
-    return reduce(np.logical_and, [evaluate(e, at) + 0 * like >= 0 for e in interval.when], np.full(like.shape, True))
+def loops_of(cover: Cover, at: Mapping[sp.Symbol, int], queries: int, rows: int, keys: int) -> Loops:
+    """The loop bounds of the tiles of ``rows`` queries. Of data it is assumed that it masks nothing, and that of the keys
+    it could have masked the last one shows it."""
+    first = np.arange(0, queries, rows)
+    here = {**at, FIRST: first, LAST: np.minimum(first + rows, queries) - 1}
+    visit = _runs(tuple(_unmasked(i) for i in cover.visit), here)
+    partial = _runs(tuple(_barely_masked(i) for i in cover.partial), here) if may_be_full(cover) else []
+    size = at[KEY.extent] + 0 * first
+    low = reduce(np.minimum, [low for low, _ in visit], size)
+    stop = reduce(np.maximum, [high for _, high in visit], 0 * first)
+    start = np.minimum(low, stop) // keys * keys
+    gap, full = (start, start), (start, start)
+    if 1 < len(visit) <= MAX_RUNS:
+        gap = _longest(start, [high for _, high in visit], visit, low, stop, keys)
+    if may_be_full(cover):
+        full = _longest(start, [low, *(high for _, high in partial)], partial, low, stop, keys)
+    return Loops(start, stop, *full, *gap)
+
+
+def _longest(start: Value, places: list[Value], runs: Runs, low: Value, stop: Value, keys: int) -> tuple[Value, Value]:
+    """Of the stretches that begin at one of ``places`` and end where one of ``runs`` begins, the one of most blocks."""
+    best = (start, start)
+    for place in places:
+        after = np.maximum(place, low)
+        before = reduce(np.minimum, [np.where(high > after, begin, stop) for begin, high in runs], stop)
+        begin, end = -(-after // keys) * keys, before // keys * keys
+        better = end - begin > best[1] - best[0]
+        best = (np.where(better, begin, best[0]), np.where(better, end, best[1]))
+    return best
+
+
+def _runs(intervals: tuple[Interval, ...], at: Mapping[sp.Symbol, Value]) -> Runs:
+    """The stretches of keys that a kernel compares, one that is empty beyond all keys."""
+    return [_run(group, at) for group in grouped(intervals)]
+
+
+def _run(group: tuple[Interval, ...], at: Mapping[sp.Symbol, Value]) -> tuple[Value, Value]:
+    size, none = at[KEY.extent], 0 * at[FIRST]
+    low, high = size + none, none
+    for interval in group:
+        begin, end = (evaluate(e, at) + none for e in (interval.low, interval.high))
+        counts = reduce(np.logical_and, [evaluate(e, at) + none >= 0 for e in interval.when], begin < end)
+        low, high = np.where(counts, np.minimum(low, begin), low), np.where(counts, np.maximum(high, end), high)
+    return low, high
+
+
+def _unmasked(interval: Interval) -> Interval:
+    """The interval as far as positions alone bound it."""
+    low, high = (_without_data(e) for e in (interval.low, interval.high))
+    return Interval(low, high, tuple(e for e in interval.when if not e.atoms(Datum)))
+
+
+def _barely_masked(interval: Interval) -> Interval:
+    if not interval.data:
+        return interval
+    known = _unmasked(interval)
+    return Interval(sp.Max(0, known.high - 1), known.high, known.when)
+
+
+def _without_data(bound: sp.Expr) -> sp.Expr:
+    """``Max`` or ``Min`` over those of its arguments that are known."""
+    return bound.func(*(a for a in bound.args if not a.atoms(Datum))) if bound.atoms(Datum) else bound

@@ -161,11 +161,11 @@ def interpreted(seeds: Iterable[int], count: int, batch: int = 50) -> dict[int, 
             watched = _Watched(gm)
             results_of(watched.run, case, case.inputs)
             waiting.append((seed, case, gm, watched.calls))
-        if len(found) + len(waiting) == count:
-            break
-        if len(waiting) == batch:
-            found.update(_interpret(waiting))
+        if len(waiting) == batch or len(found) + len(waiting) == count:
+            found.update(_interpret(waiting))  # without those that the interpreter itself gets wrong
             waiting = []
+        if len(found) == count:
+            break
     return {**found, **_interpret(waiting)}
 
 

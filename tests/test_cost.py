@@ -13,7 +13,7 @@ import torch
 from specs import BOOLEANS, BY_NAME, CAUSAL, PADDING, B, H, attention, loaded, plus, scaled, softcap, window
 
 from attngen import aot, compat, formulas
-from attngen.algebra import Expr, Int, Op, op
+from attngen.algebra import TRUE, Expr, Int, Op, op
 from attngen.aot import Binary, Job, compile_all
 from attngen.choose import Plan, choose
 from attngen.compat import FloorDiv
@@ -102,9 +102,17 @@ def _all_pairs(mask: Expr, queries: int, size: int, rows: int) -> list[np.ndarra
 
 
 def test_a_mask_that_only_the_data_knows_counts_as_dense_and_masked() -> None:
-    spec = attention(mask=loaded("keep", B, KEY, kind="bool"), extras={"keep": (torch.bool, (B, KEY))})
-    blocks = count_blocks(derive(spec.mask), bindings(spec, square(256)), square(256), 64, 64)
+    blocks = count_blocks(derive(KEPT.mask), bindings(KEPT, square(256)), square(256), 64, 64)
     assert (blocks.mean, blocks.masked) == (4, 4)
+
+
+@pytest.mark.parametrize("name", ["padding", "lengths", "documents", "padding_causal"])
+def test_data_that_a_kernel_looks_at_is_assumed_to_mask_the_last_key(name: str) -> None:
+    spec = BY_NAME[name].spec
+    plain = CAUSAL if "causal" in name or name == "documents" else TRUE
+    blocks, without = (count_blocks(derive(m), bindings(spec, square(256)), square(256), 64, 64) for m in (spec.mask, plain))
+    assert (blocks.mean, blocks.most) == (without.mean, without.most)
+    assert blocks.masked == 1
 
 
 # --------------------------------------------------------------------------------------------------------- operations
@@ -273,7 +281,7 @@ COMPILED = [
             ("bias", BIASED, Tile(64, 64, 4, 2)),
             ("bias_deep", BIASED, Tile(128, 64, 8, 3)),
             ("documents", BY_NAME["documents"].spec, Tile(64, 32, 4, 4)),
-            ("padding_wide", attention(head_dim=128, mask=PADDING, extras=BOOLEANS), Tile(64, 128, 4, 2)),
+            ("padding_wide", attention(head_dim=128, mask=PADDING, extras=BOOLEANS), Tile(64, 128, 8, 2)),
             ("mask_loaded", KEPT, Tile(64, 32, 4, 2)),
             ("head_40", BY_NAME["head_40"].spec, Tile(64, 64, 4, 3)),
             ("again", AGAIN, Tile(128, 32, 8, 2)),

@@ -12,7 +12,7 @@ from analysis import Analysis, analyse, watched
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attngen.mask import describe
+from attngen.naming import describe
 
 
 def spellings(*names: str) -> pytest.MarkDecorator:

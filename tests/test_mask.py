@@ -16,8 +16,10 @@ from attngen.algebra import FALSE, TRUE, Expr, Int, Load, integer, negate, op, s
 from attngen.compat import FloorDiv
 from attngen.evaluate import Evaluator
 from attngen.index import Axis
-from attngen.mask import FIRST, LAST, Cover, Interval, derive, describe, no_row_is_empty
+from attngen.mask import FIRST, LAST, Cover, Interval, derive, no_row_is_empty
+from attngen.naming import describe
 from attngen.spec import KEY, ROW
+from attngen.text import index_text
 
 SIZES = ((9, 9), (12, 7), (5, 13), (1, 6))
 TILES = (1, 3, 4)
@@ -163,6 +165,47 @@ def test_what_is_loaded_is_visited_only_where_the_rest_allows() -> None:
     cover = derive(op("and", CAUSAL, LOADED))
     assert reader(cover.visit)(0, 3, 9, 9).tolist() == [True] * 4 + [False] * 5
     assert reader(cover.partial)(0, 3, 9, 9).all()
+
+
+LENGTH = Load("n", (), "int")
+PLACE = Load("p", (Int(ROW),), "int")
+FLAG = Load("f", (Int(KEY),), "bool")
+
+
+def texts(interval: Interval) -> tuple[str, ...]:
+    """Its ends as they are written, with the arguments of maxima and minima in order; then its conditions."""
+
+    def text(end: sp.Expr) -> str:
+        parts = sorted(index_text(a) for a in end.args)
+        return f"{end.func.__name__}({', '.join(parts)})" if isinstance(end, (sp.Max, sp.Min)) else index_text(end)
+
+    return (text(interval.low), text(interval.high), *map(index_text, (*interval.when, *interval.among)))
+
+
+@pytest.mark.parametrize(
+    ("mask", "visit"),
+    [
+        (op("lt", Int(KEY), LENGTH), [("0", "Min(one n[]:int, size_j)")]),
+        (op("le", Int(KEY), PLACE), [("0", "Min(1 + most p[i]:int, size_j)")]),
+        (op("gt", Int(KEY), PLACE), [("Max(0, 1 + least p[i]:int)", "size_j")]),
+        (op("lt", Int(ROW), LENGTH), [("0", "size_j", "Min(last, one n[]:int - 1) - first")]),
+        (FLAG, [("0", "size_j", "key f[j]:bool - 1")]),
+        (negate(FLAG), [("0", "size_j", "-key f[j]:bool")]),
+        (SAME_DOCUMENT, [("0", "size_j", "key t1[b, j]:int - least t0[b, i]:int", "most t0[b, i]:int - key t1[b, j]:int")]),
+        (op("or", CAUSAL, op("and", CAUSAL, FLAG)), [("0", "Min(1 + last, size_j)")]),
+        (LOADED, [("0", "size_j")]),
+        (op("lt", op("mul", PLACE, PLACE), Int(KEY)), [("Max(0, 1 + least mul(p[i]:int, p[i]:int))", "size_j")]),
+    ],
+)
+def test_data_bounds_what_is_visited(mask: Expr, visit: list[tuple[str, ...]]) -> None:
+    """By its extremes over the rows of a tile, or as a condition on keys one by one; not if it differs per pair."""
+    assert [texts(interval) for interval in derive(mask).visit] == visit
+
+
+def test_a_conjunction_that_no_row_meets_is_no_interval() -> None:
+    far = op("and", op("le", Int(KEY), Int(ROW - 9)), op("ge", Int(KEY), Int(ROW - 5)))
+    assert derive(far).visit == ()
+    assert derive(op("or", CAUSAL, far)).visit == derive(CAUSAL).visit
 
 
 @pytest.mark.parametrize(

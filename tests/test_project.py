@@ -37,9 +37,9 @@ def test_mypy(tmp_path: Path) -> None:
 LAYERS = (
     {"errors", "paths", "compat", "index", "device"},
     {"algebra", "text", "evaluate", "abbreviate"},
-    {"normaliser", "spec", "mask"},
+    {"normaliser", "spec", "inequalities", "mask", "naming"},
     {"printer", "work", "formulas", "blockwise", "layout"},
-    {"emit", "cost"},
+    {"bounds", "emit", "cost"},
     {"choose", "interpret"},
     {"verify", "aot", "runtime", "plan", "report", "options", "advice", "sample"},
     {"prepare"},

@@ -11,7 +11,7 @@ import zoo
 from analysis import Analysis, analyse
 
 from attngen.algebra import Const, op
-from attngen.mask import describe
+from attngen.naming import describe
 from attngen.passes.specialise import Table
 from attngen.spec import INNER, KEY, AttentionSpec
 from attngen.text import index_text, readable
