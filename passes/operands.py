@@ -47,14 +47,15 @@ def peel(
 ) -> Operand | Miss:
     """The tensor to pass for ``access``, whose two ``whole`` axes must each be one full dimension of it.
 
-    ``direct``: every dimension of it is one axis, read in equal steps, or read at one place.
+    ``direct``: every dimension of it is one axis, read in equal steps, or read at one place. A tensor that is read in no
+    steps is taken before one that is: from its dimensions a kernel knows how far the axes go.
     """
-    chosen: _Layer | None = None
-    below = False
-    for layer in _layers(reader, access, whole[1], scaled=scaled):
-        below = below or not layer.free
-        if (below or chosen is None) and _fits(reader, layer, whole, direct=direct):
-            chosen, below = layer, False
+    layers = list(_layers(reader, access, whole[1], scaled=scaled))
+    fitting = [layer for layer in layers if layer.node.graph is reader.graph and indexable(layer.node, layer.index, whole)]
+    if direct:
+        plain = [layer for layer in fitting if all(place.is_Integer or isinstance(place, Axis) for place in layer.index)]
+        fitting = plain or [layer for layer in fitting if _direct(layer.index)]
+    chosen = _lowest(layers, fitting)
     if chosen is None:
         return Miss("an operand is not indexed by whole dimensions", str(access.source), depth=5)
     return Operand(chosen.node, broadcast(chosen.index, shape_of(chosen.node)), chosen.factor, dtype)
@@ -92,10 +93,15 @@ def _layers(reader: Reader, access: Access, inner: Axis, *, scaled: bool) -> Ite
         node = reader.resolve(node)
 
 
-def _fits(reader: Reader, layer: _Layer, whole: tuple[Axis, Axis], *, direct: bool) -> bool:
-    if layer.node.graph is not reader.graph or not indexable(layer.node, layer.index, whole):
-        return False
-    return not direct or _direct(layer.index)
+def _lowest(layers: list[_Layer], fitting: list[_Layer]) -> _Layer | None:
+    """The first that fits, or one below it that is more than another view of the same memory."""
+    chosen: _Layer | None = None
+    below = False
+    for layer in layers:
+        below = below or not layer.free
+        if (below or chosen is None) and layer in fitting:
+            chosen, below = layer, False
+    return chosen
 
 
 def _scaled(reader: Reader, node: fx.Node, index: Index, inner: Axis) -> tuple[fx.Node, Index, Expr] | None:

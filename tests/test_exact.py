@@ -72,6 +72,12 @@ def bias_of_a_layer_by_bucket(q: Tensor, k: Tensor, v: Tensor, m: Tensor, w: Ten
     return (scores(q, k) * 0.25 + bias.gather(-1, buckets) + added).softmax(-1) @ v
 
 
+def heads_in_slices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Only a copy has a dimension of two heads; what is below it is read from the third on."""
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2).reshape(8, 12, 16)[2:4] for x in (q, k, v))
+    return torch.bmm(torch.bmm(q, k.mT).softmax(-1), v)
+
+
 EXACT: dict[str, Function] = {
     "empty rows of -inf give NaN": lambda q, k, v, m: scores(q, k).masked_fill(m, -math.inf).softmax(-1) @ v,
     "empty rows of SDPA give zero": lambda q, k, v, m: scaled_dot_product_attention(q, k, v, ~m),
@@ -117,6 +123,7 @@ EXACT: dict[str, Function] = {
     "keys in reverse on both sides": lambda q, k, v: weights(q, k.flip(2)) @ v.flip(2),
     "the first heads of more, grouped": lambda q, k, v: weights(q, k.clone()[:, :2].repeat_interleave(2, 1)) @ v,
     "groups by remainder": grouped_the_other_way,
+    "two heads of a batch folded into heads": heads_in_slices,
     "keys of one batch": lambda q, k, v: weights(q, k[:1]) @ v,
     "values of one head": lambda q, k, v: weights(q, k) @ v[:, :1],
     "linear on scores: scores as queries": lambda q, k, v, w: linear(scores(q, k), w).softmax(-1) @ v,
