@@ -96,7 +96,7 @@ _fragments = (  # fitted to 285 kernels compiled for sm_90 and sm_80, then to th
 # was raised for 16-bit tiles alone. No more than an upper limit.
 _FMA_REGISTERS = 90
 _work = rows * keys * sp.Max(d_pad, e_pad) / threads  # multiplications of one product without tensor cores
-_scalar = _FMA_REGISTERS + (0.4 + 0.1 * unstaged) * _work + 10 * rows * keys / threads
+_scalar = _FMA_REGISTERS * (1 + redo) + (0.4 + 0.1 * unstaged) * _work + 10 * rows * keys / threads
 _scalar_loads = 0.8 * sp.Max(0, rows * keys / threads - 8) * pair_loads
 
 FORMULAS = (
