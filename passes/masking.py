@@ -137,7 +137,16 @@ def _unmask(score: Expr, dtype: torch.dtype, *, alone: bool = True) -> tuple[Exp
             inner, inner_mask, inner_fills = _unmask(term, dtype, alone=alone)
             term, mask, fills = inner, op("and", mask, inner_mask), [*fills, *inner_fills]
         kept.append(term)
+    if len(kept) > 1 and any(map(_holds_fill, kept)):
+        return score, TRUE, []
     return (total(kept) if fills else score), mask, fills
+
+
+def _holds_fill(term: Expr) -> bool:
+    """A number as large as masks are, in some place: added to a fill, as in ``s - s.detach()``, it may cancel it."""
+    choices = [node for node in term.walk() if isinstance(node, Op) and node.name == "where"]
+    numbers = [number(branch) for choice in choices for branch in choice.args[1:]]
+    return any(value is not None and abs(value) >= -MASKING for value in numbers)
 
 
 def _summands(expr: Expr) -> list[Expr]:

@@ -68,7 +68,20 @@ def _sum_in_half(sign: str, left: Expr, right: Expr, dtype: torch.dtype) -> Expr
     scored = [any(isinstance(n, Dot) for n in side.walk()) for side in (left, right)]
     if sign == "sub" and scored[0]:
         sign, right = "add", op("neg", right)
+    if any(_may_lift(side, dtype) for side in (left, right)):
+        return op(sign, left, right)
     return op(sign, *(_drowning(side, dtype, loads=any(scored)) for side in (left, right)))
+
+
+def _may_lift(term: Expr, dtype: torch.dtype) -> bool:
+    """A fill with its sign changed, as in ``s - s.detach()``: it takes back another, which must stay where it is for that."""
+    changes = [n for n in term.walk() if isinstance(n, Op) and (n.name in ("neg", "sub") or _is_negative_factor(n))]
+    choices = [n for change in changes for n in change.walk() if isinstance(n, Op) and n.name == "where"]
+    return any(drowns(number(branch), dtype) for choice in choices for branch in choice.args[1:])
+
+
+def _is_negative_factor(node: Op) -> bool:
+    return node.name == "mul" and any((number(a) or 0) < 0 for a in node.args)
 
 
 def _drowning(term: Expr, dtype: torch.dtype, *, loads: bool) -> Expr:

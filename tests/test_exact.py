@@ -108,6 +108,9 @@ EXACT: dict[str, Function] = {
         )
     ),
     "-1e9 under a logarithm": lambda q, k, v, m: scores(q, k).masked_fill(m, -1e9).log_softmax(-1).exp() @ v,
+    "a fill that another term cancels": (
+        lambda q, k, v, m: (lambda s: (s + -s.detach() + scores(q, k)).softmax(-1) @ v)(scores(q, k).masked_fill(m, -1e9))
+    ),
     "two masks added": (
         lambda q, k, v, m: (lambda a: (scores(q, k) + a + a.T).softmax(-1) @ v)(torch.zeros(12, 12).masked_fill(m, -math.inf))
     ),
