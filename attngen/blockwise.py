@@ -240,6 +240,8 @@ def plain(spec: AttentionSpec) -> Plain | None:
     narrower = any(torch.promote_types(x.dtype, spec.out_dtype) != spec.out_dtype for x in spec.inputs)
     if scale is None or changed or narrower or not (causal or spec.mask == TRUE):
         return None
+    if causal and scale <= 0:  # on a CPU the -inf of masked pairs is scaled too
+        return None
     return Plain(scale, causal)
 
 

@@ -77,6 +77,11 @@ def mask_by_vmap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores(q, k).masked_fill(~keep, -torch.inf), -1) @ v
 
 
+def negated_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A scale below zero, which must not reach the mask."""
+    return torch.nn.functional.scaled_dot_product_attention(q, k * -1.0, v, is_causal=True, scale=1.0)
+
+
 def scaled_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A second product of which a part is changed in place before it is added (Funnel)."""
     second = (torch.flip(q, (-1,)) @ torch.flip(k, (-2,)).transpose(-1, -2))[:, :, :, :LENGTH]
@@ -128,6 +133,7 @@ FOUND = (
     shifted,
     blocks_beside,
     mask_by_vmap,
+    negated_keys,
     scaled_in_place,
     mask_in_pieces,
     sinks_and_padding,
