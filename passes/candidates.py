@@ -13,7 +13,7 @@ from attngen.passes.semantics import bind, is_tensor, op_name, shape_of
 from attngen.passes.values import is_contraction
 from attngen.passes.views import PARTS, VIEWS
 
-_SOFTMAX = frozenset(["softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "logsumexp"])
+SOFTMAX = frozenset(["softmax", "_softmax", "special_softmax", "_safe_softmax", "log_softmax", "_log_softmax"])
 _ELEMENTWISE = frozenset([*VIEWS, *PARTS, *POINTWISE, "tril", "triu"])
 _JOINS = frozenset(["cat", "amax", "max", "constant_pad_nd", "pad"])
 # What people put between softmax and values, or scores and softmax, and no kernel computes: worth a ``Miss``.
@@ -49,7 +49,7 @@ class Marks:
         contracts = is_product(node) and (name != "sum" or before < 2)
         if node in self.settled or contracts:
             self.level[node] = 1
-        elif name in _SOFTMAX and before:
+        elif before and (name in SOFTMAX or name == "logsumexp"):
             self.level[node] = 3
         elif name in ("exp", "exp2") and before:
             self.level[node] = max(before, 2)

@@ -11,7 +11,7 @@ from torch import fx
 
 from attngen import compat
 from attngen.passes import effects
-from attngen.passes.candidates import ATTENTION, divided
+from attngen.passes.candidates import ATTENTION, SOFTMAX, divided
 from attngen.passes.detect import Site
 from attngen.passes.lower import Lowered
 from attngen.passes.pointwise import POINTWISE
@@ -19,7 +19,7 @@ from attngen.passes.semantics import op_name
 from attngen.passes.values import CONTRACTIONS, VALUES, is_contraction
 from attngen.passes.views import PARTS, VIEWS
 
-_POWERS = frozenset(["softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "exp", "exp2"])
+_POWERS = SOFTMAX | {"exp", "exp2"}
 _PRODUCTS = CONTRACTIONS - {"sum", "linear", ATTENTION}
 # What masks and biases are made of. Anything else beside the way from scores to result is read as a tensor.
 _CHEAP = (frozenset(VIEWS) | frozenset(PARTS) | frozenset(POINTWISE) | frozenset(VALUES)) - CONTRACTIONS | {"sum"}

@@ -15,6 +15,7 @@ from attngen.algebra import COMPARISONS, ONE, TRUE, Const, Expr, Int, Load, Op, 
 from attngen.errors import Miss
 from attngen.index import Axis
 from attngen.mask import no_row_is_empty
+from attngen.passes.candidates import SOFTMAX
 from attngen.passes.detect import Site
 from attngen.passes.pointwise import drowns
 from attngen.passes.semantics import dtype_of, op_name
@@ -25,7 +26,6 @@ MASKING = -1e3  # a score set to less than this is masked; rows where that could
 # Operations that cost no more than the load they replace.
 CHEAP = frozenset(["float", "add", "sub", "mul", "neg", "min", "max", "abs", "where", "and", "or", "not", "drown"])
 CHEAP |= frozenset(COMPARISONS)
-SOFTMAX = frozenset(["softmax", "_softmax", "special_softmax", "_safe_softmax", "log_softmax", "_log_softmax"])
 
 
 @dataclass(frozen=True)

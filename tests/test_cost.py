@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sympy as sp
 import torch
-from specs import BOOLEANS, BY_NAME, CAUSAL, PADDING, B, H, attention, loaded, plus, scaled, softcap, window
+from specs import BOOLEANS, BY_NAME, CAUSAL, PADDING, WORTH_IT, B, H, attention, loaded, plus, scaled, softcap, window
 
 from attngen import aot, compat, formulas
 from attngen.algebra import TRUE, Expr, Int, Op, op
@@ -265,7 +265,6 @@ def test_explanation_shows_every_formula_with_its_numbers() -> None:
 BIASED = attention(dtype=BF16, score=plus(scaled(0.1), loaded("bias", H, ROW, KEY)), extras={"bias": (BF16, (H, ROW, KEY))})
 KEPT = attention(mask=loaded("keep", B, ROW, KEY, kind="bool"), extras={"keep": (torch.bool, (B, ROW, KEY))})
 AGAIN = replace(attention(head_dim=256, mask=CAUSAL), whole=BY_NAME["fill_shows"].spec.whole, redo_below=-9896.0)
-WORTH_IT = 64  # bytes of stack per thread; up to there such tiles were measured among the fastest
 COMPILED = [
     (arch, name, spec, tile)
     for arch, candidates in {

@@ -15,6 +15,7 @@ import pytest
 import torch
 import zoo
 from analysis import analyse
+from specs import WORTH_IT
 from test_models_half import in_dtype, short
 from torch import Tensor
 
@@ -127,8 +128,6 @@ WANTED_BINARIES: list[tuple[int, str, int | None]] = [
     (arch, name, None) for arch, (_, names) in COMPILED.items() for name in names
 ]
 WANTED_BINARIES += [(arch, name, LENGTH) for arch, names in LONG.items() for name in names]
-# Bytes of stack per thread: with long tiles a few are cheaper than a smaller tile, as timings on Hopper have it.
-WORTH_IT = 64
 
 Binaries = dict[tuple[int, str, int | None], Binary | VerificationFailed]
 
