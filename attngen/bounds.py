@@ -44,10 +44,10 @@ def loop_bounds(printer: Printer, cover: Cover, warps: int) -> Bounds:
     """The bounds of a tile that so many warps share."""
     writer = _Writer(printer, SCANNED * warps)
     writer.name_data([*cover.visit, *cover.partial])
-    return writer.fixed(cover) if _is_plain(cover) else writer.compared(cover)
+    return writer.fixed(cover) if is_plain(cover) else writer.compared(cover)
 
 
-def _is_plain(cover: Cover) -> bool:
+def is_plain(cover: Cover) -> bool:
     """The visited keys are one stretch, and so are the full ones, between masked ones at the beginning and at the end."""
     if any(i.among for i in (*cover.visit, *cover.partial)) or len(grouped(cover.visit)) > 1:
         return False

@@ -1,15 +1,19 @@
-"""The tile of a kernel: candidates that cannot run are refused with a reason, the rest ranked by the cost model."""
+"""The tile of a kernel: candidates that cannot run are refused with a reason, the rest ranked by the cost model.
+
+Tiles of both template families compete. The hopper family takes part where the device has warpgroups that multiply, the
+template can express the spec, and TMA can address the operands; if not, one refusal says why.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from attngen import hopper
 from attngen.cost import MIN_DOT, REGISTER_LIMIT, Cost, costs
 from attngen.device import Device
 from attngen.errors import Miss
-from attngen.spec import AttentionSpec, Problem, Tile
+from attngen.spec import HOPPER, PORTABLE, AttentionSpec, Problem, Tile
 
 MAX_HEAD = 512
 
@@ -19,6 +23,10 @@ TILES = tuple(
     Tile(rows, keys, warps, stages)
     for rows, keys, warps, stages in product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4))
     if keys >= 32 or rows <= 32
+)
+HOPPER_TILES = tuple(
+    Tile(hopper.WARPGROUP_ROWS * groups, keys, 4 * groups, stages, HOPPER, persistent)
+    for groups, keys, stages, persistent in product((2, 3), (64, 128), (2, 3, 4), (False, True))
 )
 
 
@@ -43,14 +51,24 @@ class Plan:
     source: str = "model"
 
 
-def choose(spec: AttentionSpec, problem: Problem, device: Device, tile: Tile | None = None) -> Plan | Miss:
-    """The plan for one site, or why there is none. A given ``tile`` is taken if it can run on ``device``."""
+def choose(
+    spec: AttentionSpec, problem: Problem, device: Device, tile: Tile | None = None, misaligned: str | None = None
+) -> Plan | Miss:
+    """The plan for one site, or why there is none. A given ``tile`` is taken if it can run on ``device``.
+
+    ``misaligned`` says why TMA cannot address the site's operands, if so.
+    """
     if (widest := max(spec.head_dim, spec.value_dim)) > MAX_HEAD:
         return Miss(f"the head size {widest} is over the limit of {MAX_HEAD}")
-    candidates = TILES if tile is None or tile in TILES else (*TILES, tile)
+    outright = hopper.unsuited(spec) or misaligned
+    candidates = (*TILES, *HOPPER_TILES) if device.wgmma and not outright else TILES
+    if tile is not None and tile not in candidates and (tile.family == PORTABLE or not outright):
+        candidates = (*candidates, tile)
     predicted = dict(zip(candidates, costs(spec, problem, device, candidates), strict=True))
     refused = tuple(Refusal(t, reason) for t, c in predicted.items() if (reason := refusal(t, c, problem, device)))
     ranked = _ranked(predicted, {r.tile for r in refused})
+    if outright and device.wgmma:
+        refused += (Refusal(HOPPER_TILES[0], f"and the like: {outright}"),)
     if not ranked:
         return Miss(f"no tile fits {device.label}: {refused[0].tile} {refused[0].reason}")
     given = tile is not None and any(t == tile for t, _ in ranked)
@@ -60,10 +78,13 @@ def choose(spec: AttentionSpec, problem: Problem, device: Device, tile: Tile | N
 
 def refusal(tile: Tile, cost: Cost, problem: Problem, device: Device) -> str | None:
     """Why a kernel with that tile cannot run, or cannot run well, if so."""
+    if tile.family == HOPPER and not device.wgmma:
+        return f"{device.label} has no warpgroups that multiply"
     if cost.smem_bytes > device.smem_block:
         return f"needs {_kib(cost.smem_bytes)} of shared memory; {device.label} has {_kib(device.smem_block)} for a block"
-    if cost.registers > REGISTER_LIMIT:
-        return f"needs about {cost.registers} registers per thread; there are 255, the rest would spill"
+    limit, given = (hopper.registers(tile),) * 2 if tile.family == HOPPER else (REGISTER_LIMIT, 255)
+    if cost.registers > limit:
+        return f"needs about {cost.registers} registers per thread; there are {given}, the rest would spill"
     if tile.rows > MIN_DOT and tile.rows >= 2 * problem.rows and not problem.dynamic:
         return f"at least half of its rows would be empty with queries of length {problem.rows}"
     return None
@@ -80,5 +101,5 @@ def _ranked(predicted: dict[Tile, Cost], refused: set[Tile]) -> tuple[tuple[Tile
     return tuple((t, c.seconds) for t, c in able)
 
 
-def _fields(tile: Tile) -> Sequence[int]:
-    return tile.rows, tile.keys, tile.warps, tile.stages
+def _fields(tile: Tile) -> tuple[object, ...]:
+    return tile.family, tile.rows, tile.keys, tile.warps, tile.stages, tile.persistent

@@ -149,6 +149,7 @@ def specialised(kernel: Any, args: Sequence[Any], options: Mapping[str, Any], ar
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
+    from triton.experimental.gluon._runtime import GluonASTSource
     from triton.runtime.jit import create_function_from_signature
 
     target = GPUTarget("cuda", arch, 32)
@@ -160,7 +161,8 @@ def specialised(kernel: Any, args: Sequence[Any], options: Mapping[str, Any], ar
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialisation, _ = bind(*args, **given)
     parsed, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialisation, given)
-    return ASTSource(kernel, signature, constants, attributes), target, parsed
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    return kind(kernel, signature, constants, attributes), target, parsed
 
 
 def compile_kernel(kernel: Any, args: Sequence[Any], options: Mapping[str, Any], arch: int) -> Any:

@@ -14,11 +14,12 @@ import numpy as np
 import sympy as sp
 
 from attngen import formulas as f
+from attngen import formulas_hopper, hopper
 from attngen.device import Device
 from attngen.index import Axis
 from attngen.layout import UNIT
 from attngen.mask import derive
-from attngen.spec import KEY, ROW, AttentionSpec, Input, Problem, Tile
+from attngen.spec import HOPPER, KEY, PORTABLE, ROW, AttentionSpec, Input, Problem, Tile
 from attngen.work import bindings, bytes_of, count_blocks, evaluate, operations, score_passes
 
 if TYPE_CHECKING:
@@ -58,13 +59,20 @@ class Cost:
 
 
 Values = dict[sp.Symbol, Any]  # numbers, or arrays with one number per tile
+FORMULAS = {PORTABLE: f.FORMULAS, HOPPER: formulas_hopper.FORMULAS}
 
 
 def costs(spec: AttentionSpec, problem: Problem, device: Device, tiles: Sequence[Tile]) -> list[Cost]:
     """The cost of each tile, in order."""
-    table = evaluated(spec, problem, device, tiles)
-    columns = {symbol: np.broadcast_to(value, len(tiles)).tolist() for symbol, value in table.items()}
-    return [_cost({symbol: column[k] for symbol, column in columns.items()}) for k in range(len(tiles))]
+    found: dict[Tile, Cost] = {}
+    for family in FORMULAS:
+        members = [tile for tile in tiles if tile.family == family]
+        if members:
+            table = evaluated(spec, problem, device, members)
+            columns = {symbol: np.broadcast_to(value, len(members)).tolist() for symbol, value in table.items()}
+            for k, tile in enumerate(members):
+                found[tile] = _cost({symbol: column[k] for symbol, column in columns.items()})
+    return [found[tile] for tile in tiles]
 
 
 def _cost(at: dict[sp.Symbol, float]) -> Cost:
@@ -81,9 +89,11 @@ def _cost(at: dict[sp.Symbol, float]) -> Cost:
 
 
 def evaluated(spec: AttentionSpec, problem: Problem, device: Device, tiles: Sequence[Tile]) -> Values:
-    """Every symbol of the model, for all tiles at once."""
+    """Every symbol of the model, for tiles of one family at once."""
     at = {**_of_device(device), **_of_spec(spec, problem), **_of_tiles(spec, problem, device, tiles)}
-    for formula in f.FORMULAS:
+    if tiles[0].family == HOPPER:
+        at |= _of_hopper(spec, tiles)
+    for formula in FORMULAS[tiles[0].family]:
         at[formula.symbol] = evaluate(formula.expression, at)
     return at
 
@@ -180,6 +190,17 @@ def _of_tiles(spec: AttentionSpec, problem: Problem, device: Device, tiles: Sequ
     }
 
 
+def _of_hopper(spec: AttentionSpec, tiles: Sequence[Tile]) -> Values:
+    block_d, block_e = (hopper.padded(n) for n in (spec.head_dim, spec.value_dim))
+    return {
+        f.d_pad: block_d,
+        f.e_pad: block_e,
+        formulas_hopper.held: np.array([hopper.queries_held(t, block_d) for t in tiles]),
+        formulas_hopper.softmax: 1.0 * spec.softmax,
+        formulas_hopper.persistent: np.array([1.0 * t.persistent for t in tiles]),
+    }
+
+
 _TILE_FIELDS = ("rows", "keys", "warps", "stages")
 
 
@@ -190,7 +211,7 @@ def formula(plan: Plan, device: Device) -> list[str]:
     """The model with the numbers of a plan put in, one line per quantity."""
     at = evaluated(plan.spec, plan.problem, device, [plan.tile])
     values = {symbol.name: float(np.ravel(value)[0]) for symbol, value in at.items()}
-    return [_line(row, values) for row in f.FORMULAS]
+    return [_line(row, values) for row in FORMULAS[plan.tile.family]]
 
 
 def _line(row: f.Formula, values: dict[str, float]) -> str:

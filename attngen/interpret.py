@@ -1,4 +1,6 @@
-"""The child process that runs emitted kernels in Triton's interpreter: ``python -m attngen.interpret FOLDER``.
+"""The child process that runs emitted kernels without a GPU: ``python -m attngen.interpret FOLDER``.
+
+Plain Triton runs in Triton's interpreter, Gluon, which has none, in the simulator.
 
 For every ``N.py`` of the folder it calls ``launch`` on the tensors of ``N.in.pt`` and writes ``N.out.pt``, or one line
 in ``N.error``. A process of its own, because ``TRITON_INTERPRET=1`` decides what ``triton.jit`` makes when a kernel is
@@ -14,6 +16,8 @@ from types import ModuleType
 
 import torch
 
+from attngen.simulator import simulated
+
 
 def import_file(path: Path) -> ModuleType:
     """The module in ``path``, imported under the name of the file and kept out of ``sys.modules``."""
@@ -24,11 +28,16 @@ def import_file(path: Path) -> ModuleType:
     return module
 
 
+def _runnable(source: Path) -> ModuleType:
+    text = source.read_text()
+    return simulated(text) if "gluon" in text else import_file(source)
+
+
 def main(folder: Path) -> None:
     for source in sorted(folder.glob("*.py"), key=lambda path: int(path.stem)):
         try:
             inputs = torch.load(source.with_suffix(".in.pt"), weights_only=True)
-            result = import_file(source).launch(*inputs)
+            result = _runnable(source).launch(*inputs)
             outputs = [result] if isinstance(result, torch.Tensor) else list(result)
             torch.save(outputs, source.with_suffix(".out.pt"))
         except Exception as error:  # whatever the interpreter raises is the answer for this kernel

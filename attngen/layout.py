@@ -33,7 +33,7 @@ def addresses(spec: AttentionSpec, printer: Printer) -> dict[str, Any]:
         "out_dims": {"row": spec.output.index(ROW), "feature": spec.output.index(FEATURE)},
         "wide_rows": f"rows{wide}",
         "wide_cols": f"block_cols{wide}",
-        "unpack_head": _unpack(spec),
+        "unpack_head": unpacked(spec),
         "bases": _bases(spec, printer),
         "heads": _product([f"size_{a.name}" for a in spec.batch]),
     }
@@ -49,7 +49,8 @@ def _stride(source: Input, axis: Axis) -> str:
     return "0"
 
 
-def _unpack(spec: AttentionSpec) -> list[str]:
+def unpacked(spec: AttentionSpec) -> list[str]:
+    """How the number of a head becomes its positions in the batch."""
     lines = []
     rest = "head"
     for axis in reversed(spec.batch[1:]):
@@ -62,16 +63,18 @@ def _unpack(spec: AttentionSpec) -> list[str]:
 
 def _bases(spec: AttentionSpec, printer: Printer) -> list[str]:
     """Where each tensor's slice for this head begins; 64-bit, for a batch may be large even where a slice is not."""
-    lines = []
-    for source in spec.inputs:
-        text = "".join(f" + {printer.base(p)} * {source.name}_stride_{d}" for d, p in fixed_dims(source))
-        lines.append(f"{source.name}_base = {source.name}_ptr{text}")
+    lines = [base_of(source, printer) for source in spec.inputs]
     dims = [(d, a) for d, a in enumerate(spec.output) if a not in (ROW, FEATURE)]
     text = "".join(f" + {a.name}.to(tl.int64) * out_stride_{d}" for d, a in dims)
     lines.append(f"out_base = out_ptr{text}")
     if spec.wide:
         lines += [f"{x.name}_step = tl.full([], {_stride(x, KEY)}, tl.int64)" for x in (spec.keys, spec.values)]
     return lines
+
+
+def base_of(source: Input, printer: Printer) -> str:
+    text = "".join(f" + {printer.base(p)} * {source.name}_stride_{d}" for d, p in fixed_dims(source))
+    return f"{source.name}_base = {source.name}_ptr{text}"
 
 
 def arguments(spec: AttentionSpec, heavy_first: bool) -> dict[str, Any]:

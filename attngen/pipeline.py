@@ -19,7 +19,7 @@ import sympy as sp
 import torch
 from torch import fx
 
-from attngen import compat, describe, runtime
+from attngen import compat, describe, hopper, runtime
 from attngen.aot import Layout, layout_of
 from attngen.choose import Plan, choose
 from attngen.device import Device, probe, resolve
@@ -34,7 +34,7 @@ from attngen.passes.specialise import Specialised
 from attngen.plan import PlanFile
 from attngen.prepare import Use
 from attngen.report import Report, SiteReport
-from attngen.spec import FEATURE, INNER, KEY, ROW, AttentionSpec, Input, Problem
+from attngen.spec import FEATURE, HOPPER, INNER, KEY, PORTABLE, ROW, AttentionSpec, Input, Problem
 from attngen.verify import extents, shape_of
 
 log = logging.getLogger("attngen")
@@ -187,11 +187,11 @@ def _analysed(
     problem = _problem(each)
     spec = _finished(specialised, each, training)
     given = plans.tile_for(spec, problem) if plans else None
-    plan = chosen(spec, problem, device, given)
+    plan = chosen(spec, problem, device, given, _misaligned(spec, each))
     if isinstance(plan, Miss):
         return plan
     where = provenance.where(placed.anchor)
-    if isinstance(kernel := emitted(plan, device.l2_bytes, where), Miss):
+    if isinstance(kernel := emitted(plan, device, where), Miss):
         return kernel
     if given is not None and plan.tile != given:
         log.warning("%s: the plan's tile %s cannot run on %s; %s is used", where, given, device.label, plan.tile)
@@ -199,9 +199,19 @@ def _analysed(
 
 
 @lru_cache(maxsize=4096)
-def chosen(spec: AttentionSpec, problem: Problem, device: Device, tile: Any = None) -> Plan | Miss:
+def chosen(
+    spec: AttentionSpec, problem: Problem, device: Device, tile: Any = None, misaligned: str | None = None
+) -> Plan | Miss:
     """The plan for a spec: the given tile of a plan file, or the model's pick. Identical sites share it."""
-    return choose(spec, problem, device, tile)
+    return choose(spec, problem, device, tile, misaligned)
+
+
+def _misaligned(spec: AttentionSpec, site: Site) -> str | None:
+    """Why TMA cannot address the operands as they were traced, if so; ``launch`` looks again at each call."""
+    if hopper.unsuited(spec) is not None:
+        return None
+    traced = [layout_of(operand.node.meta["val"]) for operand in (site.query, site.keys, site.values)]
+    return hopper.misaligned(spec, [(layout.strides, layout.offset) for layout in traced])
 
 
 def _unselected(path: str, options: Options) -> Miss | None:
@@ -301,7 +311,7 @@ def _replace(
 
 
 def _kernel(each: Found, device: Device) -> Kernel:
-    kernel = emitted(each.plan, device.l2_bytes, each.where)
+    kernel = emitted(each.plan, device, each.where)
     assert isinstance(kernel, Kernel)  # or it had been missed
     return kernel
 
@@ -323,20 +333,30 @@ def _layouts(each: Found) -> tuple[Layout, ...]:
     return tuple(layouts)
 
 
-_EMITTED: dict[tuple[str, Any, int], Kernel | Miss] = {}
+_EMITTED: dict[tuple[str, Any, int, int], Kernel | Miss] = {}
 
 
-def emitted(plan: Plan, l2_bytes: int, where: str) -> Kernel | Miss:
+def emitted(plan: Plan, device: Device, where: str) -> Kernel | Miss:
     """The kernel of a plan; the first site that needs it is named in its header."""
-    key = (plan.spec.text, plan.tile, l2_bytes)
+    key = (plan.spec.text, plan.tile, device.l2_bytes, device.sms)
     if key not in _EMITTED:
         lines = (
             f"Predicted for {plan.device}: {plan.cost.seconds * 1e3:.3f} ms, {plan.cost.hbm_bytes / 1e6:.1f} MB of HBM"
             f" traffic at {_sizes(plan.problem)}.",
             f"First needed by {where}.",
         )
-        _EMITTED[key] = emit(plan.spec, plan.tile, notes=lines, l2_bytes=l2_bytes)
+        kernel = emit(plan.spec, plan.tile, notes=lines, l2_bytes=device.l2_bytes, sms=device.sms)
+        if isinstance(kernel, Kernel) and plan.tile.family == HOPPER:
+            kernel = replace(kernel, otherwise=_otherwise(plan, device))
+        _EMITTED[key] = kernel
     return _EMITTED[key]
+
+
+def _otherwise(plan: Plan, device: Device) -> Kernel | None:
+    """The portable kernel, for calls whose operands turn out to be nothing that TMA can address."""
+    tile = next((tile for tile, _ in plan.ranked if tile.family == PORTABLE), None)
+    kernel = tile and emit(plan.spec, tile, l2_bytes=device.l2_bytes, sms=device.sms)
+    return kernel if isinstance(kernel, Kernel) else None
 
 
 def _sizes(problem: Problem) -> str:

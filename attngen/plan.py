@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import attngen
-from attngen.emit import TEMPLATE, Kernel, template_digest
+from attngen.emit import TEMPLATES, Kernel, template_digest
 from attngen.errors import BadPlan
 from attngen.report import Report
 from attngen.spec import AttentionSpec, Problem, Tile
@@ -27,14 +27,16 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-Side = Literal[16, 32, 64, 128, 256]  # Triton's blocks are powers of two, its products at least 16 wide
+Side = Literal[16, 32, 64, 128, 192, 256]  # powers of two, products at least 16 wide; or three warpgroups of 64
 
 
 class TileRecord(_Record):
     rows: Side
     keys: Side
-    warps: Literal[1, 2, 4, 8, 16]
+    warps: Literal[1, 2, 4, 8, 12, 16]
     stages: int = Field(ge=1, le=8)
+    family: Literal["portable", "hopper"] = "portable"
+    persistent: bool = False
 
 
 class Entry(_Record):
@@ -58,11 +60,10 @@ class PlanFile(_Record):
     def tile_for(self, spec: AttentionSpec, problem: Problem) -> Tile | None:
         """The tile chosen for this spec at these sizes, else at any sizes, else None."""
         same = [e for e in self.entries if e.spec == spec.key]
-        stale = [e for e in same if e.template != template_digest(TEMPLATE)]
+        stale = [e for e in same if e.template != template_digest(TEMPLATES[e.tile.family])]
         if stale:
-            log.warning(
-                "the plan's choice for %s was made for another version of %s and is ignored", stale[0].where, TEMPLATE
-            )
+            name = TEMPLATES[stale[0].tile.family]
+            log.warning("the plan's choice for %s was made for another version of %s and is ignored", stale[0].where, name)
             same = [e for e in same if e not in stale]
         sizes = (list(problem.batch), problem.rows, problem.keys)
         exact = [e for e in same if (e.batch, e.rows, e.keys) == sizes]
@@ -74,7 +75,7 @@ def entry(spec: AttentionSpec, problem: Problem, tile: Tile, where: str, kernel:
     record = TileRecord.model_validate(asdict(tile))
     return Entry(
         spec=spec.key, batch=list(problem.batch), rows=problem.rows, keys=problem.keys, tile=record,
-        template=template_digest(TEMPLATE), where=where, kernel=kernel,
+        template=template_digest(TEMPLATES[tile.family]), where=where, kernel=kernel,
     )  # fmt: skip
 
 

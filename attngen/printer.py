@@ -48,11 +48,23 @@ class Unprintable(Exception):
     """A kernel cannot compute this operation."""
 
 
+@dataclass(frozen=True)
+class Places:
+    """How a template names the positions of a block: as vectors, and as what they become beside a block of pairs."""
+
+    row: str = "rows[:, None]"
+    key: str = "cols[None, :]"
+    row_beside: str = "[:, None]"
+    key_beside: str = "[None, :]"
+    key_float: str = ""  # the keys as floats, where a template has them
+
+
 @dataclass
 class Printer:
     """Turns expressions of ``spec`` into kernel text, collecting what must come before the loop in ``prologue``."""
 
     spec: AttentionSpec
+    places: Places = Places()
     prologue: list[str] = field(default_factory=list)
     uses_floor_div: bool = False
     uses_tanh: bool = False
@@ -110,6 +122,8 @@ class Printer:
         return self._operation(expr, masked)
 
     def _operation(self, expr: Op, masked: bool) -> str:
+        if expr.name == "float" and expr.args[0] == Int(KEY) and self.places.key_float:
+            return self.places.key_float
         args = [self._show(a, masked) for a in expr.args]
         if expr.name in _INFIX:
             return "(" + f" {_INFIX[expr.name]} ".join(args) + ")"
@@ -145,7 +159,7 @@ class Printer:
         return f"{text}.to(tl.int64)" if place.atoms(Axis) else text
 
     def _int(self, expr: sp.Expr) -> str:
-        return self.index(expr, {ROW: "rows[:, None]", KEY: "cols[None, :]"})
+        return self.index(expr, {ROW: self.places.row, KEY: self.places.key})
 
     def index(self, expr: sp.Expr, axes: Mapping[sp.Symbol, str] | None = None) -> str:
         """Integer arithmetic as Triton text; floor division of what may be negative goes through a helper."""
@@ -187,11 +201,12 @@ class Printer:
         source = next(x for x in self.spec.extras if x.name == expr.source)
         if {ROW, KEY} <= expr.axes:
             text = f"{source.name}_block"
-            self._blocks[text] = self._read(source, {ROW: "rows[:, None]", KEY: "cols[None, :]"}, _GUARDS[masked])
+            self._blocks[text] = self._read(source, {ROW: self.places.row, KEY: self.places.key}, _GUARDS[masked])
         elif KEY in expr.axes:
-            text = self._read(source, {KEY: "cols"}, [f"cols < {self._keys_end}"] if masked else []) + "[None, :]"
+            text = self._read(source, {KEY: "cols"}, [f"cols < {self._keys_end}"] if masked else [])
+            text += self.places.key_beside
         elif ROW in expr.axes:
-            text = self._read(source, {ROW: "rows"}, ["rows < size_i"]) + "[:, None]"
+            text = self._read(source, {ROW: "rows"}, ["rows < size_i"]) + self.places.row_beside
         else:
             text = self._read(source, {}, [])
         if expr.kind == "bool":

@@ -124,7 +124,8 @@ def _launcher(spec: AttentionSpec, kernel: Kernel) -> Callable[..., Any]:
     if (problem := triton_problem()) is not None:
         _say_once(problem)
         return _by_block(spec)
-    launch = import_kernel(kernel_path(kernel)).launch
+    module = import_kernel(kernel_path(kernel))
+    launch = module.launch if kernel.otherwise is None else _either(module, kernel.otherwise)
 
     def run(*inputs: Tensor) -> Any:
         here = inputs[0].device.index == torch.cuda.current_device()
@@ -132,6 +133,17 @@ def _launcher(spec: AttentionSpec, kernel: Kernel) -> Callable[..., Any]:
             return launch(*inputs)
 
     return run
+
+
+def _either(module: ModuleType, otherwise: Kernel) -> Callable[..., Any]:
+    """The kernel in ``module``, or the other one for tensors that it cannot take."""
+
+    def launch(*inputs: Tensor) -> Any:
+        if module.suits(*inputs):
+            return module.launch(*inputs)
+        return import_kernel(kernel_path(otherwise)).launch(*inputs)
+
+    return launch
 
 
 def _by_block(spec: AttentionSpec) -> Callable[..., Any]:

@@ -137,14 +137,24 @@ class Problem:
         return count
 
 
+PORTABLE, HOPPER = "portable", "hopper"  # the families of templates
+
+
 @dataclass(frozen=True)
 class Tile:
-    """Block sizes of one kernel: queries and keys per block, warps and pipeline stages."""
+    """Block sizes of one kernel: queries and keys per block, warps (of the products) and pipeline stages.
+
+    ``family`` says from which template. ``persistent``: programs stay on their multiprocessor and draw one tile after
+    another; else there is a program for each tile.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    family: str = PORTABLE
+    persistent: bool = False
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.keys} w{self.warps} s{self.stages}"
+        text = f"{self.rows}x{self.keys} w{self.warps} s{self.stages}"
+        return text if self.family == PORTABLE else f"{text} {self.family}{' persistent' if self.persistent else ''}"

@@ -11,9 +11,10 @@ import sympy as sp
 from specs import BY_NAME, CASES, Case, attention, loaded, scaled, softcap
 
 from attngen.algebra import Const, Op, op
-from attngen.emit import Kernel, emit, scaled_score
+from attngen.emit import Kernel, emit
 from attngen.errors import Miss
 from attngen.printer import LOG2E
+from attngen.scores import scaled_score
 from attngen.spec import KEY, ROW, SCORE, Input, Tile
 
 REVIEWED = (

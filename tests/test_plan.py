@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import attngen
 from attngen import capture, plan
-from attngen.emit import TEMPLATE, Kernel, template_digest
+from attngen.emit import TEMPLATES, Kernel, template_digest
 from attngen.errors import BadPlan
 from attngen.report import Report
-from attngen.spec import Problem, Tile
+from attngen.spec import PORTABLE, Problem, Tile
 
 OTHER = {"rows": 16, "keys": 32, "warps": 8, "stages": 1}  # a tile that the model would never pick
 
@@ -76,7 +76,7 @@ def test_one_entry_for_each_kernel_and_size(made: tuple[Report, list[Kernel]]) -
     content = plan.of(report, kernels)
     assert [(e.batch, e.rows, e.keys) for e in content.entries] == [([2, 3], 80, 80), ([2, 3], 40, 80)]
     assert [e.kernel for e in content.entries] == [kernel.name for kernel in kernels]
-    assert all(e.template == template_digest(TEMPLATE) for e in content.entries)
+    assert all(e.template == template_digest(TEMPLATES[PORTABLE]) for e in content.entries)
     assert content.device == report.device == "NVIDIA H200"
 
 
@@ -135,7 +135,7 @@ def test_a_choice_for_another_template_is_ignored_and_said(
     with caplog.at_level(logging.WARNING, "attngen"):
         _, report = run(plan=str(path))
     assert [site.tile for site in report.sites] == [site.tile for site in made[0].sites]
-    assert f"another version of {TEMPLATE}" in caplog.text
+    assert f"another version of {TEMPLATES[PORTABLE]}" in caplog.text
 
 
 @pytest.mark.parametrize(

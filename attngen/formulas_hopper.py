@@ -1,0 +1,111 @@
+"""What a forward kernel of the hopper family costs, in the symbols of ``attngen.formulas``: ``FORMULAS`` is the model.
+
+A program fills its multiprocessor. One warp loads; warpgroups of 64 rows compute, and while one waits for its products
+another one, or the same one's next block, does softmax. A step costs what its busier unit needs, and what does not
+overlap of the other. Programs that stay (``persistent``) hide the start of a tile behind the end of the last one, and pay
+for it in each step.
+
+The constants are fitted to one run on an H100 80GB HBM3 (torch 2.11, Triton 3.6): tests/data/hopper_fwd_h100.json.
+"""
+
+from __future__ import annotations
+
+import sympy as sp
+
+from attngen import formulas as f
+from attngen.formulas import Formula
+
+SOFTMAX_INSTRUCTIONS = 2.6  # per pair: maximum, shift and scale, sum, conversion
+MASK_INSTRUCTIONS = 8  # per pair of a masked block, besides the mask itself
+EXPOSED = 0.23  # of the less busy unit, what does not overlap
+STEP_CYCLES = 290  # of each step: barriers
+STAY_CYCLES = 160  # of each step of a program that stays: whether the tile ends, and where the next one begins
+START_CYCLES = 5400  # of each program: its barriers, first loads, first product, results
+TILE_CYCLES = 960  # of each further tile of a program that stays
+LOOKUP_CYCLES = 0.147  # per pair and load of it: addresses, and words that come one by one
+PLANE_CYCLES = 0.16  # more per pair that is read from a plane of the size of the scores
+VECTOR_CYCLES = 290  # of each step that reads something per key
+AHEAD_CYCLES = 1650  # of each further tile, for each stage below three: the next tile is loaded late
+SCORE_SHARE = 0.25  # of the operations of a score program; the others are folded into fused multiply-adds
+OTHER_REGISTERS = 32  # of a thread, besides results, scores and weights
+
+persistent, held, softmax, t_soft = sp.symbols("persistent held softmax t_soft", nonnegative=True)
+_SHARED = {formula.symbol: formula for formula in f.FORMULAS}
+_pairs = f.rows * f.keys
+
+_OWN = (
+    Formula(f.threads, "", "of one program, with the warp that loads", f.warp * (f.warps + 1)),
+    Formula(
+        f.smem,
+        "B",
+        "shared memory: queries, keys and values, results",
+        f.q_width * f.rows * (held * f.d_pad + sp.Min(f.e_pad, 128))
+        + f.kv_width * f.stages * f.keys * (f.d_pad + f.e_pad)
+        + 1024,
+    ),
+    Formula(
+        f.registers,
+        "",
+        "per thread that computes: results, scores and weights, the rest",
+        f.e_pad / 2 + 3 * f.keys / 4 + OTHER_REGISTERS,
+    ),
+    Formula(
+        f.resident,
+        "",
+        "programs that share an SM",
+        sp.Max(
+            1,
+            sp.Min(
+                sp.floor(f.smem_sm / (f.smem + 1024)),
+                sp.floor(f.registers_sm / (f.threads * 8 * sp.floor(f.registers_sm / (f.warp * (f.warps + 4)) / 8))),
+            ),
+        ),
+    ),
+    Formula(f.t_mma, "s", "both products of one step", 2 * _pairs * (f.d_pad + f.e_pad) * f.sms / f.flops),
+    Formula(
+        f.t_alu,
+        "s",
+        "other arithmetic of one step: softmax, score, mask, rescaling the result",
+        (
+            _pairs * (SOFTMAX_INSTRUCTIONS * softmax + SCORE_SHARE * f.pair_ops + (MASK_INSTRUCTIONS + f.mask_ops) * f.masked)
+            + f.rows * f.e_pad
+        )
+        / (f.lanes * f.clock),
+    ),
+    Formula(
+        f.t_wait,
+        "s",
+        "what loads beside keys and values cost one step",
+        (
+            _pairs * (LOOKUP_CYCLES * f.pair_loads + PLANE_CYCLES * sp.Min(1, f.plane_width))
+            + VECTOR_CYCLES * sp.Min(1, f.vector_width)
+        )
+        / f.clock,
+    ),
+    Formula(t_soft, "s", "what the warpgroups compute between products", f.t_exp + f.t_alu + f.t_wait),
+    Formula(f.t_busy, "s", "the busiest unit in one step", sp.Max(f.t_mma, t_soft)),
+    Formula(
+        f.t_step,
+        "s",
+        "one step",
+        sp.Max(
+            f.t_busy + EXPOSED * sp.Min(f.t_mma, t_soft) + (STEP_CYCLES + STAY_CYCLES * persistent) / f.clock,
+            f.t_load,
+        ),
+    ),
+    Formula(
+        f.t_start,
+        "s",
+        "start and end of a tile",
+        (START_CYCLES * (1 - persistent) + (TILE_CYCLES + AHEAD_CYCLES * sp.Max(0, 3 - f.stages)) * persistent)
+        / f.clock
+        / f.resident,
+    ),
+)
+_BY_SYMBOL = {formula.symbol: formula for formula in _OWN}
+_ORDER = (
+    f.tiles, f.programs, f.threads, f.smem, f.registers, f.resident, f.t_mma, f.t_exp, f.t_alu, f.t_load, f.t_wait, t_soft,
+    f.t_busy, f.t_step, f.t_start, f.t_program, f.t_last, f.t_grid, f.streamed, f.in_flight, f.kv_read, f.pairs_streamed,
+    f.pairs_read, f.hbm, f.t_hbm, f.seconds,
+)  # fmt: skip
+FORMULAS = tuple(_BY_SYMBOL.get(symbol) or _SHARED[symbol] for symbol in _ORDER)

@@ -1,0 +1,270 @@
+"""The holes of ``hopper_fwd.py.jinja``: Gluon, for sm_90, where one warp loads by TMA and warpgroups compute.
+
+What the template cannot express is refused here with a reason; the portable family takes all of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from attngen.algebra import ONE, Const, op
+from attngen.bounds import Bounds, is_plain, loop_bounds
+from attngen.layout import UNIT, arguments, base_of, unpacked, used_dims
+from attngen.mask import FIRST, LAST, derive
+from attngen.printer import LOG2E, Places, Printer, Unprintable, bare, fixed_dims
+from attngen.scores import kept, loads_over_keys, scaled_score, sink_values
+from attngen.spec import FEATURE, INNER, KEY, ROW, AttentionSpec, Input, Tile
+
+WARPGROUP_ROWS = 64
+MAX_SIDE = 256  # of a box that TMA copies, and of a product
+MAX_RANK = 5
+OUT_WIDTH = 128  # features of a row that wait in shared memory to be written
+_GLUON_DTYPES = {torch.float16: "gl.float16", torch.bfloat16: "gl.bfloat16"}
+_PLACES = Places(row="rows", key="cols", row_beside="", key_beside="", key_float="col_floats")
+
+
+# Of a thread of the warpgroups that compute, of the warp that loads, and as the kernel is launched.
+_REGISTERS = {2: (232, 40, 168), 3: (160, 32, 128)}
+
+
+def registers(tile: Tile) -> int:
+    """Registers of a thread that computes."""
+    return _REGISTERS[tile.rows // WARPGROUP_ROWS][0]
+
+
+def padded(features: int) -> int:
+    """The width at which the template holds so many features: the narrowest that its swizzled buffers have."""
+    return max(WARPGROUP_ROWS, 1 << (features - 1).bit_length())
+
+
+def queries_held(tile: Tile, block_d: int) -> int:
+    """Tiles of queries in shared memory: a program that stays loads the next one early, if there is room."""
+    return 2 if tile.persistent and block_d <= OUT_WIDTH else 1
+
+
+def unsuited(spec: AttentionSpec) -> str | None:
+    """Why the template cannot compute ``spec``, if so."""
+    if any(x.dtype not in _GLUON_DTYPES for x in (spec.query, spec.keys, spec.values)) or spec.out_dtype not in _GLUON_DTYPES:
+        return "TMA and warpgroups take 16-bit operands"
+    if len({x.dtype for x in (spec.query, spec.keys, spec.values)}) > 1 or spec.out_dtype != spec.query.dtype:
+        return "its operands are of different types"
+    if spec.head_dim % 8 or spec.value_dim % 8 or max(spec.head_dim, spec.value_dim) > MAX_SIDE:
+        return f"a head size of {spec.head_dim}, {spec.value_dim} for values, is not a multiple of 8 up to {MAX_SIDE}"
+    if spec.whole is not None:
+        return "rows may have to be computed again with the model's own fill value"
+    if spec.gain != ONE:
+        return "weights are multiplied after softmax"
+    if any(sink.axes & {ROW, KEY} for sink in spec.sinks):
+        return "its sinks differ from row to row"
+    cover = derive(spec.mask)
+    if not is_plain(cover) or any(interval.data for interval in (*cover.visit, *cover.partial)):
+        return "the keys that matter are known from data, or come in more than one stretch"
+    return _unaddressable(spec)
+
+
+def _unaddressable(spec: AttentionSpec) -> str | None:
+    if spec.output[-1] != FEATURE:
+        return "features of the result are not neighbours"
+    for source, row, feature in _operands(spec):
+        if source.dim_of(row) is None or source.dim_of(feature) is None:
+            return f"{source.name} is read at more than plain positions"
+        if len(_dims(source, row, feature)) > MAX_RANK:
+            return f"{source.name} has more than {MAX_RANK} dimensions"
+    return None
+
+
+def _operands(spec: AttentionSpec) -> list[tuple[Input, Any, Any]]:
+    out = Input("out", spec.output, spec.out_dtype)
+    return [(spec.query, ROW, INNER), (spec.keys, KEY, INNER), (spec.values, KEY, FEATURE), (out, ROW, FEATURE)]
+
+
+def _dims(source: Input, row: Any, feature: Any) -> list[int]:
+    """The dimensions of a box: those that are one per program, then rows, then features."""
+    outer = [dim for dim, _ in fixed_dims(source)]
+    return [*outer, source.index.index(row), source.index.index(feature)]
+
+
+def misaligned(spec: AttentionSpec, layouts: Sequence[tuple[Sequence[int], int]]) -> str | None:
+    """Why TMA cannot address operands with such (strides, offset), in elements, if so; of queries, keys and values."""
+    for (source, row, feature), (strides, offset) in zip(_operands(spec), layouts, strict=False):
+        *outer, last = _dims(source, row, feature)
+        if strides[last] != 1:
+            return f"features of {source.name} are not neighbours"
+        if offset % UNIT or any(strides[dim] % UNIT or strides[dim] <= 0 for dim in outer):
+            return f"rows of {source.name} do not begin at multiples of 16 bytes"
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------------- holes
+
+
+def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str, Any]:
+    """What fills the template. Raises ``Unprintable``."""
+    if (reason := unsuited(spec)) is not None:
+        raise Unprintable(reason)
+    groups = tile.rows // WARPGROUP_ROWS
+    block_d, block_e = padded(spec.head_dim), padded(spec.value_dim)
+    printer = Printer(spec, _PLACES)
+    natural = not spec.softmax or loads_over_keys(spec.score)
+    scale, shaped = (LOG2E, spec.score) if natural else scaled_score(spec.score)
+    score = _score(printer, spec, shaped)
+    score["natural"], score["times"] = natural, f" * {scale!r}" if scale != 1 and not natural else ""
+    sinks = sink_values(printer, [s if natural else op("mul", s, Const(LOG2E)) for s in spec.sinks])
+    cover = derive(spec.mask)
+    bounds = loop_bounds(printer, cover, warps=1)
+    extras = _extras(spec)
+    prologue = [*(base_of(x, printer) for x in spec.extras), *printer.prologue]
+    names = [line.split(" = ")[0] for line in prologue]
+    outer = [a.name for a in spec.batch]
+    told = _mentioned([*names, *outer, *extras["strides"], *(f"size_{name}" for name in outer)], score)
+    heavy_first = any(i.high.has(FIRST, LAST) for i in cover.visit)
+    return {
+        "tile": tile,
+        "groups": groups,
+        "queries": queries_held(tile, block_d),
+        "overlap": groups == 2,
+        "halvings": (tile.keys // 8).bit_length() - 1,
+        "programs": sms,
+        "block_d": block_d,
+        "block_e": block_e,
+        "head_dim": spec.head_dim,
+        "value_dim": spec.value_dim,
+        "helpers": _helpers(printer, score),
+        "score": score,
+        "softmax": spec.softmax,
+        "empty": spec.empty,
+        "lse": spec.lse,
+        "log2e": repr(LOG2E),
+        "ln2": repr(1 / LOG2E),
+        "sinks": [sink for sink in sinks if sink.isidentifier()],
+        "sink_lines": _sink_lines(sinks, f" * {LOG2E!r}" if natural else ""),
+        "bounds": bounds,
+        "heavy_first": heavy_first,
+        "unpack_head": unpacked(spec),
+        "prologue": list(map(_gluon, prologue)) or (["pass"] if set(told) & set(outer) else []),
+        "values": told,
+        "extras": [*extras["pointers"], *extras["strides"]],
+        "call_extras": extras["call"],
+        "gluon_dtype": _GLUON_DTYPES[spec.query.dtype],
+        "out_parts": max(1, block_e // OUT_WIDTH),
+        **_boxes(spec, tile, printer, block_d, block_e),
+        **_launch(spec, l2_bytes, heavy_first),
+        "partitions": _partitions(groups),
+        **_bounds(bounds),
+    }
+
+
+def _launch(spec: AttentionSpec, l2_bytes: int, heavy_first: bool) -> dict[str, Any]:
+    every = arguments(spec, heavy_first)
+    kept_as = ("sizes", "size_lines", "out_shape", "out_dtype", "lse_shape", "heads_python", "arguments")
+    bytes_per_key = spec.head_dim * spec.keys.dtype.itemsize + spec.value_dim * spec.values.dtype.itemsize
+    return {
+        **{name: every[name] for name in kept_as},
+        "heads": every["heads_python"],
+        "unspecialised": str([*every["sizes"], "tiles", "heads_per_group"]).replace("'", '"'),
+        "l2_half": l2_bytes // 2,
+        "kv_bytes_per_key": bytes_per_key,
+    }
+
+
+def _partitions(groups: int) -> dict[str, Any]:
+    """Of all but the first warpgroup, which gets the registers that the others leave."""
+    computes, loads, limit = _REGISTERS[groups]
+    return {"warps": [*[4] * (groups - 1), 1], "registers": [*[computes] * (groups - 1), loads], "limit": limit}
+
+
+def _bounds(bounds: Bounds) -> dict[str, Any]:
+    lines = list(map(_gluon, bounds.lines))
+    uses_last = any(re.search(r"\blast\b", line) for line in lines)
+    return {"bounds": {"lines": lines, "has_full": bounds.has_full, "uses_last": uses_last}}
+
+
+def _score(printer: Printer, spec: AttentionSpec, shaped: Any) -> dict[str, Any]:
+    text = _gluon(bare(printer.value(shaped, masked=True)))
+    reads = list(map(_gluon, printer.blocks()))
+    keep = _gluon(kept(printer, spec.mask))
+    keep_reads = list(map(_gluon, printer.blocks()))
+    together = " ".join([text, *reads, keep, *keep_reads])
+    plain = text == "qk" and not reads
+    return {
+        "any": not plain,
+        "text": text,
+        "reads": reads,
+        "keep": f"(cols < size_j) & {keep}" if keep else "cols < size_j",
+        "keep_reads": keep_reads,
+        "key_float": not plain and "col_floats" in text,
+        "together": together,
+        "guarded": any("col_ok" in line for line in reads),
+        "row_guarded": any("row_ok" in line for line in reads),
+    }
+
+
+def _mentioned(names: list[str], score: dict[str, Any]) -> list[str]:
+    words = set(re.findall(r"\w+", score["together"]))
+    return [name for name in names if name in words]
+
+
+def _helpers(printer: Printer, score: dict[str, Any]) -> dict[str, bool]:
+    every = " ".join([score["together"], *printer.prologue])
+    return {
+        "tanh": printer.uses_tanh,
+        "sigmoid": "sigmoid(" in every,
+        "floor_div": printer.uses_floor_div,
+        "drowned": printer.uses_drowned,
+    }
+
+
+def _sink_lines(sinks: list[str], times: str) -> list[str]:
+    """Extra logits join a row when it is finished: all that is summed up is scaled once more."""
+    if not sinks:
+        return []
+    weights = [f"gl.exp2(({sink} - shift){times})" for sink in sinks]
+    return [
+        "best = row_max",
+        *(f"best = gl.maximum(best, {sink})" for sink in sinks),
+        'shift = gl.where(best == float("-inf"), 0.0, best)',
+        f"rescale = gl.exp2((row_max - shift){times})",
+        f"row_sum = row_sum * rescale + {' + '.join(weights)}",
+        "row_max = best",
+    ]
+
+
+def _extras(spec: AttentionSpec) -> dict[str, list[str]]:
+    pairs = [(x, dim) for x in spec.extras for dim in used_dims(x)]
+    return {
+        "pointers": [f"{x.name}_ptr" for x in spec.extras],
+        "strides": [f"{x.name}_stride_{dim}" for x, dim in pairs],
+        "call": [*(x.name for x in spec.extras), *(f"{x.name}.stride({dim})" for x, dim in pairs)],
+    }
+
+
+def _boxes(spec: AttentionSpec, tile: Tile, printer: Printer, block_d: int, block_e: int) -> dict[str, Any]:
+    """What TMA copies for each operand: which dimensions, how much of them, and from where."""
+    shapes = {
+        "q": (WARPGROUP_ROWS, block_d), "k": (tile.keys, block_d), "v": (tile.keys, block_e),
+        "out": (WARPGROUP_ROWS, min(block_e, OUT_WIDTH)),
+    }  # fmt: skip
+    rows = {"q": "row", "k": "key", "v": "key", "out": "row"}
+    operands = dict(zip(shapes, _operands(spec), strict=True))
+    outer = {name: [printer.index(place) for _, place in fixed_dims(source)] for name, (source, _, _) in operands.items()}
+    ends = {"out": "feature"}
+    boxes = {name: [*[1] * len(outer[name]), *shape] for name, shape in shapes.items()}
+    return {
+        "dims": {operands[name][0].name: _dims(*operands[name]) for name in shapes},
+        "box_of": {operands[name][0].name: box for name, box in boxes.items()},
+        "boxes": {name: "".join(f", {side}" for side in box) for name, box in boxes.items()},
+        "places": {
+            **{name: ", ".join([*outer[name], rows[name], ends.get(name, "0")]) for name in shapes},
+            "rows": True,
+            "any": True,
+        },
+    }
+
+
+def _gluon(text: str) -> str:
+    """Gluon has Triton's operations under its own name, except one."""
+    return re.sub(r"\btl\.", "gl.", text.replace("tl.sigmoid(", "sigmoid("))

@@ -1,0 +1,438 @@
+"""Gluon kernels of the hopper family as plain Python: a thread for each partition, numpy arrays for blocks.
+
+What it is for is the protocol of the barriers, which no interpreter runs. Loads land at once, as early as they may
+overwrite what is still needed; products read their operands only when they are waited for, and stores read shared memory
+only then, as late as somebody else may overwrite it. So a buffer that is handed back too early gives wrong numbers, and
+a barrier that is counted wrongly gives a thread that waits for ever: that raises ``Stuck``.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+SECONDS = 10.0  # a thread may wait for a barrier
+_here = threading.local()
+
+
+class Stuck(Exception):
+    """A thread waited in vain, or a barrier was arrived at once too often."""
+
+
+# ------------------------------------------------------------------------------------------------------------ barriers
+
+
+class Barrier:
+    """Phases with a count of arrivals and of bytes to come."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.count = self.pending = self.bytes = self.phase = 0
+
+    def init(self, count: int) -> None:
+        self.count = self.pending = count
+
+    def step(self, arrivals: int, incoming: int) -> None:
+        with self.changed:
+            self.pending -= arrivals
+            self.bytes += incoming
+            if self.pending < 0:
+                raise Stuck("more arrivals than the barrier counts")
+            if self.pending == 0 and self.bytes == 0:
+                self.phase += 1
+                self.pending = self.count
+                self.changed.notify_all()
+
+    def wait(self, parity: int) -> None:
+        """Until a phase of that parity is over."""
+        until = time.monotonic() + SECONDS
+        with self.changed:
+            while (self.phase & 1) == (parity & 1):
+                self.changed.wait(0.2)
+                if time.monotonic() > until:
+                    raise Stuck("nobody completes this phase")
+
+
+def _jitter() -> None:
+    if random.random() < 0.1:
+        time.sleep(random.random() * 1e-4)
+
+
+def _wait(barrier: Barrier, parity: Any, pred: Any = True, deps: Any = ()) -> None:
+    _jitter()
+    if pred:
+        barrier.wait(int(parity))
+
+
+def _arrive(barrier: Barrier, count: int = 1, pred: Any = True) -> None:
+    _jitter()
+    if pred:
+        barrier.step(count, 0)
+
+
+_mbarrier = types.SimpleNamespace(
+    init=lambda barrier, count: barrier.init(count),
+    wait=_wait,
+    arrive=_arrive,
+    expect=lambda barrier, size, pred=True: barrier.step(1, size),
+    MBarrierLayout=lambda: None,
+)
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+class Block(np.ndarray):
+    """Values in registers."""
+
+    type = types.SimpleNamespace(layout=None)
+
+    def to(self, dtype: Any, bitcast: bool = False) -> Block:
+        return block(_rounded(self, dtype))
+
+    def permute(self, order: Sequence[int]) -> Block:
+        return block(self.transpose(order))
+
+    def split(self) -> tuple[Block, Block]:
+        return block(self[..., 0]), block(self[..., 1])
+
+
+class Scalar(int):
+    """A whole number that is the same for all threads."""
+
+    def to(self, dtype: Any) -> Any:
+        return float(self) if dtype == "float32" else self
+
+
+def _closed(name: str) -> Callable[..., Any]:
+    plain = getattr(int, name)
+
+    def apply(*args: Any) -> Any:
+        result = plain(*args)
+        return Scalar(result) if type(result) is int else result
+
+    return apply
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "mod", "neg"):
+    setattr(Scalar, f"__{_name}__", _closed(f"__{_name}__"))
+
+
+def block(values: Any) -> Block:
+    return np.asarray(values).view(Block)
+
+
+def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype in ("float16", "bfloat16"):  # products of 16-bit numbers are exact in 32 bits
+        return torch.from_numpy(np.asarray(values, np.float32)).to(getattr(torch, dtype)).float().numpy()
+    return np.asarray(values).astype(dtype)
+
+
+class Shared:
+    """A view of shared memory."""
+
+    def __init__(self, data: np.ndarray) -> None:
+        self.data = data
+
+    def index(self, place: Any) -> Shared:
+        return Shared(self.data[int(place)])
+
+    def reshape(self, shape: Sequence[int]) -> Shared:
+        return Shared(self.data.reshape(shape))
+
+    def permute(self, order: Sequence[int]) -> Shared:
+        return Shared(self.data.transpose(order))
+
+    def store(self, values: np.ndarray) -> None:
+        self.data[...] = values
+
+    def load(self, layout: Any) -> Block:
+        return block(self.data.copy())
+
+
+class Barriers:
+    def __init__(self, count: int) -> None:
+        self.each = [Barrier() for _ in range(count)]
+
+    def index(self, place: Any) -> Barrier:
+        return self.each[int(place)]
+
+
+def _allocated(dtype: str, shape: Sequence[int], layout: Any = None) -> Any:
+    if dtype == "int64":
+        return Barriers(shape[0])
+    return Shared(np.full(shape, 0 if dtype == "int32" else np.nan, np.int64 if dtype == "int32" else np.float32))
+
+
+class Pointer:
+    """A place in a tensor: offsets in elements."""
+
+    def __init__(self, tensor: torch.Tensor, offset: Any = 0) -> None:
+        self.tensor, self.offset = tensor, offset
+
+    def __add__(self, steps: Any) -> Pointer:
+        return Pointer(self.tensor, self.offset + steps)
+
+    def elements(self) -> torch.Tensor:
+        size = self.tensor.untyped_storage().nbytes() // self.tensor.element_size()
+        return self.tensor.as_strided((size,), (1,), 0)
+
+    def places(self) -> np.ndarray:
+        return np.asarray(self.offset) + self.tensor.storage_offset()
+
+
+def _loaded(pointer: Pointer, mask: Any = None, other: float = 0) -> Any:
+    places = pointer.places()
+    places, keep = np.broadcast_arrays(places, True if mask is None else mask)
+    elements = pointer.elements()
+    kind = (np.float32, torch.float32) if elements.is_floating_point() else (np.int64, torch.int64)
+    found = np.full(keep.shape, other, kind[0])
+    found[keep] = elements[_index(places[keep])].to(kind[1]).numpy()
+    return block(found)
+
+
+def _index(places: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(places))
+
+
+def _stored(pointer: Pointer, values: np.ndarray, mask: np.ndarray) -> None:
+    keep = np.asarray(mask)
+    pointer.elements()[_index(pointer.places()[keep])] = torch.from_numpy(np.asarray(values, np.float32)[keep])
+
+
+class Descriptor:
+    """A tensor that is copied in boxes."""
+
+    layout = None
+    dtype = "box"
+
+    def __init__(self, base: torch.Tensor, shape: Any, strides: Any, box: Any, layout: Any) -> None:
+        assert 2 <= len(shape) == len(strides) == len(box) <= 5 and strides[-1] == 1
+        assert all(stride * base.element_size() % 16 == 0 for stride in strides[:-1])
+        self.tensor = base.as_strided(shape, strides, base.storage_offset())
+        self.box = box
+
+    def window(self, place: Sequence[Any]) -> torch.Tensor:
+        assert len(place) == len(self.box)
+        cut = self.tensor
+        for dim, (start, size) in enumerate(zip(map(int, place), self.box, strict=True)):
+            cut = cut.narrow(dim, min(start, cut.shape[dim]), max(0, min(size, cut.shape[dim] - start)))
+        return cut
+
+
+def _load_tile(descriptor: Descriptor, place: Sequence[Any], barrier: Barrier, shared: Shared) -> None:
+    _jitter()
+    cut = descriptor.window(place)
+    assert shared.data.shape == tuple(descriptor.box)
+    shared.data[...] = 0
+    shared.data[tuple(slice(0, size) for size in cut.shape)] = cut.float().numpy()
+    barrier.step(0, -2 * shared.data.size)
+
+
+def _store_tile(descriptor: Descriptor, place: Sequence[Any], shared: Shared) -> None:
+    _here.stores.append((descriptor, [int(p) for p in place], shared))
+
+
+def _store_wait(pending: int) -> None:
+    for descriptor, place, shared in _here.stores:
+        cut = descriptor.window(place)
+        cut.copy_(torch.from_numpy(shared.data[tuple(slice(0, size) for size in cut.shape)].copy()))
+    _here.stores = []
+
+
+_tma = types.SimpleNamespace(async_load=_load_tile, async_store=_store_tile, store_wait=_store_wait)
+
+
+# ------------------------------------------------------------------------------------------------------------ products
+
+
+class Promise:
+    """A product that is on its way: computed when somebody waits for it."""
+
+    def __init__(self, compute: Callable[[], Block]) -> None:
+        self.compute = compute
+        self.value: Block | None = None
+
+    def get(self) -> Block:
+        if self.value is None:
+            self.value = self.compute()
+        return self.value
+
+
+def _mma(a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = False) -> Promise:
+    def compute() -> Block:
+        left = a.data if isinstance(a, Shared) else np.asarray(a)
+        product = left.astype(np.float32) @ b.data
+        return block(product + (acc.get() if isinstance(acc, Promise) else acc) if use_acc else product)
+
+    return Promise(compute)
+
+
+def _mma_wait(pending: int, deps: Sequence[Promise]) -> Block:
+    _jitter()
+    (promise,) = deps
+    return promise.get()
+
+
+# ------------------------------------------------------------------------------------------------------------ language
+
+
+def _specialised(partitions: Sequence[tuple[Any, Any]], warps: Any, registers: Any) -> None:
+    failures: list[BaseException] = []
+    program = _here.program
+
+    def run(function: Any, arguments: Any) -> None:
+        _here.program, _here.stores = program, []
+        try:
+            function(*arguments)
+            assert not _here.stores, "a store is not waited for"
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=run, args=each, daemon=True) for each in partitions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(6 * SECONDS)
+    if failures:
+        raise failures[0]
+    if any(thread.is_alive() for thread in threads):
+        raise Stuck("a partition does not end")
+
+
+def _numeric(call: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(*values: Any) -> Any:
+        result = call(*values)
+        if np.ndim(result):
+            return block(result)
+        return Scalar(result) if np.asarray(result).dtype.kind in "iu" else float(result)
+
+    return apply
+
+
+def _exp2(values: Any) -> Any:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.exp2(np.asarray(values, np.float32))
+
+
+def _reduced(call: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(values: Block, axis: int) -> Any:
+        found = call(np.asarray(values), axis=axis)
+        return block(found) if found.ndim else Scalar(found)
+
+    return apply
+
+
+def _asm(text: str, constraints: str, args: Sequence[Any], **_: Any) -> Any:
+    (value,) = args
+    return block(np.tanh(value)) if text.startswith("tanh") else value
+
+
+def _where(condition: Any, yes: Any, no: Any) -> Any:
+    found = np.where(condition, yes, no)
+    return block(found.astype(np.float32) if found.dtype.kind == "f" else found) if found.ndim else found[()]
+
+
+_FUNCTIONS = ("log2", "log", "exp", "abs", "sqrt", "floor", "sin", "cos", "maximum", "minimum")
+
+
+def _language() -> types.SimpleNamespace:
+    shapeless = ("NVMMADistributedLayout", "SliceLayout", "DotOperandLayout", "BlockedLayout", "SwizzledSharedLayout")
+    names: dict[str, Any] = {name: lambda *_, **__: types.SimpleNamespace(value=None) for name in shapeless}
+    names |= {name: name for name in ("float16", "bfloat16", "float32", "int32", "int64")}
+    names |= {name: _numeric(getattr(np, name)) for name in _FUNCTIONS}
+    return types.SimpleNamespace(
+        **names,
+        constexpr=lambda value: value,
+        exp2=_numeric(_exp2),
+        arange=lambda start, stop, layout=None: block(np.arange(start, stop)),
+        full=lambda shape, value, dtype, layout: block(np.full(shape, value, np.float32 if dtype == "float32" else np.int64)),
+        where=_where,
+        max=_reduced(np.max),
+        sum=_reduced(np.sum),
+        cdiv=lambda a, b: -(-a // b),
+        expand_dims=lambda values, axis: block(np.expand_dims(values, axis)),
+        convert_layout=lambda values, layout, assert_trivial=False: values,
+        join=lambda a, b: block(np.stack([a, b], -1)),
+        static_range=range,
+        program_id=lambda axis: _here.program[0],
+        num_programs=lambda axis: _here.program[1],
+        inline_asm_elementwise=_asm,
+        allocate_shared_memory=_allocated,
+        load=_loaded,
+        store=_stored,
+        atomic_add=_drawn,
+        atomic_xchg=_exchanged,
+        NVMMASharedLayout=types.SimpleNamespace(get_default_for=lambda box, dtype: None),
+        warp_specialize=_specialised,
+    )
+
+
+def _exchanged(pointer: Pointer, value: int, sem: str) -> None:
+    pointer.tensor[0] = value
+
+
+def _drawn(pointer: Pointer, step: int, sem: str) -> int:
+    before = int(pointer.tensor[0])
+    pointer.tensor[0] += step
+    return before
+
+
+# ------------------------------------------------------------------------------------------------------------- kernels
+
+
+class _Kernel:
+    """What ``attention_forward`` becomes: its launch runs one program after another."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            given = [Pointer(a) if isinstance(a, torch.Tensor) else Scalar(a) if isinstance(a, int) else a for a in args]
+            for program in range(grid[0]):
+                _here.program, _here.stores = (Scalar(program), Scalar(grid[0])), []
+                self.function(*given)
+
+        return launch
+
+
+def _jit(function: Any = None, **_: Any) -> Any:
+    return _Kernel if function is None else _Kernel(function)
+
+
+def simulated(source: str, programs: int = 3) -> types.ModuleType:
+    """The module of a kernel's ``source``, whose ``launch`` runs here; persistent kernels on so many multiprocessors."""
+    modules = {
+        "triton": types.SimpleNamespace(cdiv=lambda a, b: -(-a // b)),
+        "triton.experimental": types.SimpleNamespace(gluon=types.SimpleNamespace(jit=_jit)),
+        "triton.experimental.gluon": types.SimpleNamespace(language=_language(), jit=_jit),
+        "triton.experimental.gluon.language.nvidia.hopper": types.SimpleNamespace(
+            fence_async_shared=lambda: None, mbarrier=_mbarrier, tma=_tma, warpgroup_mma=_mma, warpgroup_mma_wait=_mma_wait
+        ),
+        "triton.experimental.gluon.nvidia.hopper": types.SimpleNamespace(TensorDescriptor=Descriptor),
+    }
+    modules["triton.experimental.gluon.language"] = modules["triton.experimental.gluon"].language
+    module = types.ModuleType("simulated")
+    saved = {name: sys.modules.get(name) for name in modules}
+    sys.modules.update(modules)  # type: ignore[arg-type]
+    try:
+        exec(compile(source, "simulated", "exec"), vars(module))
+    finally:
+        for name, old in saved.items():
+            sys.modules.pop(name) if old is None else sys.modules.__setitem__(name, old)
+    if hasattr(module, "PROGRAMS"):
+        vars(module)["PROGRAMS"] = programs
+    return module
+
