@@ -34,6 +34,7 @@ class Request:
 
 
 def listed() -> None:
+    """Print the names."""
     console().print(report.listing())
 
 

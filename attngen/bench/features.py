@@ -65,6 +65,8 @@ def drawn(shape: tuple[int, ...], problem: Problem, generator: torch.Generator) 
 
 @dataclass(frozen=True)
 class Causal(Feature):
+    """No key after its query."""
+
     def keep(self, at: Place) -> Tensor:
         return at.j <= at.i
 
@@ -75,6 +77,8 @@ class Causal(Feature):
 
 @dataclass(frozen=True)
 class Window(Feature):
+    """Keys less than ``size`` positions away."""
+
     size: int
 
     def keep(self, at: Place) -> Tensor:
@@ -87,6 +91,8 @@ class Window(Feature):
 
 @dataclass(frozen=True)
 class Prefix(Feature):
+    """The first ``size`` keys for all, and no later key after its query."""
+
     size: int
 
     def keep(self, at: Place) -> Tensor:
@@ -124,6 +130,8 @@ class Documents(Feature):
 
 @dataclass(frozen=True)
 class Softcap(Feature):
+    """Scores bounded smoothly by ``cap``."""
+
     cap: float
 
     def score(self, scores: Tensor, at: Place) -> Tensor:
@@ -212,4 +220,5 @@ def features_of(problem: Problem) -> tuple[Feature, ...]:
 
 
 def masks_of(problem: Problem) -> tuple[Causal | Window | Prefix | Documents, ...]:
+    """Those features that leave pairs out."""
     return tuple(f for f in features_of(problem) if isinstance(f, (Causal, Window, Prefix, Documents)))

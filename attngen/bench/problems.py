@@ -55,6 +55,7 @@ class Problem:
 
     @property
     def keys(self) -> int:
+        """How many there are."""
         return self.length if self.key_length is None else self.key_length
 
     @property

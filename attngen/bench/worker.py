@@ -8,7 +8,7 @@ import gc
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
@@ -66,11 +66,15 @@ def measured(job: Job, begins: Callable[[str, str], None]) -> Iterator[Record]:
                 yield record
             else:
                 ending = value
-        if record is None or (ending and not at):
-            raise AttngenError(f"the measuring process ended before it could measure {problem}: {ending}")
+        if record is None:
+            raise AttngenError(f"the measuring process ended before it could measure anything: {ending}")
         if at:
             lost = {**job.lost.get(problem, {}), at: ending}
             job = replace(job, lost={**job.lost, problem: lost})
+        elif ending:  # between peers, so none is to blame
+            failed = _unmeasured(job.problems[len(record.results)], job.peers, ending)
+            record = replace(record, results=(*record.results, failed))
+            yield record
 
 
 def _events(job: Job) -> Iterator[tuple[str, Any]]:
@@ -134,8 +138,11 @@ def _result(job: Job, problem: Problem, ceilings: Ceilings, begins: Callable[[st
     except DeviceLost:
         raise
     except Exception as error:
-        rows = [replace(_untimed(peer.name, error, job.device), status=FAILED) for peer in chosen]
-        return Result(problem, 0, 0, 0, 0, tuple(replace(row, reason=f"no reference: {row.reason}") for row in rows))
+        return _unmeasured(problem, job.peers, f"no reference: {_untimed('', error, job.device).reason}")
+
+
+def _unmeasured(problem: Problem, named: Sequence[str], reason: str) -> Result:
+    return Result(problem, 0, 0, 0, 0, tuple(Row(name, FAILED, reason) for name in named))
 
 
 def _machine(device: str, ceilings: Mapping[str, Ceilings]) -> Record:
@@ -226,6 +233,7 @@ def judged(peer: str, check: Check) -> Row:
 
 
 def timed(row: Row, taken: list[float], flop: int, moved: int, ceilings: Ceilings) -> Row:
+    """``row`` with the median of ``taken`` and what follows from it."""
     times = measure.summary(taken)
     rate, stream = 1e3 * flop / times.median, 1e3 * moved / times.median
     return replace(
