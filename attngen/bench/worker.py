@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import attngen
 from attngen.bench import measure, peers
 from attngen.bench import spelling as s
 from attngen.bench.measure import Ceilings, Clock
@@ -26,7 +27,7 @@ from attngen.bench.terms import Missing, NotSpelled
 from attngen.errors import AttngenError
 from attngen.verify import Check, within_budget
 
-PACKAGES = ("attngen", "torch", "triton", "flash-attn-4", "fa3-fwd")
+PACKAGES = ("triton", "flash-attn-4", "fa3-fwd")
 LONGEST_REASON = 160
 CEILING_ROUNDS = 15
 ENDING = 10.0  # seconds that a process which is done may take to end
@@ -151,7 +152,7 @@ def _machine(device: str, ceilings: Mapping[str, Ceilings]) -> Record:
 
 
 def _versions(device: str) -> dict[str, str]:
-    found = {}
+    found = {"attngen": attngen.__version__, "torch": str(torch.__version__)}
     for package in PACKAGES:
         try:
             found[package] = version(package)
