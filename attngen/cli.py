@@ -54,6 +54,9 @@ Only = Annotated[list[str] | None, typer.Option(help="Replace only sites whose m
 Skip = Annotated[list[str] | None, typer.Option(help="Leave sites whose module path matches.")]
 Train = Annotated[bool, typer.Option("--train", help="Plan for training: gradients will be asked for.")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")]
+CHANGES = "Numbers of the problems"
+Size = Annotated[int | None, typer.Option(metavar="N", rich_help_panel=CHANGES)]
+Switch = Annotated[bool | None, typer.Option(rich_help_panel=CHANGES)]
 
 
 def _version(wanted: bool) -> None:
@@ -167,6 +170,58 @@ def minify(
         if made.alone:
             show.console(stderr=True).print(f"Note: by itself the site has another outcome: {made.alone}.")
         show.console().print(f"Written to {file}. Run it: python {file}")
+
+
+@app.command(epilog=EXIT_CODES)
+def bench(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Problems, wildcards allowed: 'dense_d128_*'.")
+    ] = None,
+    listing: Annotated[bool, typer.Option("--list", help="Name every problem and every peer, and measure nothing.")] = False,
+    peers: Annotated[str, typer.Option(help="Peers to run, separated by commas; all that suit by default.")] = "",
+    device: Annotated[str, typer.Option(help="cuda; cpu runs the problems small, to try the command.")] = "auto",
+    rounds: Annotated[int, typer.Option(help="Interleaved calls of each peer.")] = 30,
+    timeout: Annotated[float, typer.Option(help="Seconds that one step of a peer may take.")] = 600.0,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the record, problem by problem.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw TFLOP/s (PNG, PDF or SVG).")] = None,
+    show: Annotated[list[Path] | None, typer.Option("--show", metavar="FILE", help="Show a record again.")] = None,
+    batch: Size = None,
+    heads: Size = None,
+    kv_heads: Size = None,
+    length: Size = None,
+    key_length: Size = None,
+    head_size: Size = None,
+    value_size: Size = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.", rich_help_panel=CHANGES)] = None,
+    causal: Switch = None,
+    window: Size = None,
+    prefix: Size = None,
+    documents: Size = None,
+    alibi: Switch = None,
+    softcap: Annotated[float | None, typer.Option(rich_help_panel=CHANGES)] = None,
+    bias: Switch = None,
+    buckets: Size = None,
+    sinks: Switch = None,
+    sigmoid: Switch = None,
+    views: Switch = None,
+    traceback: Traceback = False,
+) -> None:
+    """Time attention beside every peer that is installed, each checked against float64 before its time counts.
+
+    Without a NAME, dense causal attention of 4096 tokens; options change the numbers of every problem named.
+    """
+    given = locals()
+    with _ending(traceback):
+        from attngen.bench import command
+
+        if listing:
+            command.listed()
+        elif show:
+            command.show(show, plot)
+        else:
+            changes = {name: given[name] for name in command.CHANGES}
+            wanted = [name for name in peers.split(",") if name]
+            command.run(command.Request(names or [], wanted, device, rounds, timeout, changes, json, plot))
 
 
 @app.command()

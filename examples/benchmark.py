@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import transformers
 from torch import Tensor, nn
 
 import attngen
+from attngen.bench.measure import Clock, peak_bytes, samples, summary
 
 VARIANTS = ("eager", "inductor eager", "inductor sdpa", "attngen eager", "attngen sdpa")
 SLACK = 2.0  # our error may be that much of eager's own
@@ -164,7 +165,7 @@ def prepared(
             row.error = (first.float() - exact).square().mean().sqrt().item()
             row.replaced = sum(len(report.replaced) for report in reports)
             row.missed = [f"{site.where}: {site.reason}" for report in reports for site in report.missed]
-            row.peak_gib = peak(run, inputs)
+            row.peak_gib = peak_bytes(partial(output, run, inputs)) / 2**30
         except Exception as problem:
             row.problem = f"{type(problem).__name__}: {str(problem)[:500]}"
         ready[name] = (row, run)
@@ -178,30 +179,12 @@ def prepared(
     return ready
 
 
-def peak(run: Callable[..., Any], inputs: dict[str, Tensor]) -> float:
-    """GiB allocated during one call, beyond what stood before it."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    output(run, inputs)
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
-
-
 def time_all(ready: dict[str, Any], inputs: dict[str, Tensor], rounds: int) -> None:
-    """Median of interleaved runs, by device events."""
-    able = [(row, run) for row, run in ready.values() if not row.problem]
-    samples: dict[str, list[float]] = {row.variant: [] for row, _ in able}
-    for _ in range(rounds):
-        for row, run in able:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            output(run, inputs)
-            end.record()
-            torch.cuda.synchronize()
-            samples[row.variant].append(start.elapsed_time(end))
-    for row, _ in able:
-        row.ms = statistics.median(samples[row.variant])
+    """Median of interleaved runs, by device events. A whole model leaves nothing of its inputs in the cache."""
+    able = {row.variant: (row, run) for row, run in ready.values() if not row.problem}
+    calls = {name: partial(output, run, inputs) for name, (_, run) in able.items()}
+    for name, taken in samples(calls, rounds, Clock("cuda", flush=False), warm_up=rounds).items():
+        able[name][0].ms = summary(taken).median
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:
@@ -213,8 +196,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     with torch.no_grad():
         exact = reference(case, model, inputs).float()
         ready = prepared(case, model, inputs, exact, names)
-        for _ in range(2):
-            time_all(ready, inputs, rounds)
+        time_all(ready, inputs, rounds)
     rows = [asdict(row) for row, _ in ready.values()]
     allowed = SLACK * ready["eager"][0].error
     return {"model": case.name, "budget": allowed, "rows": rows}
