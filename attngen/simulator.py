@@ -214,16 +214,17 @@ class Descriptor:
     layout = None
     dtype = "box"
 
-    def __init__(self, base: torch.Tensor, shape: Any, strides: Any, box: Any, layout: Any) -> None:
-        assert 2 <= len(shape) == len(strides) == len(box) <= 5 and strides[-1] == 1
-        assert all(stride * base.element_size() % 16 == 0 for stride in strides[:-1])
-        self.tensor = base.as_strided(shape, strides, base.storage_offset())
-        self.box = box
+    base: torch.Tensor
+    shape: Sequence[int]
+    strides: Sequence[int]
+    block_shape: Sequence[int]
 
     def window(self, place: Sequence[Any]) -> torch.Tensor:
-        assert len(place) == len(self.box)
-        cut = self.tensor
-        for dim, (start, size) in enumerate(zip(map(int, place), self.box, strict=True)):
+        """What of the box at ``place`` lies within the tensor."""
+        assert 2 <= len(self.shape) == len(self.strides) == len(self.block_shape) == len(place) <= 5
+        assert self.strides[-1] == 1 and all(stride * self.base.element_size() % 16 == 0 for stride in self.strides[:-1])
+        cut = self.base.as_strided(self.shape, self.strides, self.base.storage_offset())
+        for dim, (start, size) in enumerate(zip(map(int, place), self.block_shape, strict=True)):
             cut = cut.narrow(dim, min(start, cut.shape[dim]), max(0, min(size, cut.shape[dim] - start)))
         return cut
 
@@ -231,7 +232,7 @@ class Descriptor:
 def _load_tile(descriptor: Descriptor, place: Sequence[Any], barrier: Barrier, shared: Shared) -> None:
     _jitter()
     cut = descriptor.window(place)
-    assert shared.data.shape == tuple(descriptor.box)
+    assert shared.data.shape == tuple(descriptor.block_shape)
     shared.data[...] = 0
     shared.data[tuple(slice(0, size) for size in cut.shape)] = cut.float().numpy()
     barrier.step(0, -2 * shared.data.size)
