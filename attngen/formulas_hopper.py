@@ -38,16 +38,17 @@ _OWN = (
     Formula(
         f.smem,
         "B",
-        "shared memory: queries, keys and values, results",
+        "shared memory: queries, keys and values, inputs per pair, results",
         f.q_width * f.rows * (held * f.d_pad + sp.Min(f.e_pad, 128))
         + f.kv_width * f.stages * f.keys * (f.d_pad + f.e_pad)
+        + f.rows * f.keys * f.plane_width
         + 1024,
     ),
     Formula(
         f.registers,
         "",
-        "per thread that computes: results, scores and weights, the rest",
-        f.e_pad / 2 + 3 * f.keys / 4 + OTHER_REGISTERS,
+        "per thread that computes: results, scores and weights, inputs per pair, the rest",
+        f.e_pad / 2 + 3 * f.keys / 4 + f.keys * f.plane_width / 8 + OTHER_REGISTERS,
     ),
     Formula(
         f.resident,

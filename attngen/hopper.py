@@ -13,7 +13,8 @@ import torch
 
 from attngen.algebra import ONE, Const, op
 from attngen.bounds import Bounds, is_plain, loop_bounds
-from attngen.layout import UNIT, arguments, base_of, unpacked, used_dims
+from attngen.index import Axis
+from attngen.layout import arguments, base_of, unpacked, used_dims
 from attngen.mask import FIRST, LAST, derive
 from attngen.printer import LOG2E, Places, Printer, Unprintable, bare, fixed_dims
 from attngen.scores import kept, loads_over_keys, scaled_score, sink_values
@@ -24,6 +25,7 @@ MAX_SIDE = 256  # of a box that TMA copies, and of a product
 MAX_RANK = 5
 OUT_WIDTH = 128  # features of a row that wait in shared memory to be written
 _GLUON_DTYPES = {torch.float16: "gl.float16", torch.bfloat16: "gl.bfloat16"}
+_PLANE_DTYPES = {**_GLUON_DTYPES, torch.float32: "gl.float32"}
 _PLACES = Places(row="rows", key="cols", row_beside="", key_beside="", key_float="col_floats")
 
 
@@ -41,9 +43,14 @@ def padded(features: int) -> int:
     return max(WARPGROUP_ROWS, 1 << (features - 1).bit_length())
 
 
-def queries_held(tile: Tile, block_d: int) -> int:
+def queries_held(spec: AttentionSpec, tile: Tile) -> int:
     """Tiles of queries in shared memory: a program that stays loads the next one early, if there is room."""
-    return 2 if tile.persistent and block_d <= OUT_WIDTH else 1
+    return 2 if tile.persistent and padded(spec.head_dim) <= OUT_WIDTH and not planes(spec) else 1
+
+
+def planes(spec: AttentionSpec) -> tuple[Input, ...]:
+    """Inputs of the score that have a number for each pair, which TMA copies block by block."""
+    return tuple(x for x in spec.extras if x.dim_of(KEY) is not None and any(place.has(ROW) for place in x.index))
 
 
 def unsuited(spec: AttentionSpec) -> str | None:
@@ -69,6 +76,8 @@ def unsuited(spec: AttentionSpec) -> str | None:
 def _unaddressable(spec: AttentionSpec) -> str | None:
     if spec.output[-1] != FEATURE:
         return "features of the result are not neighbours"
+    if any(x.dtype not in _PLANE_DTYPES for x in planes(spec)):
+        return "a mask is loaded for each pair"
     for source, row, feature in _operands(spec):
         if source.dim_of(row) is None or source.dim_of(feature) is None:
             return f"{source.name} is read at more than plain positions"
@@ -79,7 +88,8 @@ def _unaddressable(spec: AttentionSpec) -> str | None:
 
 def _operands(spec: AttentionSpec) -> list[tuple[Input, Any, Any]]:
     out = Input("out", spec.output, spec.out_dtype)
-    return [(spec.query, ROW, INNER), (spec.keys, KEY, INNER), (spec.values, KEY, FEATURE), (out, ROW, FEATURE)]
+    loaded = [(plane, ROW, KEY) for plane in planes(spec)]
+    return [(spec.query, ROW, INNER), (spec.keys, KEY, INNER), (spec.values, KEY, FEATURE), *loaded, (out, ROW, FEATURE)]
 
 
 def _dims(source: Input, row: Any, feature: Any) -> list[int]:
@@ -89,13 +99,17 @@ def _dims(source: Input, row: Any, feature: Any) -> list[int]:
 
 
 def misaligned(spec: AttentionSpec, layouts: Sequence[tuple[Sequence[int], int]]) -> str | None:
-    """Why TMA cannot address operands with such (strides, offset), in elements, if so; of queries, keys and values."""
-    for (source, row, feature), (strides, offset) in zip(_operands(spec), layouts, strict=False):
-        *outer, last = _dims(source, row, feature)
+    """Why TMA cannot address operands with such (strides, offset), in elements, if so; of all inputs, in order."""
+    copied = {source.name: (source, row, feature) for source, row, feature in _operands(spec)}
+    for each, (strides, offset) in zip(spec.inputs, layouts, strict=True):
+        if each.name not in copied:
+            continue
+        *outer, last = _dims(*copied[each.name])
+        unit = 16 // each.dtype.itemsize
         if strides[last] != 1:
-            return f"features of {source.name} are not neighbours"
-        if offset % UNIT or any(strides[dim] % UNIT or strides[dim] <= 0 for dim in outer):
-            return f"rows of {source.name} do not begin at multiples of 16 bytes"
+            return f"elements of {each.name} that belong side by side are not"
+        if offset % unit or any(strides[dim] % unit or strides[dim] <= 0 for dim in outer):
+            return f"rows of {each.name} do not begin at multiples of 16 bytes"
     return None
 
 
@@ -117,15 +131,16 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
     cover = derive(spec.mask)
     bounds = loop_bounds(printer, cover, warps=1)
     extras = _extras(spec)
-    prologue = [*(base_of(x, printer) for x in spec.extras), *printer.prologue]
+    prologue = [*(base_of(x, printer) for x in _pointed(spec)), *printer.prologue]
     names = [line.split(" = ")[0] for line in prologue]
     outer = [a.name for a in spec.batch]
-    told = _mentioned([*names, *outer, *extras["strides"], *(f"size_{name}" for name in outer)], score)
+    blocks = [f"{x.name}_block" for x in planes(spec)]
+    told = _mentioned([*blocks, *names, *outer, *extras["strides"], *(f"size_{name}" for name in outer)], score)
     heavy_first = any(i.high.has(FIRST, LAST) for i in cover.visit)
     return {
         "tile": tile,
         "groups": groups,
-        "queries": queries_held(tile, block_d),
+        "queries": queries_held(spec, tile),
         "overlap": groups == 2,
         "halvings": (tile.keys // 8).bit_length() - 1,
         "programs": sms,
@@ -144,12 +159,16 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "sink_lines": _sink_lines(sinks, f" * {LOG2E!r}" if natural else ""),
         "bounds": bounds,
         "heavy_first": heavy_first,
-        "unpack_head": unpacked(spec),
+        "unpack_head": unpacked(_order(spec)),
+        "head_number": _head_number(spec),
+        "sharing": " * ".join(f"size_{a.name}" for a in _order(spec) if not _plane_varies(spec, a)) or "1",
+        "planes": [x.name for x in planes(spec)],
+        "widths": {x.name: x.dtype.itemsize for x in planes(spec)},
         "prologue": list(map(_gluon, prologue)) or (["pass"] if set(told) & set(outer) else []),
         "values": told,
         "extras": [*extras["pointers"], *extras["strides"]],
         "call_extras": extras["call"],
-        "extra_names": [x.name for x in spec.extras],
+        "extra_names": [x.name for x in _pointed(spec)],
         "gluon_dtype": _GLUON_DTYPES[spec.query.dtype],
         "out_parts": max(1, block_e // OUT_WIDTH),
         **_boxes(spec, tile, printer, block_d, block_e),
@@ -186,7 +205,8 @@ def _bounds(bounds: Bounds) -> dict[str, Any]:
 
 def _score(printer: Printer, spec: AttentionSpec, shaped: Any) -> dict[str, Any]:
     text = _gluon(bare(printer.value(shaped, masked=True)))
-    reads = list(map(_gluon, printer.blocks()))
+    copied = tuple(f"{x.name}_block = " for x in planes(spec))
+    reads = [_gluon(line) for line in printer.blocks() if not line.startswith(copied or "no line")]
     keep = _gluon(kept(printer, spec.mask))
     keep_reads = list(map(_gluon, printer.blocks()))
     together = " ".join([text, *reads, keep, *keep_reads])
@@ -234,32 +254,56 @@ def _sink_lines(sinks: list[str], times: str) -> list[str]:
     ]
 
 
+def _pointed(spec: AttentionSpec) -> list[Input]:
+    """Inputs that are loaded by pointers."""
+    return [x for x in spec.extras if x not in planes(spec)]
+
+
 def _extras(spec: AttentionSpec) -> dict[str, list[str]]:
-    pairs = [(x, dim) for x in spec.extras for dim in used_dims(x)]
+    extras = _pointed(spec)
+    pairs = [(x, dim) for x in extras for dim in used_dims(x)]
     return {
-        "pointers": [f"{x.name}_ptr" for x in spec.extras],
+        "pointers": [f"{x.name}_ptr" for x in extras],
         "strides": [f"{x.name}_stride_{dim}" for x, dim in pairs],
-        "call": [*(x.name for x in spec.extras), *(f"{x.name}.stride({dim})" for x, dim in pairs)],
+        "call": [*(x.name for x in extras), *(f"{x.name}.stride({dim})" for x, dim in pairs)],
     }
+
+
+def _plane_varies(spec: AttentionSpec, axis: Axis) -> bool:
+    return any(place.has(axis) for x in planes(spec) for place in x.index)
+
+
+def _order(spec: AttentionSpec) -> list[Axis]:
+    """Batch axes as heads are counted: neighbours read the same planes."""
+    return sorted(spec.batch, key=lambda axis: not _plane_varies(spec, axis)) if planes(spec) else list(spec.batch)
+
+
+def _head_number(spec: AttentionSpec) -> str:
+    """The place of a head among all, from its positions."""
+    text = ""
+    for axis in spec.batch:
+        text = f"({text}) * size_{axis.name} + {axis.name}" if text else axis.name
+    return text or "head"
 
 
 def _boxes(spec: AttentionSpec, tile: Tile, printer: Printer, block_d: int, block_e: int) -> dict[str, Any]:
     """What TMA copies for each operand: which dimensions, how much of them, and from where."""
     shapes = {
         "q": (WARPGROUP_ROWS, block_d), "k": (tile.keys, block_d), "v": (tile.keys, block_e),
-        "out": (WARPGROUP_ROWS, min(block_e, OUT_WIDTH)),
+        **{x.name: (WARPGROUP_ROWS, tile.keys) for x in planes(spec)}, "out": (WARPGROUP_ROWS, min(block_e, OUT_WIDTH)),
     }  # fmt: skip
-    rows = {"q": "row", "k": "key", "v": "key", "out": "row"}
+    rows = {"k": "key", "v": "key"}
     operands = dict(zip(shapes, _operands(spec), strict=True))
     outer = {name: [printer.index(place) for _, place in fixed_dims(source)] for name, (source, _, _) in operands.items()}
-    ends = {"out": "feature"}
+    ends = {"q": "0", "k": "0", "v": "0", "out": "feature"}
     boxes = {name: [*[1] * len(outer[name]), *shape] for name, shape in shapes.items()}
     return {
         "dims": {operands[name][0].name: _dims(*operands[name]) for name in shapes},
         "box_of": {operands[name][0].name: box for name, box in boxes.items()},
+        "gluon_dtypes": {operands[name][0].name: _PLANE_DTYPES[operands[name][0].dtype] for name in shapes},
         "boxes": {name: "".join(f", {side}" for side in box) for name, box in boxes.items()},
         "places": {
-            **{name: ", ".join([*outer[name], rows[name], ends.get(name, "0")]) for name in shapes},
+            **{name: ", ".join([*outer[name], rows.get(name, "row"), ends.get(name, "key")]) for name in shapes},
             "rows": True,
             "any": True,
         },

@@ -6,6 +6,7 @@ Strides are taken as they are at every call; what is fixed in the text is only w
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from attngen.index import Axis
@@ -33,7 +34,7 @@ def addresses(spec: AttentionSpec, printer: Printer) -> dict[str, Any]:
         "out_dims": {"row": spec.output.index(ROW), "feature": spec.output.index(FEATURE)},
         "wide_rows": f"rows{wide}",
         "wide_cols": f"block_cols{wide}",
-        "unpack_head": unpacked(spec),
+        "unpack_head": unpacked(spec.batch),
         "bases": _bases(spec, printer),
         "heads": _product([f"size_{a.name}" for a in spec.batch]),
     }
@@ -49,15 +50,15 @@ def _stride(source: Input, axis: Axis) -> str:
     return "0"
 
 
-def unpacked(spec: AttentionSpec) -> list[str]:
-    """How the number of a head becomes its positions in the batch."""
+def unpacked(axes: Sequence[Axis]) -> list[str]:
+    """How the number of a head becomes its positions along ``axes``, of which the last changes fastest."""
     lines = []
     rest = "head"
-    for axis in reversed(spec.batch[1:]):
+    for axis in reversed(axes[1:]):
         lines.append(f"{axis.name} = {rest} % size_{axis.name}")
         rest = f"{rest} // size_{axis.name}"
-    if spec.batch:
-        lines.append(f"{spec.batch[0].name} = {rest}")
+    if axes:
+        lines.append(f"{axes[0].name} = {rest}")
     return lines
 
 

@@ -187,7 +187,8 @@ def _analysed(
     problem = _problem(each)
     spec = _finished(specialised, each, training)
     given = plans.tile_for(spec, problem) if plans else None
-    plan = chosen(spec, problem, device, given, _misaligned(spec, each))
+    misaligned = _misaligned(spec, _layouts(each, specialised, problem))
+    plan = chosen(spec, problem, device, given, misaligned)
     if isinstance(plan, Miss):
         return plan
     where = provenance.where(placed.anchor)
@@ -206,11 +207,10 @@ def chosen(
     return choose(spec, problem, device, tile, misaligned)
 
 
-def _misaligned(spec: AttentionSpec, site: Site) -> str | None:
-    """Why TMA cannot address the operands as they were traced, if so; ``launch`` looks again at each call."""
+def _misaligned(spec: AttentionSpec, traced: Sequence[Layout]) -> str | None:
+    """Why TMA cannot address the operands as they were traced, if so; ``suits`` looks again at each call."""
     if hopper.unsuited(spec) is not None:
         return None
-    traced = [layout_of(operand.node.meta["val"]) for operand in (site.query, site.keys, site.values)]
     return hopper.misaligned(spec, [(layout.strides, layout.offset) for layout in traced])
 
 
@@ -304,7 +304,8 @@ def _replace(
         return [describe.missed(Missed(first.where, miss.reason, miss.node, first.anchor, first.anchor))]
     reports = []
     for each, kernel, target in zip(terms, kernels, targets, strict=True):
-        uses.setdefault(kernel.name, Use(kernel, each.problem, _layouts(each)))
+        layouts = _layouts(each.placed.site, each.placed.specialised, each.problem)
+        uses.setdefault(kernel.name, Use(kernel, each.problem, layouts))
         described = describe.found(each, device, "replaced")
         reports.append(replace(described, kernel=kernel.name, operator=str(target.name())))
     return reports
@@ -316,17 +317,16 @@ def _kernel(each: Found, device: Device) -> Kernel:
     return kernel
 
 
-def _layouts(each: Found) -> tuple[Layout, ...]:
+def _layouts(site: Site, specialised: Specialised, problem: Problem) -> tuple[Layout, ...]:
     """The tensors that the operator will be called on."""
-    site, bindings = each.placed.site, each.placed.specialised.bindings
+    spec = specialised.spec
     layouts = []
     for operand in (site.query, site.keys, site.values):
         layout = layout_of(operand.node.meta["val"])
         layouts.append(replace(layout, dtype=str(operand.dtype).removeprefix("torch.")))
-    tables = each.placed.specialised.spec.extras
-    for source, binding in zip(tables, bindings, strict=True):
+    for source, binding in zip(spec.extras, specialised.bindings, strict=True):
         if isinstance(binding, specialise.Table):
-            shape = shape_of(source, extents(each.placed.specialised.spec, each.problem))
+            shape = shape_of(source, extents(spec, problem))
             layouts.append(layout_of(torch.empty(shape, device="meta")))
         else:
             layouts.append(layout_of(binding.meta["val"]))
