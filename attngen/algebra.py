@@ -57,6 +57,11 @@ class Expr:
         """The free axes: those whose value changes the element."""
         return frozenset().union(*(child.axes for child in self.children))
 
+    @cached_property
+    def length(self) -> int:
+        """How many leaves it has when it is written out as a tree, as most functions read it."""
+        return sum(child.length for child in self.children) or 1
+
     def walk(self) -> list[Expr]:
         """Every distinct node of the expression, parents before children."""
         seen: dict[Expr, None] = {}

@@ -53,7 +53,8 @@ def coverage(record: Record) -> list[str]:
         cells = (name.replace("_", ", "), found["models"], found["sites"], share, beside, layers, reasons or "-")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     packages = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
-    return [*lines, "", f"With {packages}."]
+    dead = sum(found["dead"] for found in record["sources"].values())
+    return [*lines, "", f"With {packages}. Not counted: {dead} sites whose result nothing reads."]
 
 
 def starts(record: Record) -> list[str]:

@@ -26,7 +26,7 @@ from attngen.passes.candidates import ATTENTION, Marks, divided, is_candidate, i
 from attngen.passes.decompose import Decomposer
 from attngen.passes.lower import Lowered
 from attngen.passes.operands import Operand, peel
-from attngen.passes.semantics import Reader, bind, dtype_of, op_name
+from attngen.passes.semantics import Reader, TooMuch, bind, dtype_of, op_name
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,21 @@ def _undisturbed(found: list[Terms | Miss], facts: effects.Effects) -> list[Term
 # ------------------------------------------------------------------------------------------------------------- proof
 
 _DROPOUT = "the attention weights are dropped at random"
+_TOO_MUCH = "more is computed between the two products than a proof follows"
 _FROM_SCORES = "an operand is computed from the scores"
 
 
 def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: Decomposer) -> Terms | Miss:
+    try:
+        return _proof(node, lowered, facts, decompose)
+    except (TooMuch, RecursionError):
+        return Miss(_TOO_MUCH, node.name, depth=1)
+
+
+def _proof(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: Decomposer) -> Terms | Miss:
     if op_name(node) == ATTENTION and bind(node)["dropout_p"]:
         return Miss(_DROPOUT, node.name, depth=1)
-    reader = Reader(lowered.graph, facts.stale, decompose, facts.overwritten(node))
+    reader = Reader(lowered.graph, facts.stale, decompose, lambda n: facts.overwritten(n, node))
     misses: list[Miss] = []
     for end in filter(None, (divided(node), node)):
         if any(miss.reason == OWN_SUM for miss in misses):  # the weights are read by that sum
@@ -123,7 +131,7 @@ def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: D
                 misses.append(proof)
                 continue
             if any(_fix_head_sizes(site) for site in proof):
-                return _prove(node, lowered, facts, decompose)
+                return _proof(node, lowered, facts, decompose)
             inside = proof[0].interior - {site.dot.node for site in proof}
             mixed = heads.mixed(reader, end) if any(map(heads.may_mix, inside)) else None
             if mixed is None:
@@ -204,6 +212,8 @@ def _prove_sides(reader: Reader, sides: _Sides, outside: Expr) -> Terms | Miss:
         return Miss(_DROPOUT, node, depth=2)
     if len(parts := summands(weight, key)) > 1:
         return _prove_sum(reader, sides, outside, [softmax(part, key) for part in parts])
+    if key.extent == 1:
+        return Miss("there is only one key", node, depth=1)
     scored = any(isinstance(n, Dot) for n in weight.walk())
     return Miss(normalised, node, depth=7 if scored and normalised == OWN_SUM else int(scored))
 
@@ -257,7 +267,7 @@ def _prove_scores(reader: Reader, sides: _Sides, normalised: Normalised, dot: Do
     score, gain = (
         transform(e, lambda part: _scaled(dot, q, k) if part == dot else None) for e in (normalised.score, normalised.gain)
     )
-    interior = _interior(dot, sides.node)
+    interior = effects.between(dot.node, sides.node)  # type: ignore[arg-type]
     if any(operand.node in interior for operand in operands):
         return Miss(_FROM_SCORES, sides.node.name, depth=5)
     batch = tuple(a for a in axes if a not in (row, feature))
@@ -332,24 +342,3 @@ def _operands(
     if key in v.factor.axes or v.factor.axes or v.factor != Operand.ONE:
         v = peel(reader, values, (key, feature), dtype_of(output), scaled=False)
     return (q, k, v) if isinstance(v, Operand) else v
-
-
-def _interior(dot: Dot, node: fx.Node) -> frozenset[fx.Node]:
-    """Nodes on a path from the score contraction to the value contraction."""
-    start = dot.node
-    assert isinstance(start, fx.Node)
-    below = {start}
-    current = start
-    while current is not node:
-        current = current.next
-        if any(i in below for i in current.all_input_nodes):
-            below.add(current)
-    inside: set[fx.Node] = set()
-    stack = [n for n in node.all_input_nodes if n in below]
-    while stack:
-        current = stack.pop()
-        if current not in inside:
-            inside.add(current)
-            stack.extend(n for n in current.all_input_nodes if n in below)
-    return frozenset(inside)
-

@@ -7,6 +7,7 @@ them is written in between; and its intermediate values may only vanish if nobod
 from __future__ import annotations
 
 import operator
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,25 +28,23 @@ if TYPE_CHECKING:
 class Effects:
     """``live``: feeds an output or a write. ``stale``: written in place after it was made, and still used after that.
 
-    ``writes``: for each storage, the nodes that write to it; ``sharing``: all nodes that lie in it. ``order``: the position
-    of each node.
+    ``writes``: for each storage, the nodes that write to it, in order; ``times``: their positions. ``order``: the position of
+    each node.
     ``cut``: passes no gradients on, being detached, or computed while they were disabled.
     """
 
     live: frozenset[fx.Node]
     stale: frozenset[fx.Node]
     writes: dict[int, list[fx.Node]]
-    sharing: dict[int, list[fx.Node]]
+    times: dict[int, list[int]]
     order: dict[fx.Node, int]
     cut: frozenset[fx.Node]
 
-    def overwritten(self, end: fx.Node) -> frozenset[fx.Node]:
-        """Nodes that no longer hold their value at ``end``."""
-        found = []
-        for storage, nodes in self.sharing.items():
-            last = max((self.order[w] for w in self.writes[storage] if self.order[w] <= self.order[end]), default=-1)
-            found += [node for node in nodes if self.order[node] < last]
-        return frozenset(found)
+    def overwritten(self, node: fx.Node, end: fx.Node) -> bool:
+        """``node`` no longer holds its value at ``end``."""
+        times = self.times.get(_storage(node), []) if _is_tensor(node) else []
+        before = bisect_right(times, self.order[end])
+        return before > 0 and self.order[node] < times[before - 1]
 
 
 def updated(whole: torch.Tensor, write: torch.Tensor) -> torch.Tensor:
@@ -59,11 +58,8 @@ def run(graph: fx.Graph) -> Effects:
     for node in graph.nodes:
         for target in written(node):
             writes.setdefault(_storage(target), []).append(node)
-    sharing: dict[int, list[fx.Node]] = {storage: [] for storage in writes}
-    for node in graph.nodes if writes else ():
-        if _is_tensor(node) and _storage(node) in writes:
-            sharing[_storage(node)].append(node)
-    return Effects(_live(graph), _stale(graph, writes, order), writes, sharing, order, _cut(graph))
+    times = {storage: [order[node] for node in nodes] for storage, nodes in writes.items()}
+    return Effects(_live(graph), _stale(graph, times, order), writes, times, order, _cut(graph))
 
 
 def written(node: fx.Node) -> list[fx.Node]:
@@ -98,7 +94,7 @@ def _live(graph: fx.Graph) -> frozenset[fx.Node]:
     return frozenset(live)
 
 
-def _stale(graph: fx.Graph, writes: dict[int, list[fx.Node]], order: dict[fx.Node, int]) -> frozenset[fx.Node]:
+def _stale(graph: fx.Graph, times: dict[int, list[int]], order: dict[fx.Node, int]) -> frozenset[fx.Node]:
     """Nodes whose memory is written after they are made, and that are used after that write.
 
     Tracing already points later uses of the written tensor itself at the writing node, so what is left are its aliases.
@@ -106,11 +102,12 @@ def _stale(graph: fx.Graph, writes: dict[int, list[fx.Node]], order: dict[fx.Nod
     """
     stale = set()
     for node in graph.nodes:
-        if not _is_tensor(node) or _storage(node) not in writes:
+        if not _is_tensor(node) or _storage(node) not in times:
             continue
-        later = [w for w in writes[_storage(node)] if order[w] > order[node]]
+        later = times[_storage(node)]
+        following = bisect_right(later, order[node])
         last_use = max((order[user] for user in node.users if user.target is not updated), default=-1)
-        if any(order[w] < last_use for w in later):
+        if following < len(later) and later[following] < last_use:
             stale.add(node)
     return frozenset(stale)
 
@@ -199,6 +196,24 @@ def ancestors(node: fx.Node) -> Iterator[fx.Node]:
         above = [n for n in node.all_input_nodes if n not in seen]
         seen.update(above)
         stack.extend(above)
+
+
+def between(start: fx.Node, end: fx.Node) -> frozenset[fx.Node]:
+    """The nodes on a path from ``start`` to ``end``, with the first and without the last."""
+    below = {start}
+    current = start
+    while current is not end:
+        current = current.next
+        if any(n in below for n in current.all_input_nodes):
+            below.add(current)
+    inside: set[fx.Node] = set()
+    stack = [n for n in end.all_input_nodes if n in below]
+    while stack:
+        current = stack.pop()
+        if current not in inside:
+            inside.add(current)
+            stack.extend(n for n in current.all_input_nodes if n in below)
+    return frozenset(inside)
 
 
 def _is_maximum(node: fx.Node) -> bool:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coverage_results import pack, read, show
+from coverage_results import DEAD, pack, read, show
 from coverage_tracer import Traced, trace, without_fast_paths
 from torch import fx, nn
 
@@ -87,7 +87,10 @@ def measure(model: str, module: nn.Module, inputs: dict[str, Any], *, inductor: 
 
 
 def _reported(module: nn.Module, inputs: dict[str, Any], outcome: Outcome, inductor: bool) -> list[Reported]:
-    """As ``attngen.explain``, on the real inputs: models that decide by values go on, and reused graphs count each time."""
+    """As ``attngen.explain``, on the real inputs: models that decide by values go on, and reused graphs count each time.
+
+    Where ``torch.compile`` gives up, it is told to leave out the function that it cannot capture (``suppress_errors``).
+    """
     device = pipeline.planning_device([], option_parsing.parse({}))
     calls: list[list[Reported]] = []
 
@@ -103,11 +106,14 @@ def _reported(module: nn.Module, inputs: dict[str, Any], outcome: Outcome, induc
 
         return run
 
-    try:
-        with compat.looking_at(module, backend) as compiled:
-            compiled(**inputs)
-    except Exception as problem:
-        outcome.problems.append(f"capture: {_head(problem)}")
+    for go_on in (False, True):
+        try:
+            with torch._dynamo.config.patch(suppress_errors=go_on), compat.looking_at(module, backend) as compiled:
+                compiled(**inputs)
+            break
+        except Exception as problem:
+            outcome.problems.append(f"capture: {_head(problem)}")
+            calls.clear()
     return [site for call in calls for site in call]
 
 
@@ -164,15 +170,15 @@ def _compared(
     """Each traced site with its fate, by module first, then by what is near; replaced ones are given out first."""
     left = sorted(reported, key=lambda site: bool(site.reason))
     fates: dict[int, str] = {}
-    order = sorted(range(len(traced)), key=lambda k: traced[k].learned)
+    order = sorted(range(len(traced)), key=lambda k: (traced[k].dead, traced[k].learned))
     for near in (_same_module, _one_in_the_other, _same_parent, _same_file, _missed):
         for k in order:
             match = next((site for site in left if k not in fates and near(traced[k], site)), None)
-            if match is not None:
+            if match is not None and not (traced[k].dead and match.reason):
                 fates[k] = match.reason or "replaced"
                 left.remove(match)
     lost = next((p for p in outcome.problems if not p.startswith("inductor")), None)
-    sites = [asdict(site) | {"fate": fates.get(k, lost or NEVER)} for k, site in enumerate(traced)]
+    sites = [asdict(site) | {"fate": fates.get(k, lost or (DEAD if site.dead else NEVER))} for k, site in enumerate(traced)]
     return sites, [[site.path, site.line, site.reason or "replaced"] for site in left]
 
 

@@ -78,6 +78,9 @@ def example_inputs(module: nn.Module, sizes: Sizes, *, optional: bool) -> dict[s
         inputs.pop("attention_mask", None)
     if "input_features" in inputs and "input_ids" not in inputs and "attention_mask" in inputs:
         inputs["attention_mask"] = _padding(sizes, inputs["input_features"].shape[1])
+    if "attention_mask" in inputs and "input_values" in inputs and inputs["input_values"].dim() == 2:
+        samples = inputs["input_values"].shape[1]
+        inputs["attention_mask"] = _padding(sizes, samples, samples // 4)
     return inputs
 
 
@@ -95,9 +98,9 @@ def _placeholder(sizes: Sizes) -> Any:
     return sizes.get("image_token_id", "image_token_index", "audio_token_id", "audio_token_index", "video_token_id")
 
 
-def _padding(sizes: Sizes, length: int | None = None) -> Tensor:
+def _padding(sizes: Sizes, length: int | None = None, padded: int = 3) -> Tensor:
     mask = torch.ones(BATCH, length or sizes.length, dtype=torch.long)
-    mask[1, -3:] = 0
+    mask[1, -padded:] = 0
     return mask
 
 

@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+DEAD = "nothing reads the result"  # so it is in no compiled program: not counted
+
 
 def read(out: Path, since: int = 0) -> list[dict[str, Any]]:
     """The last line of each model, leaving out the first lines of the file."""
@@ -30,7 +32,7 @@ def general(fate: str) -> str:
 def summary(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Counts over the models of one source."""
     ran = [o for o in outcomes if o["status"] == "run"]
-    everything = [site | {"model": o["model"]} for o in ran for site in o["sites"]]
+    everything = [site | {"model": o["model"]} for o in ran for site in o["sites"] if site["fate"] != DEAD]
     sites = [site for site in everything if not site["learned"]]  # scored by queries and keys, not by a layer's weights
     learned = [site for site in everything if site["learned"]]
     missed: dict[str, dict[str, Any]] = {}
@@ -48,6 +50,7 @@ def summary(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "replaced": sum(site["fate"] == "replaced" for site in sites),
         "learned": len(learned),
         "learned_replaced": sum(site["fate"] == "replaced" for site in learned),
+        "dead": sum(site["fate"] == DEAD for o in ran for site in o["sites"]),
         "inductor": sum(o["inductor"] for o in counted) if counted else None,
         "inductor_sites": sum(len(o["sites"]) for o in counted),
         "missed": dict(sorted(missed.items(), key=lambda item: -item[1]["sites"])),

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from coverage_marks import NOTHING, Chain, Factor, Marked, Marks, covers, extent, factor_of, joined, longer, union
+from coverage_uses import Uses
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -52,7 +53,8 @@ class Traced:
     """One site. ``kind`` is the normaliser: softmax, log_softmax, exp, sigmoid or sdpa.
 
     ``learned``: the scores are a product with weights, not of two activations. ``path`` and ``line``: of the product with
-    the values. ``scores`` and ``weights``: the operators before and after the normaliser.
+    the values. ``scores`` and ``weights``: the operators before and after the normaliser. ``dead``: nothing that the model
+    returns or decides by is made of it.
     """
 
     kind: str
@@ -61,6 +63,7 @@ class Traced:
     learned: bool = False
     scores: Chain = ()
     weights: Chain = ()
+    dead: bool = False
 
 
 @dataclass
@@ -84,13 +87,16 @@ class Tracer(TorchDispatchMode):
         self._learned: dict[int, bool] = {}
         self._normalisers: list[_Normaliser] = []
         self.sites: list[Traced] = []
+        self.uses = Uses()
         for tensor in model.parameters() if model is not None else ():
             self._marks[tensor] = Marks(learned=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        known = len(self.sites)
         self._observe(name, func, args, kwargs or {}, result)
+        self.uses.add(list(_tensors((args, kwargs or {}))), list(_tensors(result)), range(known, len(self.sites)))
         return result
 
     # ------------------------------------------------------------------------------------------------------- operators
@@ -274,8 +280,10 @@ class Tracer(TorchDispatchMode):
 def trace(model: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Traced]:
     """The sites of one call of ``model``."""
     with Tracer(model if isinstance(model, nn.Module) else None) as tracer:
-        model(*args, **kwargs)
-    return tracer.sites
+        result = model(*args, **kwargs)
+    kept = [*model.buffers(), result] if isinstance(model, nn.Module) else result
+    used = tracer.uses.of(list(_held(kept)))
+    return [replace(site, dead=number not in used) for number, site in enumerate(tracer.sites)]
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
@@ -293,6 +301,19 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
     elif isinstance(tree, dict):
         yield from _tensors(list(tree.values()))
+
+
+def _held(value: Any, seen: frozenset[int] = frozenset()) -> Iterator[Tensor]:
+    """The tensors in a result, also in objects such as caches."""
+    if isinstance(value, Tensor):
+        yield value
+    elif id(value) not in seen:
+        seen |= {id(value)}
+        inner = list(vars(value).values()) if hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) else []
+        inner += list(value.values()) if isinstance(value, dict) else []
+        inner += list(value) if isinstance(value, (tuple, list)) else []
+        for part in inner:
+            yield from _held(part, seen)
 
 
 _LIBRARY = (torch.__path__[0], __file__, "<")

@@ -105,6 +105,7 @@ def _config(name: str, shrink: Callable[[Any], None]) -> Any:
     except ValueError:  # series have no length by default
         config = kind(prediction_length=8)
     shrink(config)
+    _fit_features(config)
     return config
 
 
@@ -209,6 +210,13 @@ def _fit_stages(config: Any) -> None:
     heads = getattr(config, "num_heads", None)
     if isinstance(heads, (list, tuple)) and getattr(config, "embed_dim", None) == WIDTH:
         _assign(config, "num_heads", [2 << stage for stage in range(len(heads))])
+
+
+def _fit_features(config: Any) -> None:
+    """A backbone that should give what layers compute that were cut off gives what its last layer computes."""
+    depth, names = getattr(config, "num_hidden_layers", None), getattr(config, "stage_names", None) or ()
+    if isinstance(depth, int) and len(names) > depth + 1 and not set(config.out_features) & set(names[: depth + 1]):
+        config.set_output_features_output_indices(out_features=[names[depth]], out_indices=[depth])
 
 
 def _fit_rope(config: Any) -> None:

@@ -131,3 +131,10 @@ def test_main_compares_with_eager(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.syspath_prepend(str(EXAMPLES))
     assert import_module("gpt2").main(inner="eager") < 1e-5
     assert "4 sites, 4 replaced" in capsys.readouterr().out
+
+
+def test_pass_takes_less_than_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far less than compiling, then; ``benchmark_pass.py`` says how much."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    text = import_module("benchmark_pass").measure("gpt2", "eager")
+    assert float(text.rsplit(": ", 1)[1].split(" or ")[0]) < 100, text

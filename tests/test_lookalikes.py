@@ -151,6 +151,7 @@ MISSED: dict[str, tuple[Function, str]] = {
     "no queries": (lambda q, k, v: weights(q[:, :, :0], k) @ v, "the attention is empty"),
     "no keys": (lambda q, k, v: weights(q, k[:, :, :0]) @ v[:, :, :0], "the attention is empty"),
     "softmax over two dims": (flattened, "not the sum of these weights"),
+    "one key": (lambda q, k, v: weights(q, k[..., :1, :]) @ v[..., :1, :], "there is only one key"),
     "weights transposed": (lambda q, k, v: weights(q, k).transpose(-1, -2) @ v, OTHER_DIM),
     "weights read by another product": (lambda q, k, v: weights(q, k)[..., :6] @ v[..., :6, :], "not the sum"),
     "heads and batch swapped": (lambda q, k, v: weights(q, k).transpose(0, 1).reshape(2, 4, 12, 12) @ v, "whole dim"),
