@@ -109,6 +109,7 @@ def _holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
             "tanh": _tanh(spec) if printer.uses_tanh else "",
             "floor_div": printer.uses_floor_div,
             "drowned": printer.uses_drowned,
+            "rounded": printer.uses_rounded,
             "longer": bounds.compares,
         },
         "score": score,
@@ -184,7 +185,7 @@ def loads_over_keys(score: Expr) -> bool:
 def _may_be_lowest(node: Expr) -> bool:
     """A float that is loaded, or something made with a number that no score reaches."""
     if isinstance(node, Op):
-        return node.name == "drown" or any(MASKING < abs(number(a) or 0) < math.inf for a in node.args)
+        return node.name in ("drown", "rounded") or any(MASKING < abs(number(a) or 0) < math.inf for a in node.args)
     return isinstance(node, Load) and node != SCORE and node.kind == "float"
 
 

@@ -11,20 +11,20 @@ from dataclasses import dataclass
 
 import torch
 
-from attngen.algebra import COMPARISONS, ONE, TRUE, Const, Expr, Int, Load, Op, negate, number, op, terms, total, transform
+from attngen.algebra import COMPARISONS, ONE, TRUE, Const, Expr, Int, Load, Op, negate, number, op, terms, total
 from attngen.errors import Miss
 from attngen.index import Axis
 from attngen.mask import no_row_is_empty
 from attngen.passes.candidates import SOFTMAX
 from attngen.passes.detect import Site
-from attngen.passes.pointwise import drowns
+from attngen.passes.rounding import drowns, is_rounded, opened, quick, without_idle
 from attngen.passes.semantics import dtype_of, op_name
 
 NEGLIGIBLE = 104.0  # exp(-104) is zero in float32
 MASKING = -1e3  # a score set to less than this is masked; rows where that could show are computed again
 
 # Operations that cost no more than the load they replace.
-CHEAP = frozenset(["float", "add", "sub", "mul", "neg", "min", "max", "abs", "where", "and", "or", "not", "drown"])
+CHEAP = frozenset(["float", "add", "sub", "mul", "neg", "min", "max", "abs", "where", "and", "or", "not", "drown", "rounded"])
 CHEAP |= frozenset(COMPARISONS)
 
 
@@ -41,10 +41,11 @@ class Split:
 def split(site: Site) -> Split | Miss:
     """Take the mask out of the score: ``where(c, x, -big)`` and ``x + where(c, y, -big)`` in any nesting of sums."""
     if not site.softmax:
-        return Split(*_without_zeros(_without_idle_drowning(site.score)))
+        return Split(*_without_zeros(without_idle(site.score)))
     dtype, name = dtype_of(site.dot.node), site.output.name  # type: ignore[arg-type]
-    whole_score = _without_idle_drowning(site.score, site.row, site.key)
+    whole_score = without_idle(site.score, site.row, site.key)
     score, mask, fills = _unmask(whole_score, dtype)
+    score = quick(score)
     gain, kept = _without_zeros(site.gain)
     if kept != TRUE and _conjuncts(kept) == _conjuncts(mask):  # an empty row is set to zero, whatever it was
         return Split(score, mask, gain=gain, zero_if_empty=True)
@@ -102,18 +103,6 @@ def _without_zeros(weight: Expr) -> tuple[Expr, Expr]:
     return weight, TRUE
 
 
-def _without_idle_drowning(score: Expr, *pair: Axis) -> Expr:
-    """What is loaded once per head (the slope of ALiBi, a learned offset) is no mask, and drowns no score."""
-
-    def rule(expr: Expr) -> Expr | None:
-        if not (isinstance(expr, Op) and expr.name == "drown"):
-            return None
-        loads = [node for node in expr.walk() if isinstance(node, Load)]
-        return expr if any(axis in load.axes for load in loads for axis in pair) else expr.args[0]
-
-    return transform(score, rule)
-
-
 @dataclass(frozen=True)
 class _Fill:
     """What a masked score is made of: ``value``, and never more than ``highest`` with whatever is added to it."""
@@ -145,15 +134,17 @@ def _unmask(score: Expr, dtype: torch.dtype, *, alone: bool = True) -> tuple[Exp
 def _holds_fill(term: Expr) -> bool:
     """A number as large as masks are, in some place: added to a fill, as in ``s - s.detach()``, it may cancel it."""
     choices = [node for node in term.walk() if isinstance(node, Op) and node.name == "where"]
-    numbers = [number(branch) for choice in choices for branch in choice.args[1:]]
+    numbers = [number(part) for part in (term, *(branch for choice in choices for branch in choice.args[1:]))]
     return any(value is not None and abs(value) >= -MASKING for value in numbers)
 
 
 def _summands(expr: Expr) -> list[Expr]:
     """The terms of a sum, some of which are masks; sums of no masks stay whole, for the graph may have them as tensors."""
-    if not (isinstance(expr, Op) and expr.name == "add"):
+    inside = opened(expr) if is_rounded(expr) else expr
+    if not (isinstance(inside, Op) and inside.name in ("add", "sub")):
         return [expr]
-    parts = [t for a in expr.args for t in _summands(a)]
+    left, right = inside.args
+    parts = [*_summands(left), *(_summands(right) if inside.name == "add" else terms(right, -1.0))]
     return parts if any(_masked(part) for part in parts) else [expr]
 
 
