@@ -10,8 +10,11 @@ from analysis import Function, analysed, assert_replaced_with_its_gradient, inpu
 from torch import Tensor
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 
+import attngen
+from attngen.algebra import Int, Op
 from attngen.passes import effects
 from attngen.passes.specialise import Table
+from attngen.spec import KEY, ROW
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -111,6 +114,15 @@ EXACT: dict[str, Function] = {
     "a fill that another term cancels": (
         lambda q, k, v, m: (lambda s: (s + -s.detach() + scores(q, k)).softmax(-1) @ v)(scores(q, k).masked_fill(m, -1e9))
     ),
+    "a masked score less itself": (
+        lambda q, k, v, m: (lambda s: (s - s.detach()).log_softmax(-1).exp() @ v)(
+            scores(q, k).masked_fill(m, LOWEST) + torch.where(m, -5.0, 0.0)
+        )
+    ),
+    "a mask subtracted": lambda q, k, v, m: (lambda s: (s - m * 1e9).log_softmax(-1).exp() @ v)(scores(q, k)),
+    "a mask, and a number that drowns all of it": (
+        lambda q, k, v: (scores(q, k) + torch.full((12, 12), -1e9).triu(1) + LOWEST).softmax(-1) @ v
+    ),
     "two masks added": (
         lambda q, k, v, m: (lambda a: (scores(q, k) + a + a.T).softmax(-1) @ v)(torch.zeros(12, 12).masked_fill(m, -math.inf))
     ),
@@ -158,6 +170,13 @@ def test_found_and_exact(name: str) -> None:
     found = analysed(EXACT[name])
     assert len(found.hits) == 1, [str(miss) for miss in found.misses]
     assert max(found.errors()) < 5e-6
+
+
+@pytest.mark.parametrize("weigh", [torch.softmax, lambda s, dim: s.log_softmax(dim).exp()], ids=["softmax", "log"])
+def test_what_is_subtracted_masks_too(weigh: Function) -> None:
+    found = analysed(lambda q, k, v: weigh(scores(q, k) - torch.ones(12, 12).triu(1) * 1e9, -1) @ v)
+    ((_, special),) = found.hits
+    assert special.spec.mask == Op("lt", (Int(KEY), Int(ROW + 1)))
 
 
 @pytest.mark.parametrize("function", [merged_for_the_scores, bias_of_a_layer_by_bucket], ids=lambda f: f.__name__)
