@@ -80,7 +80,8 @@ def _conjuncts(condition: Expr) -> frozenset[Expr]:
 def _may_be_nan(score: Expr, mask: Expr, fills: list[_Fill], site: Site) -> bool:
     """Some row may be -inf throughout: all of it masked, or by what is loaded."""
     masked = any(math.isinf(fill.value) for fill in fills) and not no_row_is_empty(mask, site.row, site.key)
-    return _loads_over_keys(score, site.key) or masked
+    infinite = any(isinstance(n, Const) and math.isinf(n.value) for n in score.walk())
+    return _loads_over_keys(score, site.key) or masked or infinite
 
 
 def _loads_over_keys(score: Expr, key: Axis) -> bool:

@@ -81,6 +81,11 @@ def heads_in_slices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(torch.bmm(q, k.mT).softmax(-1), v)
 
 
+def turned(x: Tensor) -> Tensor:
+    """Four of the sixteen features are the heads."""
+    return x[0].chunk(4, -1)[0].permute(2, 1, 0).reshape(4, 12, 4)
+
+
 EXACT: dict[str, Function] = {
     "empty rows of -inf give NaN": lambda q, k, v, m: scores(q, k).masked_fill(m, -math.inf).softmax(-1) @ v,
     "empty rows of SDPA give zero": lambda q, k, v, m: scaled_dot_product_attention(q, k, v, ~m),
@@ -161,6 +166,8 @@ EXACT: dict[str, Function] = {
     "queries scaled in place": in_place_queries,
     "values changed before they are read": late_in_place,
     "batch and heads merged for the scores alone": merged_for_the_scores,
+    "queries from a part of a longer dimension": lambda q, k, v: weights(turned(q), k[0, ..., :4]) @ v[0],
+    "values from a part of a longer dimension": lambda q, k, v: weights(q[0], k[0]) @ turned(v),
     "a layer's bias by bucket, and masks": bias_of_a_layer_by_bucket,
 }
 
