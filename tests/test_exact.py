@@ -196,6 +196,23 @@ def test_gradients_of_what_is_read_in_other_places(function: Function) -> None:
     assert_replaced_with_its_gradient(lambda q, k, v, *rest: function(q, k, v, *fixed, *rest), inputs)
 
 
+@pytest.mark.parametrize("place", [0, 1], ids=["queries", "keys"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_spreads_as_in_the_model(place: int, value: float) -> None:
+    """On a CPU plain attention is the library's, which makes zeros of rows of NaN."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return weights(q, k) @ v
+
+    inputs = list(inputs_of(model).values())
+    inputs[place][0, 0, 0, 0] = value
+    torch._dynamo.reset()
+    with torch.no_grad(), attngen.record() as reports:
+        ours = torch.compile(model, backend="attngen", options={"inner": "eager", "strict": True})(*inputs)
+    assert sum(len(report.replaced) for report in reports) == 1
+    torch.testing.assert_close(ours, model(*inputs), equal_nan=True)
+
+
 def keys_written_before_the_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = scores(q, k)
     k.zero_()
