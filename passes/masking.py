@@ -17,7 +17,7 @@ from attngen.index import Axis
 from attngen.mask import no_row_is_empty
 from attngen.passes.candidates import SOFTMAX
 from attngen.passes.detect import Site
-from attngen.passes.rounding import drowns, is_rounded, opened, quick, without_idle
+from attngen.passes.rounding import HALF, drowns, is_rounded, opened, quick, without_idle
 from attngen.passes.semantics import dtype_of, op_name
 
 NEGLIGIBLE = 104.0  # exp(-104) is zero in float32
@@ -79,7 +79,9 @@ def _conjuncts(condition: Expr) -> frozenset[Expr]:
 
 def _may_be_nan(score: Expr, mask: Expr, fills: list[_Fill], site: Site) -> bool:
     """Some row may be -inf throughout: all of it masked, or by what is loaded."""
-    masked = any(math.isinf(fill.value) for fill in fills) and not no_row_is_empty(mask, site.row, site.key)
+    dtype = dtype_of(site.dot.node)  # type: ignore[arg-type]
+    infinite_fill = any(math.isinf(fill.value) or _may_overflow(fill, dtype) for fill in fills)
+    masked = infinite_fill and not no_row_is_empty(mask, site.row, site.key)
     infinite = any(isinstance(n, Const) and math.isinf(n.value) for n in score.walk())
     return _loads_over_keys(score, site.key) or masked or infinite
 
@@ -110,6 +112,11 @@ class _Fill:
 
     value: float
     highest: float
+
+
+def _may_overflow(fill: _Fill, dtype: torch.dtype) -> bool:
+    """Another fill is added to it, perhaps: twice the lowest number of 16 bits is -inf there."""
+    return dtype in HALF and fill.highest > fill.value and 2 * fill.value < torch.finfo(dtype).min
 
 
 def _unmask(score: Expr, dtype: torch.dtype, *, alone: bool = True) -> tuple[Expr, Expr, list[_Fill]]:
