@@ -185,8 +185,7 @@ def arranged(source: Input, tensor: Tensor, axes: tuple[Axis, ...], sizes: dict[
             tensor = tensor.select(dim, int(place))
             continue
         axis = next(iter(place.atoms(Axis)))
-        if place != axis:
-            tensor = _along(tensor, dim, place, axis, sizes)
+        tensor = _along(tensor, dim, place, axis, sizes)
         labels.insert(0, axis)
     present = [axis for axis in axes if axis in labels]
     tensor = tensor.permute([labels.index(axis) for axis in present])
@@ -198,6 +197,8 @@ def arranged(source: Input, tensor: Tensor, axes: tuple[Axis, ...], sizes: dict[
 
 def _along(tensor: Tensor, dim: int, place: sp.Expr, axis: Axis, sizes: dict[Axis, int]) -> Tensor:
     """``tensor`` read along ``dim`` at ``place``, an expression of ``axis``."""
+    if place == axis:
+        return tensor if tensor.shape[dim] <= sizes[axis] else tensor.narrow(dim, 0, sizes[axis])
     times, rest = divmod(sizes[axis], tensor.shape[dim]) if sizes[axis] else (1, 0)
     if rest == 0 and place == FloorDiv(axis, times):
         return tensor.repeat_interleave(times, dim)

@@ -65,7 +65,14 @@ def _drown(term: Tensor, limit: Tensor) -> Tensor:
     return torch.where(term <= limit, term - 1.5 * LOST / torch.finfo(term.dtype).eps, term)
 
 
+def _rounded(score: Tensor, limit: Tensor) -> Tensor:
+    """``score``; where numbers of its 16-bit type, known by ``limit``, are ``LOST`` apart, rounded to that type."""
+    half = next(dtype for dtype in (torch.float16, torch.bfloat16) if torch.finfo(dtype).eps * -limit == LOST)
+    return torch.where(score.abs() >= -limit, score.to(half).to(score.dtype), score)
+
+
 FUNCTIONS["drown"] = _drown
+FUNCTIONS["rounded"] = _rounded
 
 
 class Evaluator:

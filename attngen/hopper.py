@@ -236,6 +236,7 @@ def _helpers(printer: Printer, score: dict[str, Any]) -> dict[str, bool]:
         "sigmoid": "sigmoid(" in every,
         "floor_div": printer.uses_floor_div,
         "drowned": printer.uses_drowned,
+        "rounded": printer.uses_rounded,
     }
 
 

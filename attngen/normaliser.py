@@ -156,7 +156,7 @@ def quotient(expr: Expr) -> tuple[list[Expr], list[Expr], bool]:
     if isinstance(expr, Op) and expr.name == "exp":
         parts = terms(expr.args[0])
         logs = {part: inner for part in parts if (inner := _negated_log(part)) is not None}
-        rest = total([part for part in parts if part not in logs]) if logs else expr.args[0]
+        rest = reduce(_without, [part for part in parts if part in logs], expr.args[0])
         return [op("exp", rest)], list(logs.values()), False
     return [expr], [], False
 
@@ -223,6 +223,18 @@ def _without_common_shift(score: Expr, sinks: list[Expr], key: Axis) -> tuple[Ex
 
 
 def _without(expr: Expr, term: Expr) -> Expr:
+    """``expr`` less one of its ``terms``; the others in the order they were added: large numbers cancel in no other."""
+    if isinstance(expr, Op) and expr.name in ("add", "sub"):
+        left, right = expr.args
+        theirs = terms(term, -1.0 if expr.name == "sub" else 1.0)
+        if terms(right) == theirs:
+            return left
+        if theirs[0] in terms(right):
+            return op(expr.name, left, _without(right, theirs[0]))
+        if terms(left) == [term]:
+            return right if expr.name == "add" else op("neg", right)
+        if term in terms(left):
+            return op(expr.name, _without(left, term), right)
     parts = terms(expr)
     parts.remove(term)
     return total(parts)

@@ -20,6 +20,7 @@ from attngen.spec import FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input
 from attngen.text import index_text
 
 LOG2E = 1 / math.log(2)
+HALF_LIMIT = -32768.0  # from there down, fp16 numbers are 32 apart; bfloat16 ones are sooner
 
 _CALLS = {
     "exp": "tl.exp",
@@ -39,6 +40,7 @@ _CALLS = {
     "max": "tl.maximum",
     "where": "tl.where",
     "drown": "drowned",
+    "rounded": "rounded",
 }
 _GUARDS = {True: ["row_ok", "col_ok"], False: ["row_ok"]}  # of a load per pair, in masked and in full blocks
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", **COMPARISONS}
@@ -69,6 +71,7 @@ class Printer:
     uses_floor_div: bool = False
     uses_tanh: bool = False
     uses_drowned: bool = False
+    uses_rounded: bool = False
     _names: dict[Expr, str] = field(default_factory=dict)
     _blocks: dict[str, str] = field(default_factory=dict)
     _keys_end: str = "size_j"
@@ -137,6 +140,9 @@ class Printer:
             raise Unprintable(f"a kernel has no {expr.name}")
         self.uses_tanh |= expr.name == "tanh"
         self.uses_drowned |= expr.name == "drown"
+        if expr.name == "rounded":
+            self.uses_rounded = True
+            args.append("tl.float16" if number(expr.args[1]) == HALF_LIMIT else "tl.bfloat16")
         return f"{_CALLS[expr.name]}({', '.join(map(bare, args))})"
 
     def _product(self, expr: Op, masked: bool, top: bool) -> str:

@@ -59,7 +59,7 @@ def loads_over_keys(score: Expr) -> bool:
 def _may_be_lowest(node: Expr) -> bool:
     """A float that is loaded, or something made with a number that no score reaches."""
     if isinstance(node, Op):
-        return node.name == "drown" or any(MASKING < abs(number(a) or 0) < math.inf for a in node.args)
+        return node.name in ("drown", "rounded") or any(MASKING < abs(number(a) or 0) < math.inf for a in node.args)
     return isinstance(node, Load) and node != SCORE and node.kind == "float"
 
 

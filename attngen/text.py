@@ -78,7 +78,7 @@ def readable(expr: Expr, name_of: Callable[[Any], str] = str) -> str:
             return name if name == "qk" or not inside else f"{name}[{inside}]"
         if not isinstance(node, Op):
             return canonical(node)
-        if node.name in ("float", "drown"):
+        if node.name in ("float", "drown", "rounded"):
             return show(node.args[0], strength)
         if node.name == "where":
             condition, yes, no = (show(a) for a in node.args)

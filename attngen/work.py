@@ -64,6 +64,7 @@ _INSTRUCTIONS: dict[str, tuple[int, int]] = {
     "erf": (14, 1),
     "pow": (4, 2),
     "drown": (3, 0),
+    "rounded": (3, 2),
     "float": (0, 1),  # conversions run at the rate of special functions
 }
 _EXACT_TANH = (4, 2)  # of 32-bit inputs, through sigmoid

@@ -11,20 +11,20 @@ from dataclasses import dataclass
 
 import torch
 
-from attngen.algebra import COMPARISONS, ONE, TRUE, Const, Expr, Int, Load, Op, negate, number, op, terms, total, transform
+from attngen.algebra import COMPARISONS, ONE, TRUE, Const, Expr, Int, Load, Op, negate, number, op, terms, total
 from attngen.errors import Miss
 from attngen.index import Axis
 from attngen.mask import no_row_is_empty
 from attngen.passes.candidates import SOFTMAX
 from attngen.passes.detect import Site
-from attngen.passes.pointwise import drowns
+from attngen.passes.rounding import HALF, drowns, is_rounded, opened, quick, without_idle
 from attngen.passes.semantics import dtype_of, op_name
 
 NEGLIGIBLE = 104.0  # exp(-104) is zero in float32
 MASKING = -1e3  # a score set to less than this is masked; rows where that could show are computed again
 
 # Operations that cost no more than the load they replace.
-CHEAP = frozenset(["float", "add", "sub", "mul", "neg", "min", "max", "abs", "where", "and", "or", "not", "drown"])
+CHEAP = frozenset(["float", "add", "sub", "mul", "neg", "min", "max", "abs", "where", "and", "or", "not", "drown", "rounded"])
 CHEAP |= frozenset(COMPARISONS)
 
 
@@ -41,10 +41,11 @@ class Split:
 def split(site: Site) -> Split | Miss:
     """Take the mask out of the score: ``where(c, x, -big)`` and ``x + where(c, y, -big)`` in any nesting of sums."""
     if not site.softmax:
-        return Split(*_without_zeros(_without_idle_drowning(site.score)))
+        return Split(*_without_zeros(without_idle(site.score)))
     dtype, name = dtype_of(site.dot.node), site.output.name  # type: ignore[arg-type]
-    whole_score = _without_idle_drowning(site.score, site.row, site.key)
+    whole_score = without_idle(site.score, site.row, site.key)
     score, mask, fills = _unmask(whole_score, dtype)
+    score = quick(score)
     gain, kept = _without_zeros(site.gain)
     if kept != TRUE and _conjuncts(kept) == _conjuncts(mask):  # an empty row is set to zero, whatever it was
         return Split(score, mask, gain=gain, zero_if_empty=True)
@@ -78,8 +79,11 @@ def _conjuncts(condition: Expr) -> frozenset[Expr]:
 
 def _may_be_nan(score: Expr, mask: Expr, fills: list[_Fill], site: Site) -> bool:
     """Some row may be -inf throughout: all of it masked, or by what is loaded."""
-    masked = any(math.isinf(fill.value) for fill in fills) and not no_row_is_empty(mask, site.row, site.key)
-    return _loads_over_keys(score, site.key) or masked
+    dtype = dtype_of(site.dot.node)  # type: ignore[arg-type]
+    infinite_fill = any(math.isinf(fill.value) or _may_overflow(fill, dtype) for fill in fills)
+    masked = infinite_fill and not no_row_is_empty(mask, site.row, site.key)
+    infinite = any(isinstance(n, Const) and math.isinf(n.value) for n in score.walk())
+    return _loads_over_keys(score, site.key) or masked or infinite
 
 
 def _loads_over_keys(score: Expr, key: Axis) -> bool:
@@ -102,24 +106,17 @@ def _without_zeros(weight: Expr) -> tuple[Expr, Expr]:
     return weight, TRUE
 
 
-def _without_idle_drowning(score: Expr, *pair: Axis) -> Expr:
-    """What is loaded once per head (the slope of ALiBi, a learned offset) is no mask, and drowns no score."""
-
-    def rule(expr: Expr) -> Expr | None:
-        if not (isinstance(expr, Op) and expr.name == "drown"):
-            return None
-        loads = [node for node in expr.walk() if isinstance(node, Load)]
-        return expr if any(axis in load.axes for load in loads for axis in pair) else expr.args[0]
-
-    return transform(score, rule)
-
-
 @dataclass(frozen=True)
 class _Fill:
     """What a masked score is made of: ``value``, and never more than ``highest`` with whatever is added to it."""
 
     value: float
     highest: float
+
+
+def _may_overflow(fill: _Fill, dtype: torch.dtype) -> bool:
+    """Another fill is added to it, perhaps: twice the lowest number of 16 bits is -inf there."""
+    return dtype in HALF and fill.highest > fill.value and 2 * fill.value < torch.finfo(dtype).min
 
 
 def _unmask(score: Expr, dtype: torch.dtype, *, alone: bool = True) -> tuple[Expr, Expr, list[_Fill]]:
@@ -145,15 +142,17 @@ def _unmask(score: Expr, dtype: torch.dtype, *, alone: bool = True) -> tuple[Exp
 def _holds_fill(term: Expr) -> bool:
     """A number as large as masks are, in some place: added to a fill, as in ``s - s.detach()``, it may cancel it."""
     choices = [node for node in term.walk() if isinstance(node, Op) and node.name == "where"]
-    numbers = [number(branch) for choice in choices for branch in choice.args[1:]]
+    numbers = [number(part) for part in (term, *(branch for choice in choices for branch in choice.args[1:]))]
     return any(value is not None and abs(value) >= -MASKING for value in numbers)
 
 
 def _summands(expr: Expr) -> list[Expr]:
     """The terms of a sum, some of which are masks; sums of no masks stay whole, for the graph may have them as tensors."""
-    if not (isinstance(expr, Op) and expr.name == "add"):
+    inside = opened(expr) if is_rounded(expr) else expr
+    if not (isinstance(inside, Op) and inside.name in ("add", "sub")):
         return [expr]
-    parts = [t for a in expr.args for t in _summands(a)]
+    left, right = inside.args
+    parts = [*_summands(left), *(_summands(right) if inside.name == "add" else terms(right, -1.0))]
     return parts if any(_masked(part) for part in parts) else [expr]
 
 

@@ -134,10 +134,15 @@ def _direct(index: Index) -> bool:
 
 
 def indexable(node: fx.Node, index: Index, whole: tuple[Axis, Axis]) -> bool:
-    """Each ``whole`` axis is exactly one full dimension, and every other one moves with one batch axis of its own."""
+    """Each ``whole`` axis is exactly one full dimension, and every other one moves with one batch axis of its own.
+
+    Kernels know from a dimension that is exactly an axis how far that goes: it must not be longer.
+    """
     shape = shape_of(node)
     moving = [axis for place in index for axis in place.atoms(Axis)]
     if len(moving) > len(set(moving)) or any(len(place.atoms(Axis)) > 1 for place in index):
+        return False
+    if any(isinstance(place, Axis) and sp.expand(size - place.extent) != 0 for place, size in zip(index, shape, strict=True)):
         return False
     for axis in whole:
         dims = [d for d, place in enumerate(index) if axis in place.free_symbols]

@@ -5,31 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from torch import fx
 
 from attngen.algebra import (
     COMPARISONS,
-    LOST,
     Const,
-    Dot,
     Expr,
-    Load,
-    Op,
-    Reduce,
     integer,
     negate,
-    number,
     op,
     to_bool,
     to_float,
     to_int,
     where,
 )
+from attngen.passes.rounding import HALF, in_half, in_type
 from attngen.passes.semantics import Bound, Index, Reader, Row, Unknown, coarsens, dtype_of, kind_of
-
-HALF = (torch.float16, torch.bfloat16)
-LOWEST = torch.finfo(torch.float32).min
 
 
 def _plain(name: str, *names: str) -> Row:
@@ -55,68 +46,9 @@ def _scaled_sum(sign: str, minuend: str = "self", subtrahend: str = "other") -> 
         left, right = _promoted(node, [reader.operand(args[n], index) for n in (minuend, subtrahend)])
         alpha = reader.operand(args.get("alpha", 1), index)
         right = op("mul", right, alpha) if alpha != integer(1) else right
-        return _sum_in_half(sign, left, right, dtype_of(node)) if dtype_of(node) in HALF else op(sign, left, right)
+        return in_half(sign, left, right, dtype_of(node)) if dtype_of(node) in HALF else op(sign, left, right)
 
     return row
-
-
-def _sum_in_half(sign: str, left: Expr, right: Expr, dtype: torch.dtype) -> Expr:
-    """A sum that the model rounds to 16 bits. Masks in it are made to leave nothing of a score in float32 either.
-
-    fp16 scores plus -65504 are -65504, all of them; a kernel adds in float32, where they would keep their differences.
-    """
-    scored = [any(isinstance(n, Dot) for n in side.walk()) for side in (left, right)]
-    if sign == "sub" and scored[0]:
-        sign, right = "add", op("neg", right)
-    if any(_may_lift(side, dtype) for side in (left, right)):
-        return op(sign, left, right)
-    return op(sign, *(_drowning(side, dtype, loads=any(scored)) for side in (left, right)))
-
-
-def _may_lift(term: Expr, dtype: torch.dtype) -> bool:
-    """A fill with its sign changed, as in ``s - s.detach()``: it takes back another, which must stay where it is for that."""
-    changes = [n for n in term.walk() if isinstance(n, Op) and (n.name in ("neg", "sub") or _is_negative_factor(n))]
-    choices = [n for change in changes for n in change.walk() if isinstance(n, Op) and n.name == "where"]
-    return any(drowns(number(branch), dtype) for choice in choices for branch in choice.args[1:])
-
-
-def _is_negative_factor(node: Op) -> bool:
-    return node.name == "mul" and any((number(a) or 0) < 0 for a in node.args)
-
-
-def _drowning(term: Expr, dtype: torch.dtype, *, loads: bool) -> Expr:
-    """``term`` with its masking fills so low that they drown scores in float32, and so with what it ``loads``."""
-    if isinstance(term, Op) and term.name == "where":
-        condition, *branches = term.args
-        return where(condition, *(_drowning_fill(branch, dtype, loads=loads) for branch in branches))
-    if not loads or not _is_loaded(term):
-        return term
-    if isinstance(term, Op) and term.name == "add" and any(isinstance(a, Op) and a.name == "where" for a in term.args):
-        return op("add", *(_drowning(part, dtype, loads=loads) for part in term.args))  # the mask in it must stay visible
-    return op("drown", term, Const(-LOST / torch.finfo(dtype).eps))
-
-
-def _drowning_fill(branch: Expr, dtype: torch.dtype, *, loads: bool) -> Expr:
-    fill = number(branch)
-    if fill is None:
-        return _drowning(branch, dtype, loads=loads)
-    if fill == -math.inf or not drowns(fill, dtype):
-        return branch
-    if 2 * fill < torch.finfo(dtype).min:
-        return Const(LOWEST)  # two of them are -inf there, and here
-    # Where float32 numbers are as far apart as the model's are at the fill: of two fills the lower one stays so.
-    return Const(max(fill * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps, LOWEST))
-
-
-def _is_loaded(term: Expr) -> bool:
-    """Made of loaded numbers, and not of scores."""
-    parts = term.walk()
-    return any(isinstance(n, Load) for n in parts) and not any(isinstance(n, (Dot, Reduce)) for n in parts)
-
-
-def drowns(fill: float | None, dtype: torch.dtype) -> bool:
-    """Nothing of a score is left beside the negative ``fill`` in this type: what it holds there is not meant."""
-    return fill is not None and -fill * torch.finfo(dtype).eps >= LOST
 
 
 def _divide(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
@@ -156,13 +88,19 @@ def _where(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
     if "self" not in args:
         raise Unknown("where with one argument lists positions")
     condition = to_bool(reader.operand(args["condition"], index))
-    return where(condition, *_promoted(node, [reader.operand(args[n], index) for n in ("self", "other")]))
+    return _choice(node, condition, *(reader.operand(args[n], index) for n in ("self", "other")))
 
 
 def _masked_fill(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
     condition = to_bool(reader.operand(args["mask"], index))
-    filled, kept = _promoted(node, [reader.operand(args[n], index) for n in ("value", "self")])
-    return where(condition, filled, kept)
+    return _choice(node, condition, *(reader.operand(args[n], index) for n in ("value", "self")))
+
+
+def _choice(node: fx.Node, condition: Expr, *branches: Expr) -> Expr:
+    """Numbers are what they are in the type of the result: two masks of -1e9 in bfloat16 must be equal to the last bit."""
+    dtype = dtype_of(node)
+    yes, no = (in_type(branch, dtype) for branch in _promoted(node, list(branches)))
+    return where(condition, yes, no)
 
 
 def _logical(name: str, *names: str) -> Row:

@@ -95,15 +95,21 @@ def run(site: Site) -> Specialised | Miss:
         softmax=site.softmax,
         gain=gain,
     )
-    unmeasured = [a for a in (*site.batch, site.row, site.key) if a.extent != 1 and not _is_dimension(names[a], spec)]
-    if unmeasured:
-        return Miss("every operand is broadcast along one dimension of the result", site.output.name, depth=7)
+    tensors = [site.query.node, site.keys.node, site.values.node, *bindings]
+    for axis in (*site.batch, site.row, site.key):
+        if axis.extent != 1 and (reason := _unmeasured(axis, names[axis], spec, tensors)):
+            return Miss(reason, site.output.name, depth=7)
     return Specialised(spec, tuple(bindings))
 
 
-def _is_dimension(axis: sp.Expr, spec: AttentionSpec) -> bool:
-    """Some input has ``axis`` as a dimension, so that its size can be read off there."""
-    return any(source.dim_of(axis) is not None for source in spec.inputs)  # type: ignore[arg-type]
+def _unmeasured(axis: Axis, name: sp.Expr, spec: AttentionSpec, tensors: list[Binding]) -> str:
+    """Why the size of ``axis`` cannot be read off the first input that has it as a dimension; empty if it can."""
+    for source, tensor in zip(spec.inputs, tensors, strict=True):
+        dim = source.dim_of(name)  # type: ignore[arg-type]
+        if dim is not None:
+            whole = isinstance(tensor, Table) or sp.expand(shape_of(tensor)[dim] - axis.extent) == 0
+            return "" if whole else "only a part of a tensor has one dimension of the result"
+    return "every operand is broadcast along one dimension of the result"
 
 
 def _refuse(site: Site) -> Miss | None:

@@ -74,7 +74,7 @@ class _Model:
         return (self.finished(first), *self.readers)
 
     def attention(self, query: Node | None) -> Node:
-        self.unshifted = self.draw.chance(15)
+        self.unshifted = self.draw.chance(15) and query is None  # nobody knows how large the result of another is
         self.by_library = bool(self.lead) and self.draw.chance(8)
         q = query or self.operand((*self.lead, self.rows, self.width))
         k = self.operand((*self.lead, self.keys, self.width), grouped=True)

@@ -130,6 +130,12 @@ def _added(score: Expr, mask: Expr, fill: float) -> dict[str, object]:
     return {"score": score, "mask": mask, "whole": whole, "redo_below": fill + 104.0}
 
 
+def _added_in_half(score: Expr, mask: Expr) -> dict[str, object]:
+    """The same for the lowest number of fp16, added in that type."""
+    found = _added(score, mask, torch.finfo(HALF).min)
+    return {**found, "whole": op("rounded", found["whole"], Const(-32768.0)), "redo_below": -30000.0}  # type: ignore[arg-type]
+
+
 CASES = (
     Case("dense", attention()),
     Case("dense_lse", attention(lse=True)),
@@ -189,6 +195,7 @@ CASES = (
     Case("fill_shows", attention(**_filled(QK, STRICTLY_CAUSAL, -10000.0), lse=True), tile=Tile(64, 64, 8, 2)),
     Case("fill_lowest", attention(**_filled(QK, STRICTLY_CAUSAL, LOWEST))),
     Case("fill_added", attention(**_added(QK, STRICTLY_CAUSAL, LOWEST), lse=True)),
+    Case("fill_added_in_half", attention(**_added_in_half(QK, STRICTLY_CAUSAL), lse=True)),
     Case("fill_shows_padding", attention(**_filled(QK, PADDING, -1e9), extras=BOOLEANS)),
     Case("sigmoid", attention(score=op("sigmoid", plus(QK, Const(-4.0))), softmax=False, lse=True)),
     Case("squared_relu", attention(score=op("mul", POSITIVE, POSITIVE), mask=CAUSAL, softmax=False)),

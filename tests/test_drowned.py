@@ -166,18 +166,6 @@ def test_of_two_fills_the_lower_one_counts_less() -> None:
     close(*compared(model, q, k, v, hidden))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_fill_that_another_term_takes_back(dtype: torch.dtype) -> None:
-    """``s - s.detach()`` is zero, where ``s`` is masked too: no pair is."""
-
-    def model(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
-        s = scores(q, k).masked_fill(m, torch.finfo(q.dtype).min)
-        return (s - s.detach()).softmax(-1) @ v
-
-    q, k, v = inputs_in(dtype)
-    close(*compared(model, q, k, v, torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_mask_made_from_numbers(dtype: torch.dtype) -> None:
     """One for what is kept, zero for what is not: the mask is computed in the kernel."""

@@ -28,6 +28,7 @@ REVIEWED = (
     "padding_causal",
     "sinks",
     "fill_shows",
+    "fill_added_in_half",
     "head_40",
 )
 NOTES = (

@@ -10,8 +10,11 @@ from analysis import Function, analysed, assert_replaced_with_its_gradient, inpu
 from torch import Tensor
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 
+import attngen
+from attngen.algebra import Int, Op
 from attngen.passes import effects
 from attngen.passes.specialise import Table
+from attngen.spec import KEY, ROW
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -78,6 +81,11 @@ def heads_in_slices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(torch.bmm(q, k.mT).softmax(-1), v)
 
 
+def turned(x: Tensor) -> Tensor:
+    """Four of the sixteen features are the heads."""
+    return x[0].chunk(4, -1)[0].permute(2, 1, 0).reshape(4, 12, 4)
+
+
 EXACT: dict[str, Function] = {
     "empty rows of -inf give NaN": lambda q, k, v, m: scores(q, k).masked_fill(m, -math.inf).softmax(-1) @ v,
     "empty rows of SDPA give zero": lambda q, k, v, m: scaled_dot_product_attention(q, k, v, ~m),
@@ -110,6 +118,15 @@ EXACT: dict[str, Function] = {
     "-1e9 under a logarithm": lambda q, k, v, m: scores(q, k).masked_fill(m, -1e9).log_softmax(-1).exp() @ v,
     "a fill that another term cancels": (
         lambda q, k, v, m: (lambda s: (s + -s.detach() + scores(q, k)).softmax(-1) @ v)(scores(q, k).masked_fill(m, -1e9))
+    ),
+    "a masked score less itself": (
+        lambda q, k, v, m: (lambda s: (s - s.detach()).log_softmax(-1).exp() @ v)(
+            scores(q, k).masked_fill(m, LOWEST) + torch.where(m, -5.0, 0.0)
+        )
+    ),
+    "a mask subtracted": lambda q, k, v, m: (lambda s: (s - m * 1e9).log_softmax(-1).exp() @ v)(scores(q, k)),
+    "a mask, and a number that drowns all of it": (
+        lambda q, k, v: (scores(q, k) + torch.full((12, 12), -1e9).triu(1) + LOWEST).softmax(-1) @ v
     ),
     "two masks added": (
         lambda q, k, v, m: (lambda a: (scores(q, k) + a + a.T).softmax(-1) @ v)(torch.zeros(12, 12).masked_fill(m, -math.inf))
@@ -149,6 +166,8 @@ EXACT: dict[str, Function] = {
     "queries scaled in place": in_place_queries,
     "values changed before they are read": late_in_place,
     "batch and heads merged for the scores alone": merged_for_the_scores,
+    "queries from a part of a longer dimension": lambda q, k, v: weights(turned(q), k[0, ..., :4]) @ v[0],
+    "values from a part of a longer dimension": lambda q, k, v: weights(q[0], k[0]) @ turned(v),
     "a layer's bias by bucket, and masks": bias_of_a_layer_by_bucket,
 }
 
@@ -160,6 +179,13 @@ def test_found_and_exact(name: str) -> None:
     assert max(found.errors()) < 5e-6
 
 
+@pytest.mark.parametrize("weigh", [torch.softmax, lambda s, dim: s.log_softmax(dim).exp()], ids=["softmax", "log"])
+def test_what_is_subtracted_masks_too(weigh: Function) -> None:
+    found = analysed(lambda q, k, v: weigh(scores(q, k) - torch.ones(12, 12).triu(1) * 1e9, -1) @ v)
+    ((_, special),) = found.hits
+    assert special.spec.mask == Op("lt", (Int(KEY), Int(ROW + 1)))
+
+
 @pytest.mark.parametrize("function", [merged_for_the_scores, bias_of_a_layer_by_bucket], ids=lambda f: f.__name__)
 def test_gradients_of_what_is_read_in_other_places(function: Function) -> None:
     fixed = [x for name, x in inputs_of(function).items() if name == "m"]
@@ -168,6 +194,23 @@ def test_gradients_of_what_is_read_in_other_places(function: Function) -> None:
         return [x.requires_grad_() for name, x in inputs_of(function).items() if name != "m"]
 
     assert_replaced_with_its_gradient(lambda q, k, v, *rest: function(q, k, v, *fixed, *rest), inputs)
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["queries", "keys"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_spreads_as_in_the_model(place: int, value: float) -> None:
+    """On a CPU plain attention is the library's, which makes zeros of rows of NaN."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return weights(q, k) @ v
+
+    inputs = list(inputs_of(model).values())
+    inputs[place][0, 0, 0, 0] = value
+    torch._dynamo.reset()
+    with torch.no_grad(), attngen.record() as reports:
+        ours = torch.compile(model, backend="attngen", options={"inner": "eager", "strict": True})(*inputs)
+    assert sum(len(report.replaced) for report in reports) == 1
+    torch.testing.assert_close(ours, model(*inputs), equal_nan=True)
 
 
 def keys_written_before_the_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -5,14 +5,17 @@ A failure prints its seed, and the smallest graph that fails like it; ``python t
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from dataclasses import replace
 
 import fuzz
 import pytest
 import torch
 from fuzz_graphs import Case, build
-from fuzz_judge import Run
+from fuzz_judge import Run, judged, results_of
 from fuzz_writer import Draw
+from torch import Tensor, fx
 
 from attngen import compat
 
@@ -55,6 +58,38 @@ def test_failures_are_shrunk() -> None:
         return 7 in choices and any(c > 50 for c in choices[choices.index(7) :])
 
     assert fuzz.shrunk([3, 99, 7, 1, 2, 60, 88, 4], fails) in ([7, 60], [7, 88])
+
+
+def not_finite(added: float, place: int, value: float) -> Case:
+    """Causal attention by adding a number, with ``value`` in the last query or key."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+        return (torch.softmax(q @ k.mT + torch.full((8, 8), added).triu(1), -1) @ v,)
+
+    torch.manual_seed(0)
+    inputs = tuple(torch.randn(8, 8) for _ in range(3))
+    inputs[place][7, 0] = value
+    return Case(fx.symbolic_trace(model), inputs, training=False)
+
+
+def test_a_hidden_nan_is_noticed() -> None:
+    case = not_finite(0.0, 0, math.nan)
+    eager = results_of(case.gm.forward, case, case.inputs)
+    assert not judged(case, eager, eager)
+    assert judged(case, [x.nan_to_num(0.0) for x in eager], eager)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_an_infinite_score_that_is_masked_need_not_be_seen(value: float) -> None:
+    """Eager adds -inf to it: NaN. Without it only one number is right."""
+    case = not_finite(-math.inf, 1, value)
+    eager = results_of(case.gm.forward, case, case.inputs)
+    assert eager[0][:7].isnan().any()
+    plain = replace(case, inputs=(case.inputs[0], case.inputs[1].nan_to_num(0.0, 0.0, 0.0), case.inputs[2]))
+    unseen = results_of(plain.gm.forward, plain, plain.inputs)
+    ours = [torch.cat([unseen[0][:7], eager[0][7:]]), *eager[1:]]
+    assert not judged(case, ours, eager)
+    assert judged(case, [ours[0] * 1.01, *ours[1:]], eager)
 
 
 def test_wrong_results_are_noticed() -> None:

@@ -101,6 +101,16 @@ def wrong_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (e / e.sum(-1, keepdim=True)) @ v
 
 
+def only_a_part_knows_the_batch(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    q, k, v = (x[:1].expand(2, -1, -1, -1) for x in (q, k, v))
+    return (scores(q, k) + w.chunk(6)[0][:, None, None]).softmax(-1) @ v
+
+
+def two_lowest_set_to_zero(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    first, second = (torch.zeros(12, 12, dtype=torch.half).masked_fill(x, -65504.0) for x in (m, m.T))
+    return (scores(q.half(), k.half()) + first + second).softmax(-1).masked_fill(m.T, 0.0) @ v.half()
+
+
 def wrong_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     e = scores(q, k).exp()
     return (e / e.sum(-1).unsqueeze(-2)) @ v
@@ -188,6 +198,12 @@ MISSED: dict[str, tuple[Function, str]] = {
         lambda q, k, v, m: (lambda s: (s - s.logsumexp(-1, keepdim=True)).exp() @ v)(scores(q, k).masked_fill(m, -1e9)),
         "what comes out is rounding",
     ),
+    "weights of rows that may be empty, some set to zero": (
+        lambda q, k, v, m: (scores(q, k).masked_fill(m, -math.inf) * 0.25).softmax(-1).masked_fill(m.T, 0.0) @ v,
+        "that may be NaN",
+    ),
+    "rows of two lowest numbers in 16 bits, some set to zero": (two_lowest_set_to_zero, "that may be NaN"),
+    "only a part of a bias knows the batch": (only_a_part_knows_the_batch, "only a part of a tensor"),
     "weights without NaN": (lambda q, k, v, m: scores(q, k).softmax(-1).nan_to_num() @ v, CHANGED),
     "top scores": (top_scores, "more than pointwise arithmetic"),
     "top weights": (top_weights, CHANGED),
