@@ -16,15 +16,15 @@ from attngen import formulas as f
 from attngen.formulas import Formula
 
 SOFTMAX_INSTRUCTIONS = 2.6  # per pair: maximum, shift and scale, sum, conversion
-MASK_INSTRUCTIONS = 8  # per pair of a masked block, besides the mask itself
+MASK_INSTRUCTIONS = 7.7  # per pair of a masked block, besides the mask itself
 EXPOSED = 0.23  # of the less busy unit, what does not overlap
-STEP_CYCLES = 290  # of each step: barriers
-STAY_CYCLES = 160  # of each step of a program that stays: whether the tile ends, and where the next one begins
-START_CYCLES = 5400  # of each program: its barriers, first loads, first product, results
-TILE_CYCLES = 960  # of each further tile of a program that stays
-LOOKUP_CYCLES = 0.147  # per pair and load of it: addresses, and words that come one by one
-PLANE_CYCLES = 0.16  # more per pair that is read from a plane of the size of the scores
-VECTOR_CYCLES = 290  # of each step that reads something per key
+STEP_CYCLES = 270  # of each step: barriers
+STAY_CYCLES = 177  # of each step of a program that stays: whether the tile ends, and where the next one begins
+START_CYCLES = 5550  # of each program: its barriers, first loads, first product, results
+TILE_CYCLES = 974  # of each further tile of a program that stays
+LOOKUP_CYCLES = 0.173  # per pair and load of it by two warpgroups: addresses, and words that come one by one
+PLANE_CYCLES = 0.032  # per byte that TMA copies for each pair: to shared memory, and from there to the threads of the scores
+VECTOR_CYCLES = 288  # of each step that reads something per key
 AHEAD_CYCLES = 1650  # of each further tile, for each stage below three: the next tile is loaded late
 SCORE_SHARE = 0.25  # of the operations of a score program; the others are folded into fused multiply-adds
 OTHER_REGISTERS = 32  # of a thread, besides results, scores and weights
@@ -32,6 +32,7 @@ OTHER_REGISTERS = 32  # of a thread, besides results, scores and weights
 persistent, held, softmax, t_soft = sp.symbols("persistent held softmax t_soft", nonnegative=True)
 _SHARED = {formula.symbol: formula for formula in f.FORMULAS}
 _pairs = f.rows * f.keys
+_gathers = f.pair_loads * (1 - sp.Min(1, f.plane_width))  # loads of a table: one address for each pair
 
 _OWN = (
     Formula(f.threads, "", "of one program, with the warp that loads", f.warp * (f.warps + 1)),
@@ -78,7 +79,7 @@ _OWN = (
         "s",
         "what loads beside keys and values cost one step",
         (
-            _pairs * (LOOKUP_CYCLES * f.pair_loads + PLANE_CYCLES * sp.Min(1, f.plane_width))
+            _pairs * (LOOKUP_CYCLES * 8 / f.warps * _gathers + PLANE_CYCLES * f.plane_width)
             + VECTOR_CYCLES * sp.Min(1, f.vector_width)
         )
         / f.clock,
