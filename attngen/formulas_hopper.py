@@ -49,7 +49,7 @@ _OWN = (
         f.registers,
         "",
         "per thread that computes: results, scores and weights, inputs per pair, the rest",
-        f.e_pad / 2 + 3 * f.keys / 4 + f.keys * f.plane_width / 8 + OTHER_REGISTERS,
+        f.e_pad / 2 + 3 * f.keys / 4 + f.keys * f.plane_width / 8 + _gathers * sp.Max(0, f.keys - 64) + OTHER_REGISTERS,
     ),
     Formula(
         f.resident,
