@@ -138,9 +138,11 @@ def difference(
 def _off(mine: Tensor, truth: Tensor, near: Sequence[Tensor], theirs: Tensor, floor: float) -> str:
     """What is off with ``mine``; below ``floor`` nothing counts. ``near``: eager's for inputs one rounding off."""
     kinds = [_kind(x) for x in (mine, truth.to(mine.dtype), theirs)]
-    # Sums that float32 holds just so, and bfloat16 with it, overflow on the way or do not, by the order of adding.
+    # Sums that float32 holds just so, and bfloat16 with it, overflow on the way or do not, by the order of adding. What is
+    # left of such summands, where they cancel, is no smaller than their last digit.
+    single = torch.finfo(torch.float32)
     on_the_way = torch.finfo(mine.dtype).max > 1e38
-    vast = (kinds[0] != 0) & ((kinds[2] != 0) | on_the_way) & (truth.abs() > 1e-3 * torch.finfo(mine.dtype).max)
+    vast = (kinds[0] != 0) & ((kinds[2] != 0) | on_the_way) & (truth.abs() > single.eps * torch.finfo(mine.dtype).max)
     alike = (kinds[0] == kinds[1]) | (kinds[0] == kinds[2]) | vast
     if not alike.all():
         place = tuple((~alike).nonzero()[0].tolist())
