@@ -1,0 +1,224 @@
+"""Kernels of the hopper family in the simulator, at ragged sizes, against float64; and that the simulator notices damage.
+
+Programs are few, so that each computes several tiles.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from specs import BOTTOM_RIGHT, BY_NAME, CASES, CAUSAL, HALF, Case, attention
+from test_blockwise import emptied
+from torch import Tensor
+
+from attngen import hopper, simulator
+from attngen.emit import Kernel, emit
+from attngen.index import Axis
+from attngen.simulator import Promise, Stuck, simulated
+from attngen.spec import HOPPER, KEY, ROW, AttentionSpec, Input, Problem, Tile
+from attngen.verify import check, eager, sample_inputs
+
+PERSISTENT = Tile(128, 128, 8, 2, HOPPER, True)
+GRID = Tile(128, 128, 8, 2, HOPPER)
+THREE_GROUPS = Tile(192, 128, 12, 2, HOPPER, True)
+NARROW = Tile(128, 64, 8, 2, HOPPER, True)
+SUITED = tuple(case for case in CASES if hopper.unsuited(case.spec) is None)
+
+
+def widest(spec: AttentionSpec) -> int:
+    return hopper.padded(max(spec.head_dim, spec.value_dim))
+
+
+def tiles_for(spec: AttentionSpec) -> list[tuple[Tile, tuple[int, ...]]]:
+    """Tiles that have room for the heads of ``spec``, with the lengths that each is tried at."""
+    if widest(spec) > 128:
+        return [(NARROW, (1, 300)), (replace(NARROW, persistent=False), (150,))]
+    three = [(THREE_GROUPS, (17, 300))] if widest(spec) <= 64 else []
+    return [(PERSISTENT, (1, 300)), (GRID, (17, 150)), (replace(NARROW, stages=3), (150,)), *three]
+
+
+def written(spec: AttentionSpec, tile: Tile) -> str:
+    kernel = emit(spec, tile)
+    assert isinstance(kernel, Kernel), kernel
+    return kernel.source
+
+
+def run(source: str, inputs: list[Tensor], programs: int = 3) -> tuple[Tensor, ...]:
+    result = simulated(source, programs).launch(*inputs)
+    return (result,) if isinstance(result, Tensor) else result
+
+
+def right(spec: AttentionSpec, tile: Tile, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """What the kernel returns, held against float64."""
+    result = run(written(spec, tile), inputs)
+    verdict = check(result, spec, inputs)
+    assert verdict.ok, verdict
+    return result
+
+
+RUNS = [(case, tile, rows) for case in SUITED for tile, lengths in tiles_for(case.spec) for rows in lengths]
+
+
+@pytest.mark.parametrize(("case", "tile", "rows"), RUNS, ids=[f"{case.name}-{tile}-{rows}" for case, tile, rows in RUNS])
+def test_kernel_is_within_budget(case: Case, tile: Tile, rows: int) -> None:
+    right(case.spec, tile, sample_inputs(case.spec, case.problem(rows)))
+
+
+def test_every_suited_case_is_among_them() -> None:
+    """The cases that the template refuses are few and known: those of float32, data, fills, gains and large heads."""
+    assert len(SUITED) >= 44 and {"causal_bf16", "sinks", "table_cross", "sigmoid", "head_192_value_128"} <= {
+        case.name for case in SUITED
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- layouts
+
+
+def fused(rows: int, heads: int, head_dim: int, dtype: torch.dtype = HALF) -> list[Tensor]:
+    """Queries, keys and values as a model has them: ``[B, N, 3, H, D]`` in memory."""
+    whole = torch.randn(2, rows, 3, heads, head_dim, generator=torch.Generator().manual_seed(3)).to(dtype)
+    return [whole[:, :, n].transpose(1, 2) for n in range(3)]
+
+
+@pytest.mark.parametrize("tile", [PERSISTENT, GRID, THREE_GROUPS], ids=str)
+def test_views_of_one_projection_are_read_where_they_are(tile: Tile) -> None:
+    right(BY_NAME["causal_lse"].spec, tile, fused(200, 2, 64))
+
+
+def test_what_lies_behind_the_last_key_is_never_read() -> None:
+    inputs = [torch.full((2, 2, 300, 64), torch.nan).half()[:, :, :141] for _ in range(3)]
+    for seed, x in enumerate(inputs):
+        x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+    right(BY_NAME["dense_lse"].spec, PERSISTENT, inputs)
+
+
+@pytest.mark.parametrize("tile", [PERSISTENT, GRID], ids=str)
+@pytest.mark.parametrize(("rows", "keys"), [(5, 400), (260, 3), (130, 129)])
+def test_grouped_heads_and_other_lengths_of_keys(tile: Tile, rows: int, keys: int) -> None:
+    spec = attention(groups=3, lse=True)
+    right(spec, tile, sample_inputs(spec, Problem((1, 6), rows, keys)))
+
+
+def test_one_key_head_for_all_queries() -> None:
+    spec = attention(keys=Input("k", (*attention().keys.index[:1], KEY, attention().keys.index[-1]), HALF))
+    right(spec, PERSISTENT, sample_inputs(spec, Problem((2, 3), 140, 140)))
+
+
+# -------------------------------------------------------------------------------------------------------- nothing to see
+
+
+@pytest.mark.parametrize("tile", [PERSISTENT, GRID, THREE_GROUPS], ids=str)
+@pytest.mark.parametrize("empty", ["nan", "zero"])
+def test_rows_and_tiles_without_any_key(tile: Tile, empty: str) -> None:
+    """Aligned at the end, the first queries see nothing: whole tiles of them, and a part of one."""
+    spec = attention(mask=BOTTOM_RIGHT, empty=empty, lse=True)
+    out, lse = right(spec, tile, sample_inputs(spec, Problem((1, 2), 330, 70)))
+    assert (out[:, :, :260].isnan() if empty == "nan" else out[:, :, :260] == 0).all()
+    assert (lse[:, :, :260] == -torch.inf).all() and lse[:, :, 260:].isfinite().all()
+
+
+NOTHING = [
+    (name, axis, lse)
+    for name in ("dense", "causal", "sinks", "softmax_plus_one", "sigmoid", "bias", "grouped")
+    for axis in (ROW, KEY)
+    for lse in (False, True)
+]
+
+
+@pytest.mark.parametrize(("name", "axis", "lse"), NOTHING, ids=str)
+def test_nothing_gives_what_eager_gives(name: str, axis: Axis, lse: bool) -> None:
+    """No keys: zeros, and only sinks in the log-sum-exp. No queries: nothing."""
+    spec = replace(BY_NAME[name].spec, lse=lse)
+    inputs = emptied(spec, sample_inputs(spec, BY_NAME[name].problem(40)), axis)
+    result = run(written(spec, PERSISTENT), inputs)
+    for mine, theirs in zip(result, eager(spec, inputs), strict=False):
+        torch.testing.assert_close(mine, theirs.to(mine.dtype), rtol=1e-5, atol=1e-6)
+    assert bool(result[0].numel()) == (axis is KEY) and not result[0].any() and len(result) == 1 + lse
+
+
+# -------------------------------------------------------------------------------------------------------------- damage
+
+
+def lost(line: str) -> Callable[[str], str]:
+    return lambda text: text.replace(line, "pass")
+
+
+def instead(old: str, new: str) -> Callable[[str], str]:
+    return lambda text: text.replace(old, new)
+
+
+def swapped(first: str, second: str) -> Callable[[str], str]:
+    """Two lines that follow each other, the other way round."""
+
+    def damage(text: str) -> str:
+        lines = text.splitlines()
+        for k, (one, two) in enumerate(pairwise(lines)):
+            if first in one and second in two:
+                lines[k : k + 2] = [two, one]
+        return "\n".join(lines)
+
+    return damage
+
+
+DAMAGE = {
+    "keys are not handed back": (lost("mbarrier.arrive(k_empty.index(next_stage), count=1)"), "stuck"),
+    "values are not handed back": (lost("mbarrier.arrive(v_empty.index(last_stage), count=1)"), "stuck"),
+    "queries are not handed back": (
+        lost("mbarrier.arrive(q_empty.index(turn + GROUP), count=1, pred=left == 0)"),
+        "stuck",
+    ),
+    "records are not handed back": (lost("mbarrier.arrive(record_empty.index((count & 1)), count=1)"), "stuck"),
+    "too few bytes are expected": (instead("BLOCK_J * BLOCK_E * 2", "BLOCK_J * BLOCK_E"), "stuck"),
+    "a load waits for a phase that is not": (instead("phase = 1  #", "phase = 0  #"), "stuck"),
+    "the end waits for one block more": (instead(", pred=more)", ")"), "stuck"),
+    "one warpgroup is enough": (instead("k_empty.index(stage), count=GROUPS", "k_empty.index(stage), count=1"), "stuck"),
+    "keys are handed back before their product": (swapped("qk = warpgroup_mma_wait(1", "arrive(k_empty"), "wrong"),
+    "values are handed back before their product": (swapped("acc = warpgroup_mma_wait(0", "arrive(v_empty"), "wrong"),
+    "queries are handed back after the first block": (instead(", pred=left == 0)", ", pred=left > 0)"), "stuck"),
+    "values are not waited for": (lost("mbarrier.wait(v_full.index(stage), phase)"), "wrong"),
+    "results are overwritten before they are stored": (lost("tma.store_wait(0)  # the rows"), "wrong"),
+}
+
+
+def outcome(source: str, spec: AttentionSpec, inputs: list[Tensor]) -> str:
+    try:
+        result = run(source, inputs)
+    except Stuck:
+        return "stuck"
+    return "right" if check(result, spec, inputs).ok else "wrong"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products take long, which leaves time to overwrite what they read; nobody waits long for a barrier."""
+
+    def slow(pending: int, deps: list[Promise]) -> simulator.Block:
+        time.sleep(0.004)
+        return deps[0].get()
+
+    monkeypatch.setattr(simulator, "SECONDS", 1.0)
+    monkeypatch.setattr(simulator, "_mma_wait", slow)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("name", [None, *DAMAGE], ids=str)
+def test_damage_is_noticed(name: str | None) -> None:
+    spec = attention(mask=CAUSAL)
+    inputs = sample_inputs(spec, Problem((1, 3), 520, 520))
+    source = written(spec, PERSISTENT)
+    damage, expected = DAMAGE[name] if name else (str, "right")
+    damaged = damage(source)
+    assert (damaged != source) == bool(name)
+    assert outcome(damaged, spec, inputs) == expected
+
+
+def test_a_partition_that_fails_is_heard() -> None:
+    spec = attention()
+    source = written(spec, PERSISTENT).replace("row_max = gl.full(", "row_max = gl.fulll(")
+    with pytest.raises(AttributeError, match="fulll"):
+        run(source, sample_inputs(spec, Problem((1, 1), 20, 20)))
