@@ -18,7 +18,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from attngen import blockwise, compat
+from attngen import blockwise, compat, hopper
 from attngen.algebra import ONE, TRUE
 from attngen.emit import Kernel
 from attngen.errors import AttngenError, Unavailable, VerificationFailed
@@ -149,6 +149,21 @@ def sample_inputs(
     return samples
 
 
+def samples_for(kernel: Kernel, problem: Problem, *, seed: int = 0, device: torch.device | str = "cpu") -> list[Tensor]:
+    """Random tensors that ``kernel`` takes: where it needs that, rows begin at multiples of 16 bytes."""
+    samples = sample_inputs(kernel.spec, problem, seed=seed, device=device)
+    if kernel.tile.family == PORTABLE:
+        return samples
+    planes = hopper.planes(kernel.spec)
+    return [_with_padded_rows(x) if source in planes else x for source, x in zip(kernel.spec.inputs, samples, strict=True)]
+
+
+def _with_padded_rows(values: Tensor) -> Tensor:
+    *outer, last = values.shape
+    unit = 16 // values.element_size()
+    return values.new_zeros([*outer, -(-last // unit) * unit])[..., :last].copy_(values)
+
+
 def extents(spec: AttentionSpec, problem: Problem) -> dict[Axis, int]:
     """The extent of every axis of ``spec`` in ``problem``."""
     sizes = dict(zip(spec.batch, problem.batch, strict=True))
@@ -206,10 +221,10 @@ def verify_all_interpreted(
     For the interpreter bfloat16 becomes float16 on the way: its bfloat16 product is wrong. Raises ``Unavailable`` where
     there is no interpreter.
     """
-    specs = [in_half(kernel.spec) if in_interpreter(kernel) else kernel.spec for kernel, _ in jobs]
-    samples = [sample_inputs(spec, problem, seed=seed) for spec, (_, problem) in zip(specs, jobs, strict=True)]
-    results = run_interpreted([(kernel, inputs) for (kernel, _), inputs in zip(jobs, samples, strict=True)], timeout)
-    return [_verdict(*each) for each in zip(results, specs, samples, strict=True)]
+    kernels = [replace(kernel, spec=in_half(kernel.spec)) if in_interpreter(kernel) else kernel for kernel, _ in jobs]
+    samples = [samples_for(kernel, problem, seed=seed) for kernel, (_, problem) in zip(kernels, jobs, strict=True)]
+    results = run_interpreted(list(zip(kernels, samples, strict=True)), timeout)
+    return [_verdict(result, k.spec, x) for result, k, x in zip(results, kernels, samples, strict=True)]
 
 
 def _verdict(

@@ -12,16 +12,17 @@ from itertools import pairwise
 
 import pytest
 import torch
-from specs import BOTTOM_RIGHT, BY_NAME, CASES, CAUSAL, HALF, Case, attention
+from specs import BOTTOM_RIGHT, BY_NAME, CASES, CAUSAL, HALF, ZERO, B, Case, H, attention, loaded, plus
 from test_blockwise import emptied
 from torch import Tensor
 
 from attngen import hopper, simulator
+from attngen.algebra import Const
 from attngen.emit import Kernel, emit
 from attngen.index import Axis
 from attngen.simulator import Promise, Stuck, simulated
 from attngen.spec import HOPPER, KEY, ROW, AttentionSpec, Input, Problem, Tile
-from attngen.verify import check, eager, sample_inputs
+from attngen.verify import check, eager, sample_inputs, samples_for
 
 PERSISTENT = Tile(128, 128, 8, 2, HOPPER, True)
 GRID = Tile(128, 128, 8, 2, HOPPER)
@@ -42,10 +43,18 @@ def tiles_for(spec: AttentionSpec) -> list[tuple[Tile, tuple[int, ...]]]:
     return [(PERSISTENT, (1, 300)), (GRID, (17, 150)), (replace(NARROW, stages=3), (150,)), *three]
 
 
-def written(spec: AttentionSpec, tile: Tile) -> str:
+def kernel_of(spec: AttentionSpec, tile: Tile) -> Kernel:
     kernel = emit(spec, tile)
     assert isinstance(kernel, Kernel), kernel
-    return kernel.source
+    return kernel
+
+
+def written(spec: AttentionSpec, tile: Tile) -> str:
+    return kernel_of(spec, tile).source
+
+
+def samples(case: Case, tile: Tile, rows: int) -> list[Tensor]:
+    return samples_for(kernel_of(case.spec, tile), case.problem(rows))
 
 
 def run(source: str, inputs: list[Tensor], programs: int = 3) -> tuple[Tensor, ...]:
@@ -66,7 +75,7 @@ RUNS = [(case, tile, rows) for case in SUITED for tile, lengths in tiles_for(cas
 
 @pytest.mark.parametrize(("case", "tile", "rows"), RUNS, ids=[f"{case.name}-{tile}-{rows}" for case, tile, rows in RUNS])
 def test_kernel_is_within_budget(case: Case, tile: Tile, rows: int) -> None:
-    right(case.spec, tile, sample_inputs(case.spec, case.problem(rows)))
+    right(case.spec, tile, samples(case, tile, rows))
 
 
 def test_every_suited_case_is_among_them() -> None:
@@ -109,6 +118,16 @@ def test_one_key_head_for_all_queries() -> None:
     right(spec, PERSISTENT, sample_inputs(spec, Problem((2, 3), 140, 140)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tile", [PERSISTENT, GRID, THREE_GROUPS], ids=str)
+def test_biases_of_any_float_are_copied_block_by_block(tile: Tile, dtype: torch.dtype) -> None:
+    """Two of them, of which one is the same for all of a batch; heads that read the same one take turns."""
+    score = plus(BY_NAME["bias"].spec.score, loaded("t1", B, H, ROW, KEY))
+    extras = {"t0": (dtype, (ZERO, H, ROW, KEY)), "t1": (dtype, (B, H, ROW, KEY))}
+    spec = attention(score=score, extras=extras, mask=CAUSAL, lse=True)
+    right(spec, tile, samples(Case("biases", spec, batch=(2, 3)), tile, 200))
+
+
 # -------------------------------------------------------------------------------------------------------- nothing to see
 
 
@@ -122,9 +141,11 @@ def test_rows_and_tiles_without_any_key(tile: Tile, empty: str) -> None:
     assert (lse[:, :, :260] == -torch.inf).all() and lse[:, :, 260:].isfinite().all()
 
 
+EMPTY = {name: BY_NAME[name].spec for name in ("dense", "causal", "sinks", "softmax_plus_one", "sigmoid", "bias", "grouped")}
+EMPTY["bias_and_sink"] = replace(BY_NAME["bias"].spec, sinks=(Const(0.5),))
 NOTHING = [
     (name, axis, lse)
-    for name in ("dense", "causal", "sinks", "softmax_plus_one", "sigmoid", "bias", "grouped")
+    for name in EMPTY
     for axis in (ROW, KEY)
     for lse in (False, True)
 ]
@@ -133,8 +154,8 @@ NOTHING = [
 @pytest.mark.parametrize(("name", "axis", "lse"), NOTHING, ids=str)
 def test_nothing_gives_what_eager_gives(name: str, axis: Axis, lse: bool) -> None:
     """No keys: zeros, and only sinks in the log-sum-exp. No queries: nothing."""
-    spec = replace(BY_NAME[name].spec, lse=lse)
-    inputs = emptied(spec, sample_inputs(spec, BY_NAME[name].problem(40)), axis)
+    spec = replace(EMPTY[name], lse=lse)
+    inputs = emptied(spec, sample_inputs(spec, Problem((1, 8), 40, 40)), axis)
     result = run(written(spec, PERSISTENT), inputs)
     for mine, theirs in zip(result, eager(spec, inputs), strict=False):
         torch.testing.assert_close(mine, theirs.to(mine.dtype), rtol=1e-5, atol=1e-6)
@@ -180,7 +201,10 @@ DAMAGE = {
     "one warpgroup is enough": (instead("k_empty.index(stage), count=GROUPS", "k_empty.index(stage), count=1"), "stuck"),
     "values are handed back before their product": (swapped("acc = warpgroup_mma_wait(0", "arrive(v_empty"), "wrong"),
     "queries are handed back after the first block": (instead(", pred=left == 0)", ", pred=left > 0)"), "stuck"),
-    "values are waited for in another phase": (instead("v_full.index(stage), phase", "v_full.index(stage), 1 ^ phase"), "stuck"),
+    "values are waited for in another phase": (
+        instead("wait(v_full.index(stage), phase", "wait(v_full.index(stage), 1 ^ phase"),
+        "stuck",
+    ),
     "results are overwritten before they are stored": (instead("tma.store_wait(0)  #", "pass  #"), "wrong"),
 }
 

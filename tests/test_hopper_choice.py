@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from specs import BY_NAME, CAUSAL, HALF, B, H, attention
+from specs import BY_NAME, CAUSAL, HALF, QK, B, H, attention, loaded
 from test_hopper import GRID, PERSISTENT, fused
 from torch import Tensor, nn
 
 import attngen
 from attngen import capture, hopper, plan, runtime
+from attngen.algebra import Const, where
 from attngen.choose import HOPPER_TILES, TILES, Plan, choose
 from attngen.device import DEVICES
 from attngen.emit import Kernel, emit
@@ -39,6 +40,9 @@ def _keys(*index: Any, dtype: torch.dtype = HALF) -> AttentionSpec:
 
 
 FOUR = batch_axes(4)
+KEPT = attention(
+    score=where(loaded("t0", B, ROW, KEY, kind="bool"), QK, Const(-8.0)), extras={"t0": (torch.bool, (B, ROW, KEY))}
+)
 UNSUITED = {
     "float32": (BY_NAME["dense_fp32"].spec, "16-bit operands"),
     "a float32 result": (replace(attention(), out_dtype=torch.float32), "16-bit operands"),
@@ -53,6 +57,7 @@ UNSUITED = {
     "padding": (BY_NAME["padding"].spec, "known from data"),
     "documents": (BY_NAME["documents"].spec, "known from data"),
     "two stretches": (BY_NAME["streaming"].spec, "more than one stretch"),
+    "a mask for each pair": (KEPT, "a mask is loaded for each pair"),
     "features apart": (attention(output=(B, H, FEATURE, ROW)), "features of the result"),
     "every second query": (
         replace(attention(), query=Input("q", (B, H, 2 * ROW, INNER), HALF)),
@@ -92,8 +97,8 @@ LAYOUTS = {
     "as they are": (PLAIN, None),
     "heads beside features": (_memory(2, 100, 4, 64).transpose(1, 2), None),
     "a part of wider rows": (_memory(2, 4, 100, 192)[..., 64:128], None),
-    "features in columns": (_memory(2, 4, 64, 100).mT, "features of {} are not neighbours"),
-    "every second feature": (_memory(2, 4, 100, 128)[..., ::2], "features of {} are not neighbours"),
+    "features in columns": (_memory(2, 4, 64, 100).mT, "elements of {} that belong side by side are not"),
+    "every second feature": (_memory(2, 4, 100, 128)[..., ::2], "elements of {} that belong side by side are not"),
     "rows of 65": (_memory(2, 4, 100, 65)[..., :64], "rows of {} do not begin"),
     "from the fourth feature on": (_memory(2, 4, 100, 72)[..., 4:68], "rows of {} do not begin"),
     "one head for all": (_memory(2, 1, 100, 64).expand(2, 4, 100, 64), "rows of {} do not begin"),
@@ -118,6 +123,26 @@ def test_a_kernel_tells_the_same_of_the_tensors_it_gets(name: str) -> None:
     storage = torch.zeros(view.untyped_storage().nbytes() // 2, dtype=HALF)
     real = storage.as_strided(view.shape, view.stride(), view.storage_offset())
     assert simulated(kernel.source).suits(real, real, real) == (said is None)
+
+
+@pytest.mark.parametrize(
+    ("bias", "reason"),
+    [
+        (_memory(1, 4, 100, 104), None),
+        (_memory(1, 4, 100, 100), "rows of t0 do not begin at multiples of 16 bytes"),
+        (_memory(1, 4, 100, 100).float(), None),  # multiples of 4 are enough
+        (_memory(1, 4, 104, 100).mT, "elements of t0 that belong side by side are not"),
+        (_memory(1, 4, 1, 104).expand(1, 4, 100, 104), "rows of t0 do not begin at multiples of 16 bytes"),
+    ],
+)
+def test_biases_must_be_addressable_too(bias: Tensor, reason: str | None) -> None:
+    spec = attention(score=BY_NAME["bias"].spec.score, extras={"t0": (bias.dtype, BY_NAME["bias"].spec.extras[0].index)})
+    assert hopper.misaligned(spec, _layouts(PLAIN, PLAIN, PLAIN, bias)) == reason
+
+
+def test_a_table_has_no_layout_to_keep() -> None:
+    table = BY_NAME["table_cross"].spec
+    assert hopper.misaligned(table, _layouts(PLAIN, PLAIN, PLAIN, _memory(4, 201)[:, 1:])) is None
 
 
 # ------------------------------------------------------------------------------------------------ which kernel is launched

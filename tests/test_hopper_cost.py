@@ -22,9 +22,6 @@ from attngen.work import evaluate
 
 H100 = DEVICES["h100"]
 SLACK = 1.10  # of the best time that was measured
-# Sites whose pick is slower than that, and how slow it may be. Words that are loaded per pair cost more in wide blocks than
-# the model has it.
-EXCEPTIONS = {"d64 table 8x12 2048x2048": 1.53}
 # Milliseconds by tile.
 TIMED = json.loads((Path(__file__).parent / "data" / "hopper_fwd_h100.json").read_text())["sites"]
 
@@ -96,15 +93,13 @@ def test_sites_are_those_of_the_data() -> None:
 @pytest.mark.parametrize("name", TIMED)
 def test_the_pick_is_among_the_fastest(name: str) -> None:
     measured = timed(name)
-    ratio = measured[pick(name)] / min(measured.values())
-    assert ratio < EXCEPTIONS.get(name, SLACK)
-    assert name not in EXCEPTIONS or ratio > SLACK, "no exception any more"
+    assert measured[pick(name)] < SLACK * min(measured.values())
 
 
 def test_predicted_times_of_the_picks_are_near_the_measured_ones() -> None:
     ratios = np.array([predicted(name)[pick(name)] / timed(name)[pick(name)] for name in TIMED])
     assert np.median(abs(ratios - 1)) < 0.15
-    assert 0.6 < ratios.min() and ratios.max() < 1.5
+    assert ratios.min() > 0.8 and ratios.max() < 1.5
 
 
 @pytest.mark.parametrize("name", TIMED)
