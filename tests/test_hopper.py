@@ -19,10 +19,11 @@ from torch import Tensor
 from attngen import hopper, simulator
 from attngen.algebra import Const
 from attngen.emit import Kernel, emit
+from attngen.errors import VerificationFailed
 from attngen.index import Axis
 from attngen.simulator import Promise, Stuck, simulated
 from attngen.spec import HOPPER, KEY, ROW, AttentionSpec, Input, Problem, Tile
-from attngen.verify import check, eager, sample_inputs, samples_for
+from attngen.verify import Check, check, eager, sample_inputs, samples_for, verify_all_interpreted
 
 PERSISTENT = Tile(128, 128, 8, 2, HOPPER, True)
 GRID = Tile(128, 128, 8, 2, HOPPER)
@@ -160,6 +161,33 @@ def test_nothing_gives_what_eager_gives(name: str, axis: Axis, lse: bool) -> Non
     for mine, theirs in zip(result, eager(spec, inputs), strict=False):
         torch.testing.assert_close(mine, theirs.to(mine.dtype), rtol=1e-5, atol=1e-6)
     assert bool(result[0].numel()) == (axis is KEY) and not result[0].any() and len(result) == 1 + lse
+
+
+# ---------------------------------------------------------------------------------------------------------- verification
+
+BF16 = torch.bfloat16
+BIASED = attention(dtype=BF16, score=BY_NAME["bias"].spec.score, extras={"t0": (BF16, (ZERO, H, ROW, KEY))})
+
+
+def test_verification_runs_it_in_the_simulator_in_its_own_type() -> None:
+    """Biases of uneven length among them, whose rows TMA can address all the same."""
+    kernel = kernel_of(BIASED, PERSISTENT)
+    broken = replace(kernel, source=kernel.source.replace("gl.exp2", "gl.exp3"))
+    off = replace(kernel, source=kernel.source.replace("sums = sums * ", "sums = 1.1 * sums * "))
+    problem = Problem((1, 2), 145, 301)
+    good, bad, wrong = verify_all_interpreted([(kernel, problem), (broken, problem), (off, problem)])
+    assert isinstance(good, Check) and good.ok and good.budget > 1e-3
+    assert isinstance(bad, VerificationFailed) and "does not run in the simulator: AttributeError" in str(bad)
+    assert isinstance(wrong, VerificationFailed) and "result is off" in str(wrong)
+
+
+def test_samples_for_it_can_be_addressed() -> None:
+    kernel = kernel_of(BIASED, PERSISTENT)
+    problem = Problem((1, 2), 145, 301)
+    plain, padded = sample_inputs(BIASED, problem), samples_for(kernel, problem)
+    assert all(torch.equal(one, other) for one, other in zip(plain, padded, strict=True))
+    suits = simulated(kernel.source).suits
+    assert suits(*padded) and not suits(*plain)
 
 
 # -------------------------------------------------------------------------------------------------------------- damage
