@@ -20,6 +20,7 @@ from attngen.text import readable
 if TYPE_CHECKING:
     from attngen.pipeline import Found, Missed
 
+
 def missed(each: Missed) -> SiteReport:
     report = SiteReport(each.where, "missed", each.reason, node=each.node, advice=advice.on(each.reason))
     if each.blamed is not None:

@@ -38,6 +38,8 @@ TILES = {
     128: (persistent(128, 128), persistent(192, 64), persistent(128, 64)),
     256: (persistent(128, 64),),
 }
+# Programs that live in memory in part although no smaller tile is there, and bytes per thread on Triton 3.9 (24 on 3.6).
+SPILLING = {("table", 256): 80}
 EVERYWHERE = {
     ("causal", 64, persistent(192, 128)),
     ("softcap", 64, persistent(192, 128)),
@@ -55,14 +57,16 @@ def able(spec: AttentionSpec, tile: Tile) -> bool:
     return refusal(tile, cost(spec, problem, tile), problem, H200) is None
 
 
-PROGRAMS = [
-    pytest.param(
-        spec, tile, id=f"d{d}-{name}-{tile}", marks=() if (name, d, tile) in EVERYWHERE else (pytest.mark.gpu,)
-    )
+ABLE = [
+    (name, d, tile)
     for d, tiles in TILES.items()
     for name, spec in BY_HEAD[d].items()
     for tile in tiles
     if able(spec, tile)
+]
+PROGRAMS = [
+    pytest.param(*each, id=f"d{each[1]}-{each[0]}-{each[2]}", marks=() if each in EVERYWHERE else (pytest.mark.gpu,))
+    for each in ABLE
 ]
 
 
@@ -93,11 +97,17 @@ def compiled(spec: AttentionSpec, tile: Tile, folder: Path) -> Compiled:
     return Compiled(binary, said.getvalue())
 
 
-@pytest.mark.parametrize(("spec", "tile"), PROGRAMS)
-def test_program_compiles_as_it_should(spec: AttentionSpec, tile: Tile, tmp_path: Path) -> None:
+def test_what_is_compiled_everywhere_can_be_chosen() -> None:
+    assert set(ABLE) >= EVERYWHERE
+
+
+@pytest.mark.parametrize(("name", "head_dim", "tile"), PROGRAMS)
+def test_program_compiles_as_it_should(name: str, head_dim: int, tile: Tile, tmp_path: Path) -> None:
     """Shared memory is what the formula says, and registers of all threads fit in those of a multiprocessor."""
+    spec = BY_HEAD[head_dim][name]
     made = compiled(spec, tile, tmp_path)
-    assert made.binary.spills <= WORTH_IT and made.binary.hgmma
+    assert made.binary.spills <= (0 if (name, head_dim, tile) in EVERYWHERE else SPILLING.get((name, head_dim), WORTH_IT))
+    assert made.binary.hgmma
     assert not any(code in made.complaints for code in SERIALISED)
     predicted = cost(spec, square(1024), tile)
     assert made.binary.shared <= predicted.smem_bytes <= made.binary.shared + RESERVE
