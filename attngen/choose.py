@@ -80,6 +80,8 @@ def refusal(tile: Tile, cost: Cost, problem: Problem, device: Device) -> str | N
     """Why a kernel with that tile cannot run, or cannot run well, if so."""
     if tile.family == HOPPER and not device.wgmma:
         return f"{device.label} has no warpgroups that multiply"
+    if tile.family == HOPPER and tile not in HOPPER_TILES:
+        return "is none of the tiles that the hopper family is made for"
     if cost.smem_bytes > device.smem_block:
         return f"needs {_kib(cost.smem_bytes)} of shared memory; {device.label} has {_kib(device.smem_block)} for a block"
     limit, given = (hopper.registers(tile),) * 2 if tile.family == HOPPER else (REGISTER_LIMIT, 255)

@@ -266,7 +266,7 @@ def _planned_for(progress: Progress, target: str) -> tuple[Device, str | None]:
         return device, "cuda"
     why = f"not the {probe().label} here" if here else "no GPU here" if target == "auto" else "not here"
     how = f"compiled ahead of time for sm_{device.arch} and " if isinstance(device.arch, int) else ""
-    progress.say(f"Planning for {device.label} ({why}). Kernels are {how}checked in Triton's interpreter at small sizes.")
+    progress.say(f"Planning for {device.label} ({why}). Kernels are {how}checked at small sizes on the CPU.")
     return device, None
 
 

@@ -197,6 +197,7 @@ def _of_hopper(spec: AttentionSpec, tiles: Sequence[Tile]) -> Values:
         f.e_pad: block_e,
         formulas_hopper.held: np.array([hopper.queries_held(spec, t) for t in tiles]),
         formulas_hopper.softmax: 1.0 * spec.softmax,
+        formulas_hopper.sinks: len(spec.sinks),
         formulas_hopper.persistent: np.array([1.0 * t.persistent for t in tiles]),
     }
 

@@ -20,8 +20,6 @@ from attngen.text import readable
 if TYPE_CHECKING:
     from attngen.pipeline import Found, Missed
 
-FAMILY = "portable"
-
 
 def missed(each: Missed) -> SiteReport:
     report = SiteReport(each.where, "missed", each.reason, node=each.node, advice=advice.on(each.reason))
@@ -54,7 +52,7 @@ def _planned(plan: Plan, device: Device) -> SiteReport:
         "",
         "found",
         computes=computes(plan.spec, plan.problem),
-        family=FAMILY,
+        family=plan.tile.family,
         tile=str(plan.tile),
         predicted_ms=plan.cost.seconds * 1e3,
         hbm_bytes={"before": before, "after": int(plan.cost.hbm_bytes)},

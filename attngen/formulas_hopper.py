@@ -28,8 +28,9 @@ VECTOR_CYCLES = 288  # of each step that reads something per key
 AHEAD_CYCLES = 1650  # of each further tile, for each stage below three: the next tile is loaded late
 SCORE_SHARE = 0.25  # of the operations of a score program; the others are folded into fused multiply-adds
 OTHER_REGISTERS = 32  # of a thread, besides results, scores and weights
+SINK_REGISTERS = 4  # of a thread, for each sink: what the maximum and the sum of a row become, and the factor between
 
-persistent, held, softmax, t_soft = sp.symbols("persistent held softmax t_soft", nonnegative=True)
+persistent, held, softmax, sinks, t_soft = sp.symbols("persistent held softmax sinks t_soft", nonnegative=True)
 _SHARED = {formula.symbol: formula for formula in f.FORMULAS}
 _pairs = f.rows * f.keys
 _gathers = f.pair_loads * (1 - sp.Min(1, f.plane_width))  # loads of a table: one address for each pair
@@ -48,8 +49,13 @@ _OWN = (
     Formula(
         f.registers,
         "",
-        "per thread that computes: results, scores and weights, inputs per pair, the rest",
-        f.e_pad / 2 + 3 * f.keys / 4 + f.keys * f.plane_width / 8 + _gathers * sp.Max(0, f.keys - 64) + OTHER_REGISTERS,
+        "per thread that computes: results, scores and weights, inputs per pair, sinks, the rest",
+        f.e_pad / 2
+        + 3 * f.keys / 4
+        + f.keys * f.plane_width / 8
+        + _gathers * sp.Max(0, f.keys - 64)
+        + SINK_REGISTERS * sinks
+        + OTHER_REGISTERS,
     ),
     Formula(
         f.resident,

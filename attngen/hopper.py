@@ -283,7 +283,8 @@ def _head_number(spec: AttentionSpec) -> str:
     """The place of a head among all, from its positions."""
     text = ""
     for axis in spec.batch:
-        text = f"({text}) * size_{axis.name} + {axis.name}" if text else axis.name
+        outer = f"({text})" if " " in text else text
+        text = f"{outer} * size_{axis.name} + {axis.name}" if text else axis.name
     return text or "head"
 
 

@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
             result = _runnable(source).launch(*inputs)
             outputs = [result] if isinstance(result, torch.Tensor) else list(result)
             torch.save(outputs, source.with_suffix(".out.pt"))
-        except Exception as error:  # whatever the interpreter raises is the answer for this kernel
+        except Exception as error:  # whatever it raises is the answer for this kernel
             message = " ".join(str(error).split())
             source.with_suffix(".error").write_text(f"{type(error).__name__}: {message}")
 

@@ -33,7 +33,7 @@ TEMPLATE = '''\
 Cut out by attngen {version} (torch {torch}). {recorded}
 
     python {file}             runs it eagerly, in float64 and under attngen; ends with 1 if attngen is wrong
-    attngen optimize {file}   compiles its kernel and checks it, without a GPU in Triton's interpreter
+    attngen optimize {file}   compiles its kernel and checks it, without a GPU at a small size
 """
 
 import sys

@@ -79,7 +79,7 @@ def verified(use: Use, device: torch.device | str) -> Check | AttngenError:
     spec, problem = use.kernel.spec, use.problem
     if problem.heads * problem.rows * problem.keys > VERIFY_ELEMENTS and problem.batch:
         problem = Problem((1, *problem.batch[1:]), problem.rows, problem.keys, problem.dynamic)
-    inputs = verify.sample_inputs(spec, problem, device=device)
+    inputs = verify.samples_for(use.kernel, problem, device=device)
     try:
         check = verify.check(import_kernel(kernel_path(use.kernel)).launch(*inputs), spec, inputs)
     except AttngenError as failed:

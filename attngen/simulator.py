@@ -235,7 +235,7 @@ def _load_tile(descriptor: Descriptor, place: Sequence[Any], barrier: Barrier, s
     assert shared.data.shape == tuple(descriptor.block_shape)
     shared.data[...] = 0
     shared.data[tuple(slice(0, size) for size in cut.shape)] = cut.float().numpy()
-    barrier.step(0, -2 * shared.data.size)
+    barrier.step(0, -descriptor.base.element_size() * shared.data.size)
 
 
 def _store_tile(descriptor: Descriptor, place: Sequence[Any], shared: Shared) -> None:
@@ -293,7 +293,8 @@ def _specialised(partitions: Sequence[tuple[Any, Any]], warps: Any, registers: A
     def run(function: Any, arguments: Any) -> None:
         _here.program, _here.stores = program, []
         try:
-            function(*arguments)
+            with np.errstate(all="ignore"):  # registers hold infinities and NaN without ado
+                function(*arguments)
             assert not _here.stores, "a store is not waited for"
         except BaseException as failure:
             failures.append(failure)
@@ -320,8 +321,7 @@ def _numeric(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _exp2(values: Any) -> Any:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.exp2(np.asarray(values, np.float32))
+    return np.exp2(np.asarray(values, np.float32))
 
 
 def _reduced(call: Callable[..., Any]) -> Callable[..., Any]:

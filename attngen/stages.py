@@ -66,7 +66,7 @@ def _compiled(
 
 
 def _checked(progress: Progress, uses: list[Use], card: str | None) -> trial.Results:
-    place = "on the GPU" if card else "in Triton's interpreter"
+    place = "on the GPU" if card else f"in {trial.places(uses)}"
     with progress.stage("verify", f"{show.counted(len(uses), 'kernel')} {place}") as stage:
         results = trial.check(uses, card)
         half = "" if card else trial.substitution(uses)

@@ -1,7 +1,7 @@
 """Emitted kernels put to the test: compiled ahead of time for the device, and checked against float64.
 
 On the GPU that was planned for, a kernel is checked at the sizes of its site. Anywhere else it is checked in Triton's
-interpreter, at sizes small enough for it.
+interpreter or in the simulator, at sizes small enough for them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def begin(uses: Sequence[Use], device: Device) -> Compilation:
 
 
 def check(uses: Sequence[Use], card: str | None) -> Results:
-    """Each kernel held against float64: on ``card`` if it is given, else in the interpreter. Raises ``Unavailable``."""
+    """Each kernel held against float64: on ``card`` if it is given, else in a child process. Raises ``Unavailable``."""
     if card is not None:
         return {use.kernel.name: prepare.verified(use, card) for use in uses}
     jobs = [(use.kernel, small(use.kernel.spec, use.problem, use.kernel.tile)) for use in uses]
@@ -49,7 +49,13 @@ def check(uses: Sequence[Use], card: str | None) -> Results:
 
 def substitution(uses: Sequence[Use]) -> str:
     """What the interpreter computes in another type than the model, to be said aside."""
-    return " (bfloat16 as float16)" if any(torch.bfloat16 in _dtypes(use) for use in uses) else ""
+    interpreted = (use for use in uses if verify.in_interpreter(use.kernel))
+    return " (bfloat16 as float16)" if any(torch.bfloat16 in _dtypes(use) for use in interpreted) else ""
+
+
+def places(uses: Sequence[Use]) -> str:
+    """Where kernels are checked without a GPU, in words."""
+    return " and ".join(sorted({verify.place(use.kernel) for use in uses}))
 
 
 def _dtypes(use: Use) -> set[torch.dtype]:

@@ -1,6 +1,7 @@
 """Is a kernel right? Its error against float64 may be at most twice what eager makes in the same dtype.
 
-Kernels run where they can: on a GPU, or in Triton's interpreter in a child process at small sizes.
+Kernels run where they can: on a GPU, or in a child process at small sizes, plain Triton in Triton's interpreter and Gluon in
+the simulator.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from attngen import blockwise, compat
+from attngen import blockwise, compat, hopper
 from attngen.algebra import ONE, TRUE
 from attngen.emit import Kernel
 from attngen.errors import AttngenError, Unavailable, VerificationFailed
 from attngen.index import Axis, span
-from attngen.spec import FEATURE, INNER, KEY, ROW, AttentionSpec, Input, Problem
+from attngen.spec import FEATURE, INNER, KEY, PORTABLE, ROW, AttentionSpec, Input, Problem
 
 SLACK = 2.0
 INTERPRETER_SECONDS = 120.0  # for one kernel at a small size
@@ -148,6 +149,21 @@ def sample_inputs(
     return samples
 
 
+def samples_for(kernel: Kernel, problem: Problem, *, seed: int = 0, device: torch.device | str = "cpu") -> list[Tensor]:
+    """Random tensors that ``kernel`` takes: where it needs that, rows begin at multiples of 16 bytes."""
+    samples = sample_inputs(kernel.spec, problem, seed=seed, device=device)
+    if kernel.tile.family == PORTABLE:
+        return samples
+    planes = hopper.planes(kernel.spec)
+    return [_with_padded_rows(x) if source in planes else x for source, x in zip(kernel.spec.inputs, samples, strict=True)]
+
+
+def _with_padded_rows(values: Tensor) -> Tensor:
+    *outer, last = values.shape
+    unit = 16 // values.element_size()
+    return values.new_zeros([*outer, -(-last // unit) * unit])[..., :last].copy_(values)
+
+
 def extents(spec: AttentionSpec, problem: Problem) -> dict[Axis, int]:
     """The extent of every axis of ``spec`` in ``problem``."""
     sizes = dict(zip(spec.batch, problem.batch, strict=True))
@@ -190,7 +206,7 @@ def _random(source: Input, stored: list[int], order: list[int], problem: Problem
 
 
 def verify_interpreted(kernel: Kernel, problem: Problem, *, timeout: float = INTERPRETER_SECONDS) -> Check:
-    """Run the text of ``kernel`` in Triton's interpreter; see ``verify_all_interpreted``."""
+    """Run the text of ``kernel`` in a child process; see ``verify_all_interpreted``."""
     (result,) = verify_all_interpreted([(kernel, problem)], timeout=timeout)
     if isinstance(result, AttngenError):
         raise result
@@ -202,13 +218,13 @@ def verify_all_interpreted(
 ) -> list[Check | VerificationFailed]:
     """Check each kernel at its problem size, all in one child process of at most ``timeout`` seconds per kernel.
 
-    bfloat16 becomes float16 on the way: the interpreter's bfloat16 product is wrong. Raises ``Unavailable`` where there
-    is no interpreter.
+    For the interpreter bfloat16 becomes float16 on the way: its bfloat16 product is wrong. Raises ``Unavailable`` where
+    there is no interpreter.
     """
-    specs = [in_half(kernel.spec) for kernel, _ in jobs]
-    samples = [sample_inputs(spec, problem, seed=seed) for spec, (_, problem) in zip(specs, jobs, strict=True)]
-    results = run_interpreted([(kernel, inputs) for (kernel, _), inputs in zip(jobs, samples, strict=True)], timeout)
-    return [_verdict(*each) for each in zip(results, specs, samples, strict=True)]
+    kernels = [replace(kernel, spec=in_half(kernel.spec)) if in_interpreter(kernel) else kernel for kernel, _ in jobs]
+    samples = [samples_for(kernel, problem, seed=seed) for kernel, (_, problem) in zip(kernels, jobs, strict=True)]
+    results = run_interpreted(list(zip(kernels, samples, strict=True)), timeout)
+    return [_verdict(result, k.spec, x) for result, k, x in zip(results, kernels, samples, strict=True)]
 
 
 def _verdict(
@@ -226,22 +242,35 @@ def _verdict(
 def run_interpreted(
     jobs: Sequence[tuple[Kernel, Sequence[Tensor]]], timeout: float = INTERPRETER_SECONDS
 ) -> list[list[Tensor] | VerificationFailed]:
-    """What each kernel returns for its inputs (with float16 in place of bfloat16), or why it returned nothing."""
+    """What each kernel returns for its inputs, or why it returned nothing; the interpreter takes no bfloat16 inputs."""
     if problem := compat.interpreter_problem():
         raise Unavailable(f"kernels cannot be checked in Triton's interpreter here: {problem}")
     with tempfile.TemporaryDirectory(prefix="attngen-") as name:
         folder = Path(name)
         for number, (kernel, inputs) in enumerate(jobs):
-            (folder / f"{number}.py").write_text(kernel.source.replace("torch.bfloat16", "torch.float16"))
+            source = kernel.source
+            if in_interpreter(kernel):
+                source = source.replace("torch.bfloat16", "torch.float16")
+            (folder / f"{number}.py").write_text(source)
             torch.save(list(inputs), folder / f"{number}.in.pt")
         ending = _interpret(folder, timeout * len(jobs))
-        return [_result(folder, number, ending) for number in range(len(jobs))]
+        return [_result(kernel, folder, number, ending) for number, (kernel, _) in enumerate(jobs)]
 
 
-def _result(folder: Path, number: int, ending: str) -> list[Tensor] | VerificationFailed:
+def in_interpreter(kernel: Kernel) -> bool:
+    """Whether a kernel is checked in Triton's interpreter; the others are in the simulator."""
+    return kernel.tile.family == PORTABLE
+
+
+def place(kernel: Kernel) -> str:
+    """Where a kernel is checked without a GPU, in words."""
+    return "Triton's interpreter" if in_interpreter(kernel) else "the simulator"
+
+
+def _result(kernel: Kernel, folder: Path, number: int, ending: str) -> list[Tensor] | VerificationFailed:
     failure, result = folder / f"{number}.error", folder / f"{number}.out.pt"
     if failure.exists():
-        return VerificationFailed(f"the kernel does not run in Triton's interpreter: {failure.read_text()}")
+        return VerificationFailed(f"the kernel does not run in {place(kernel)}: {failure.read_text()}")
     if not result.exists():
         return VerificationFailed(ending)
     outputs: list[Tensor] = torch.load(result, weights_only=True)

@@ -60,7 +60,7 @@ def _programs(head_dim: int) -> dict[str, AttentionSpec]:
     }
 
 
-_BY_HEAD = {head_dim: _programs(head_dim) for head_dim in (64, 96, 128, 256)}
+BY_HEAD = {head_dim: _programs(head_dim) for head_dim in (64, 96, 128, 256)}
 _SIZES = {  # head size, then which program, batch x heads, query and key length
     64: [
         ("full", (32, 16), 512, 512), ("causal", (16, 16), 1024, 1024), ("full", (16, 32), 1024, 1024),
@@ -83,7 +83,7 @@ _SIZES = {  # head size, then which program, batch x heads, query and key length
     ],
 }  # fmt: skip
 SITES: dict[str, tuple[AttentionSpec, Problem]] = {
-    f"d{head_dim} {program} {batch[0]}x{batch[1]} {rows}x{keys}": (_BY_HEAD[head_dim][program], Problem(batch, rows, keys))
+    f"d{head_dim} {program} {batch[0]}x{batch[1]} {rows}x{keys}": (BY_HEAD[head_dim][program], Problem(batch, rows, keys))
     for head_dim, sizes in _SIZES.items()
     for program, batch, rows, keys in sizes
 }

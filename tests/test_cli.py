@@ -158,6 +158,34 @@ def test_the_loader_makes_the_same_choices(optimized: tuple[Path, subprocess.Com
     assert done.stdout.strip().endswith("{'16x64 w8 s1'}")
 
 
+BOTH_FAMILIES = """
+import torch
+
+def attend(q, k, v):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+def model(q, k, v, few):
+    return attend(q, k, v), attend(few, few, few)
+
+example_inputs = (*(torch.empty(2, 16, 1024, 64, dtype=torch.bfloat16) for _ in range(3)), torch.empty(1, 2, 40, 64))
+"""
+
+
+@interprets
+def test_kernels_that_no_interpreter_runs_are_checked_in_the_simulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", "cache")
+    done = run("optimize", model_file(BOTH_FAMILIES), "--json")
+    assert done.exit_code == 0, done.stderr
+    said = " ".join(done.stderr.split())
+    assert "checked at small sizes on the CPU" in said
+    assert "2 kernels in Triton's interpreter and the simulator: within the error budget" in said and "as float16" not in said
+    large, small = json.loads(done.stdout)["sites"]
+    assert (large["family"], small["family"]) == ("hopper", "portable")
+    for site in (large, small):
+        assert site["status"] == "replaced" and 0 < site["error"] <= site["budget"]
+    assert large["error"] > 1e-4 and large["compiled"]["hgmma"] and not large["compiled"]["spills"]
+
+
 @interprets
 def test_a_kernel_that_is_off_is_named_and_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **kwargs: Any) -> Kernel:

@@ -248,7 +248,7 @@ def test_parts_add_up_and_the_last_wave_costs() -> None:
 
 
 def test_explanation_shows_every_formula_with_its_numbers() -> None:
-    plan = choose(attention(dtype=BF16, head_dim=128, mask=CAUSAL), square(4096), H200)
+    plan = choose(attention(dtype=BF16, head_dim=128, mask=CAUSAL), square(4096), H200, USUAL)
     assert isinstance(plan, Plan)
     lines = formula(plan, H200)
     names = [row.symbol.name for row in formulas.FORMULAS]

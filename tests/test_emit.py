@@ -8,14 +8,16 @@ from dataclasses import replace
 
 import pytest
 import sympy as sp
-from specs import BY_NAME, CASES, Case, attention, loaded, scaled, softcap
+import torch
+from specs import BY_NAME, CASES, CAUSAL, Case, attention, loaded, scaled, softcap, window
+from test_hopper import SUITED, tiles_for
 
 from attngen.algebra import Const, Op, op
 from attngen.emit import Kernel, emit
 from attngen.errors import Miss
 from attngen.printer import LOG2E
 from attngen.scores import scaled_score
-from attngen.spec import KEY, ROW, SCORE, Input, Tile
+from attngen.spec import HOPPER, KEY, ROW, SCORE, Input, Tile
 
 REVIEWED = (
     "dense_fp32",
@@ -31,6 +33,17 @@ REVIEWED = (
     "fill_added_in_half",
     "head_40",
 )
+BF16 = torch.bfloat16
+HOPPER_REVIEWED = (
+    Case(
+        "hopper_causal", attention(dtype=BF16, head_dim=128, mask=CAUSAL, lse=True), Tile(128, 128, 8, 2, HOPPER, True)
+    ),
+    Case(
+        "hopper_softcap_window",
+        attention(dtype=BF16, head_dim=256, score=softcap(50.0, scaled(1 / 16)), mask=window(512)),
+        Tile(128, 64, 8, 2, HOPPER),
+    ),
+)
 NOTES = (
     "Predicted for h200: 0.120 ms, 33.6 MB of HBM traffic at b=2 h=4 i=1024 j=1024.",
     "First needed by layers.0.attn.",
@@ -43,9 +56,9 @@ def emitted(case: Case) -> Kernel:
     return kernel
 
 
-@pytest.mark.parametrize("name", REVIEWED)
-def test_kernel(name: str, golden: Callable[[str], None]) -> None:
-    kernel = emit(BY_NAME[name].spec, BY_NAME[name].tile, notes=NOTES)
+@pytest.mark.parametrize("case", [*(BY_NAME[name] for name in REVIEWED), *HOPPER_REVIEWED], ids=lambda case: case.name)
+def test_kernel(case: Case, golden: Callable[[str], None]) -> None:
+    kernel = emit(case.spec, case.tile, notes=NOTES)
     assert isinstance(kernel, Kernel)
     golden(_without_digest(kernel.source))
 
@@ -64,6 +77,17 @@ def test_kernels_are_standalone(case: Case) -> None:
     assert not any(isinstance(node, ast.ImportFrom) for node in ast.walk(tree))
     launch = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "launch")
     assert [argument.arg for argument in launch.args.args] == [source.name for source in case.spec.inputs]
+
+
+@pytest.mark.parametrize("case", SUITED, ids=lambda case: case.name)
+def test_kernels_of_the_hopper_family_import_torch_and_triton_alone(case: Case) -> None:
+    tree = ast.parse(emitted(replace(case, tile=tiles_for(case.spec)[0][0])).source)
+    imports = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    modules = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imports == {"torch", "triton"} and {module.split(".")[0] for module in modules} == {"triton"}
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for name in ("launch", "suits"):
+        assert [argument.arg for argument in functions[name].args.args] == [source.name for source in case.spec.inputs]
 
 
 def test_name_depends_on_the_text_and_not_on_the_notes() -> None:

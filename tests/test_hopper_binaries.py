@@ -1,0 +1,132 @@
+"""Kernels of the hopper family compiled for sm_90: nothing spills, warpgroups multiply, and products do not wait in vain.
+
+A few are compiled everywhere; all programs that were measured only where there is a GPU, which they do not need, but minutes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hopper_sites import BY_HEAD
+from specs import BY_NAME, WORTH_IT
+from test_cost import H200, cost, square
+from test_hopper import kernel_of
+
+from attngen import aot, hopper
+from attngen.aot import Binary, Job
+from attngen.choose import refusal
+from attngen.spec import HOPPER, AttentionSpec, Tile
+from attngen.verify import samples_for
+
+pytest.importorskip("triton")
+
+SERIALISED = ("C7510", "C7512")  # the assembler's warnings that products wait for each other
+RESERVE = 3 << 10  # bytes of shared memory that the formula may ask for in excess: barriers, alignment
+
+
+def persistent(rows: int, keys: int) -> Tile:
+    return Tile(rows, keys, rows // 16, 2, HOPPER, True)
+
+
+TILES = {
+    64: (persistent(192, 128), persistent(128, 128), persistent(192, 64)),
+    128: (persistent(128, 128), persistent(192, 64), persistent(128, 64)),
+    256: (persistent(128, 64),),
+}
+# Programs that live in memory in part although no smaller tile is there, and bytes per thread on Triton 3.9 (24 on 3.6).
+SPILLING = {("table", 256): 80}
+EVERYWHERE = {
+    ("causal", 64, persistent(192, 128)),
+    ("softcap", 64, persistent(192, 128)),
+    ("table", 64, persistent(192, 64)),
+    ("causal", 128, persistent(128, 128)),
+    ("softcap", 128, persistent(128, 128)),
+    ("bias", 128, persistent(128, 128)),
+    ("sinks", 128, persistent(128, 128)),
+    ("sigmoid", 256, persistent(128, 64)),
+}
+
+
+def able(spec: AttentionSpec, tile: Tile) -> bool:
+    problem = square(1024)
+    return refusal(tile, cost(spec, problem, tile), problem, H200) is None
+
+
+ABLE = [
+    (name, d, tile)
+    for d, tiles in TILES.items()
+    for name, spec in BY_HEAD[d].items()
+    for tile in tiles
+    if able(spec, tile)
+]
+PROGRAMS = [
+    pytest.param(*each, id=f"d{each[1]}-{each[0]}-{each[2]}", marks=() if each in EVERYWHERE else (pytest.mark.gpu,))
+    for each in ABLE
+]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    binary: Binary
+    complaints: str  # of the assembler
+
+
+@pytest.fixture(autouse=True)
+def from_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """What Triton remembers would come without the assembler's warnings."""
+    from triton import knobs
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setattr(knobs.nvidia, "dump_ptxas_log", True)
+    yield
+
+
+def compiled(spec: AttentionSpec, tile: Tile, folder: Path) -> Compiled:
+    kernel = kernel_of(spec, tile)
+    path = folder / f"{kernel.name}.py"
+    path.write_text(kernel.source)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        binary = aot.compile_for(Job.of(path, samples_for(kernel, square(1024), device="meta")), 90)
+    assert "registers" in said.getvalue(), "the assembler's words did not come through"
+    return Compiled(binary, said.getvalue())
+
+
+def test_what_is_compiled_everywhere_can_be_chosen() -> None:
+    assert set(ABLE) >= EVERYWHERE
+
+
+@pytest.mark.parametrize(("name", "head_dim", "tile"), PROGRAMS)
+def test_program_compiles_as_it_should(name: str, head_dim: int, tile: Tile, tmp_path: Path) -> None:
+    """Shared memory is what the formula says, and registers of all threads fit in those of a multiprocessor."""
+    spec = BY_HEAD[head_dim][name]
+    made = compiled(spec, tile, tmp_path)
+    assert made.binary.spills <= (0 if (name, head_dim, tile) in EVERYWHERE else SPILLING.get((name, head_dim), WORTH_IT))
+    assert made.binary.hgmma
+    assert not any(code in made.complaints for code in SERIALISED)
+    predicted = cost(spec, square(1024), tile)
+    assert made.binary.shared <= predicted.smem_bytes <= made.binary.shared + RESERVE
+    assert predicted.registers <= hopper.registers(tile)
+    assert made.binary.registers * 32 * 4 * (tile.warps // 4 + 1) <= 65536
+
+
+def test_one_binary_serves_all_lengths_and_strides(tmp_path: Path) -> None:
+    """TMA descriptors hold lengths and strides: nothing of them is in the text that is compiled."""
+    from attngen import compat
+
+    kernel = kernel_of(BY_NAME["causal"].spec, persistent(128, 128))
+    path = tmp_path / "kernel.py"
+    path.write_text(kernel.source)
+    module = aot.import_file(path)
+
+    def signature(rows: int) -> object:
+        call = aot.launch_of(module, [aot.layout_of(x) for x in samples_for(kernel, square(rows), device="meta")])
+        source, *_ = compat.specialised(module.attention_forward, call.args, call.options, 90)
+        return source.signature, source.attrs, source.constants
+
+    assert signature(1024) == signature(1000) == signature(1)
