@@ -28,6 +28,7 @@ VECTOR_CYCLES = 288  # of each step that reads something per key
 AHEAD_CYCLES = 1650  # of each further tile, for each stage below three: the next tile is loaded late
 SCORE_SHARE = 0.25  # of the operations of a score program; the others are folded into fused multiply-adds
 OTHER_REGISTERS = 32  # of a thread, besides results, scores and weights
+LOOKUP_REGISTERS = 0.6  # of a thread, for each key of a block and table: no kernel that was compiled spills where these fit
 SINK_REGISTERS = 4  # of a thread, for each sink: what the maximum and the sum of a row become, and the factor between
 
 persistent, held, softmax, sinks, t_soft = sp.symbols("persistent held softmax sinks t_soft", nonnegative=True)
@@ -53,7 +54,7 @@ _OWN = (
         f.e_pad / 2
         + 3 * f.keys / 4
         + f.keys * f.plane_width / 8
-        + _gathers * sp.Max(0, f.keys - 64)
+        + LOOKUP_REGISTERS * f.keys * _gathers
         + SINK_REGISTERS * sinks
         + OTHER_REGISTERS,
     ),

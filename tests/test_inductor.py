@@ -220,7 +220,7 @@ def test_kernels_are_compiled_once(caches: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_kernel_that_does_not_compile_is_tried_again(caches: Path, caplog: pytest.LogCaptureFixture) -> None:
     use = attention_use()
-    broken = Kernel(use.kernel.spec, use.kernel.tile, use.kernel.source.replace("tl.exp2", "tl.exp3"), "fwd_broken")
+    broken = Kernel(use.kernel.spec, use.kernel.tile, use.kernel.source.replace(".exp2(", ".exp3("), "fwd_broken")
     failing = replace(use, kernel=broken)
     for _ in range(2):
         pending = prepare.begin([failing], DEVICES["h200"])
