@@ -75,7 +75,14 @@ def _wait(barrier: Barrier, parity: Any, pred: Any = True, deps: Any = ()) -> No
 def _arrive(barrier: Barrier, count: int = 1, pred: Any = True) -> None:
     _jitter()
     if pred:
+        if _here.unfenced:
+            raise Stuck("a thread that has read what TMA copied hands it back without a fence: the next copy may come sooner")
         barrier.step(count, 0)
+
+
+def _fence() -> None:
+    """What this thread did to shared memory comes before what TMA does to it from here on."""
+    _here.unfenced = False
 
 
 _mbarrier = types.SimpleNamespace(
@@ -155,6 +162,7 @@ class Shared:
         self.data[...] = values
 
     def load(self, layout: Any) -> Block:
+        _here.unfenced |= self.data.dtype.kind == "f"  # the record of a tile, in integers, is written by threads
         return block(self.data.copy())
 
 
@@ -291,7 +299,7 @@ def _specialised(partitions: Sequence[tuple[Any, Any]], warps: Any, registers: A
     program = _here.program
 
     def run(function: Any, arguments: Any) -> None:
-        _here.program, _here.stores = program, []
+        _here.program, _here.stores, _here.unfenced = program, [], False
         try:
             with np.errstate(all="ignore"):  # registers hold infinities and NaN without ado
                 function(*arguments)
@@ -403,7 +411,7 @@ class _Kernel:
         def launch(*args: Any, **options: Any) -> None:
             given = [Pointer(a) if isinstance(a, torch.Tensor) else Scalar(a) if isinstance(a, int) else a for a in args]
             for program in range(grid[0]):
-                _here.program, _here.stores = (Scalar(program), Scalar(grid[0])), []
+                _here.program, _here.stores, _here.unfenced = (Scalar(program), Scalar(grid[0])), [], False
                 self.function(*given)
 
         return launch
@@ -420,7 +428,11 @@ def simulated(source: str, programs: int = 3) -> types.ModuleType:
         "triton.experimental": types.SimpleNamespace(gluon=types.SimpleNamespace(jit=_jit)),
         "triton.experimental.gluon": types.SimpleNamespace(language=_language(), jit=_jit),
         "triton.experimental.gluon.language.nvidia.hopper": types.SimpleNamespace(
-            fence_async_shared=lambda: None, mbarrier=_mbarrier, tma=_tma, warpgroup_mma=_mma, warpgroup_mma_wait=_mma_wait
+            fence_async_shared=_fence,
+            mbarrier=_mbarrier,
+            tma=_tma,
+            warpgroup_mma=_mma,
+            warpgroup_mma_wait=_mma_wait,
         ),
         "triton.experimental.gluon.nvidia.hopper": types.SimpleNamespace(TensorDescriptor=Descriptor),
     }

@@ -269,6 +269,16 @@ def test_damage_is_noticed(name: str | None) -> None:
     assert outcome(damaged, spec, inputs) == expected
 
 
+@pytest.mark.usefixtures("impatient")
+def test_biases_handed_back_without_a_fence_are_noticed() -> None:
+    """On a GPU, copies that came too soon were seen with blocks of 64 keys alone, in one row of a few thousand."""
+    source, problem = written(BIASED, PERSISTENT), Problem((1, 2), 152, 304)
+    damaged = instead("fence_async_shared()  # or else", "pass  # or else")(source)
+    inputs = sample_inputs(BIASED, problem)
+    assert damaged != source and outcome(damaged, BIASED, inputs) == "stuck"
+    assert outcome(source, BIASED, inputs) == "right"
+
+
 def test_a_partition_that_fails_is_heard() -> None:
     spec = attention()
     source = written(spec, PERSISTENT).replace("row_max = gl.full(", "row_max = gl.fulll(")
