@@ -68,7 +68,8 @@ def _drown(term: Tensor, limit: Tensor) -> Tensor:
 def _rounded(score: Tensor, limit: Tensor) -> Tensor:
     """``score``; where numbers of its 16-bit type, known by ``limit``, are ``LOST`` apart, rounded to that type."""
     half = next(dtype for dtype in (torch.float16, torch.bfloat16) if torch.finfo(dtype).eps * -limit == LOST)
-    return torch.where(score.abs() >= -limit, score.to(half).to(score.dtype), score)
+    kept = score.to(half).to(score.dtype)
+    return torch.where(kept.abs() >= -limit, kept, score)
 
 
 FUNCTIONS["drown"] = _drown
