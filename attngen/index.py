@@ -111,9 +111,21 @@ def modulo(expr: sp.Expr, divisor: sp.Expr) -> sp.Expr:
     _, rest = _split_multiples(expr, divisor)
     if rest == 0 or (never_negative(rest) and always_less(rest, divisor)):
         return rest
-    if rest.has(sp.Abs, sp.Max, sp.Min):  # sympy 1.14: Mod(Abs(2*x - 6), 6) -> 0
+    rest = _without_remainders(rest, divisor)
+    # sympy 1.14: Mod(Abs(2*x - 6), 6) -> 0 and Mod(2*Mod(x, 3), 3) -> 2*Mod(x, 3)
+    if rest.has(sp.Abs, sp.Max, sp.Min, sp.Mod):
         return sp.expand(rest - divisor * FloorDiv(rest, divisor))
     return sp.Mod(rest, divisor)
+
+
+def _without_remainders(expr: sp.Expr, divisor: sp.Expr) -> sp.Expr:
+    """``expr`` with ``x`` for ``x mod n`` where that changes nothing modulo ``divisor``, of which ``n`` is a multiple."""
+    terms = []
+    for term in sp.Add.make_args(expr):
+        weight, rest = term.as_coeff_Mul()
+        inner = isinstance(rest, sp.Mod) and weight.is_Integer and (rest.args[1] / divisor).is_integer
+        terms.append(weight * rest.args[0] if inner else term)
+    return sp.expand(sp.Add(*terms))
 
 
 def _split_multiples(expr: sp.Expr, divisor: sp.Expr) -> tuple[sp.Expr, sp.Expr]:

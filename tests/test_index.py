@@ -41,6 +41,9 @@ INDICES = st.one_of(
 @MANY
 @given(INDICES, DIVISORS)
 @example(sp.Abs(2 * C - 6), sp.Integer(6))
+@example(2 * sp.Mod(C, 3), sp.Integer(3))
+@example(4 * sp.Mod(C, 3), sp.Integer(6))
+@example(5 * sp.Mod(C, 6) + C, sp.Integer(3))
 def test_floordiv_and_modulo_are_those_of_the_integers(expr: sp.Expr, divisor: sp.Expr) -> None:
     values = everywhere(expr)
     np.testing.assert_array_equal(everywhere(floordiv(expr, divisor)), values // int(divisor))
