@@ -41,7 +41,7 @@ def tiles_for(spec: AttentionSpec) -> list[tuple[Tile, tuple[int, ...]]]:
     if widest(spec) > 128:
         return [(NARROW, (1, 300)), (replace(NARROW, persistent=False), (150,))]
     three = [(THREE_GROUPS, (17, 300))] if widest(spec) <= 64 else []
-    return [(PERSISTENT, (1, 300)), (GRID, (17, 150)), (replace(NARROW, stages=3), (150,)), *three]
+    return [(PERSISTENT, (1, 300)), (GRID, (150,)), (replace(NARROW, stages=3), (150,)), *three]
 
 
 def kernel_of(spec: AttentionSpec, tile: Tile) -> Kernel:

@@ -39,13 +39,9 @@ TILES = {
     256: (persistent(128, 64),),
 }
 EVERYWHERE = {
-    ("causal", 64, persistent(192, 128)),
     ("softcap", 64, persistent(192, 128)),
     ("table", 64, persistent(192, 64)),
-    ("causal", 128, persistent(128, 128)),
-    ("softcap", 128, persistent(128, 128)),
     ("bias", 128, persistent(128, 128)),
-    ("sinks", 128, persistent(128, 128)),
     ("sigmoid", 256, persistent(128, 64)),
 }
 
