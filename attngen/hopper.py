@@ -5,19 +5,21 @@ What the template cannot express is refused here with a reason; the portable fam
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-from attngen.algebra import ONE, Const, op
+from attngen.algebra import ONE
 from attngen.bounds import Bounds, is_plain, loop_bounds
 from attngen.index import Axis
-from attngen.layout import arguments, base_of, unpacked, used_dims
-from attngen.mask import FIRST, LAST, derive
+from attngen.layout import base_of, unpacked, used_dims
+from attngen.mask import derive
 from attngen.printer import LOG2E, Places, Printer, Unprintable, bare, fixed_dims
-from attngen.scores import kept, loads_over_keys, scaled_score, sink_values
+from attngen.scores import holes_of_spec, in_units, kept, sink_values
 from attngen.spec import FEATURE, INNER, KEY, ROW, AttentionSpec, Input, Tile
 
 WARPGROUP_ROWS = 64
@@ -53,6 +55,7 @@ def planes(spec: AttentionSpec) -> tuple[Input, ...]:
     return tuple(x for x in spec.extras if x.dim_of(KEY) is not None and any(place.has(ROW) for place in x.index))
 
 
+@lru_cache(maxsize=4096)  # identical sites share it, and what it derives of the mask
 def unsuited(spec: AttentionSpec) -> str | None:
     """Why the template cannot compute ``spec``, if so."""
     if any(x.dtype not in _GLUON_DTYPES for x in (spec.query, spec.keys, spec.values)) or spec.out_dtype not in _GLUON_DTYPES:
@@ -123,20 +126,19 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
     groups = tile.rows // WARPGROUP_ROWS
     block_d, block_e = padded(spec.head_dim), padded(spec.value_dim)
     printer = Printer(spec, _PLACES)
-    natural = not spec.softmax or loads_over_keys(spec.score)
-    scale, shaped = (LOG2E, spec.score) if natural else scaled_score(spec.score)
+    cover = derive(spec.mask)
+    scale, shaped, natural = in_units(spec)
     score = _score(printer, spec, shaped)
     score["natural"], score["times"] = natural, f" * {scale!r}" if scale != 1 and not natural else ""
-    sinks = sink_values(printer, [s if natural else op("mul", s, Const(LOG2E)) for s in spec.sinks])
-    cover = derive(spec.mask)
+    sinks = sink_values(printer, spec.sinks, natural)
     bounds = loop_bounds(printer, cover, warps=1)
+    common = holes_of_spec(spec, cover, l2_bytes)
     extras = _extras(spec)
     prologue = [*(base_of(x, printer) for x in _pointed(spec)), *printer.prologue]
     names = [line.split(" = ")[0] for line in prologue]
     outer = [a.name for a in spec.batch]
     blocks = [f"{x.name}_block" for x in planes(spec)]
     told = _mentioned([*blocks, *names, *outer, *extras["strides"], *(f"size_{name}" for name in outer)], score)
-    heavy_first = any(i.high.has(FIRST, LAST) for i in cover.visit)
     return {
         "tile": tile,
         "groups": groups,
@@ -146,25 +148,17 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "programs": sms,
         "block_d": block_d,
         "block_e": block_e,
-        "head_dim": spec.head_dim,
-        "value_dim": spec.value_dim,
         "helpers": _helpers(printer, score),
         "score": score,
-        "softmax": spec.softmax,
-        "empty": spec.empty,
-        "lse": spec.lse,
-        "log2e": repr(LOG2E),
-        "ln2": repr(1 / LOG2E),
         "sinks": [sink for sink in sinks if sink.isidentifier()],
         "sink_lines": _sink_lines(sinks, f" * {LOG2E!r}" if natural else ""),
-        "bounds": bounds,
-        "heavy_first": heavy_first,
         "unpack_head": unpacked(_order(spec)),
         "head_number": _head_number(spec),
         "sharing": " * ".join(f"size_{a.name}" for a in _order(spec) if not _plane_varies(spec, a)) or "1",
         "planes": [x.name for x in planes(spec)],
         "widths": {x.name: x.dtype.itemsize for x in planes(spec)},
-        "prologue": list(map(_gluon, prologue)) or (["pass"] if set(told) & set(outer) else []),
+        "prologue": list(map(_gluon, prologue)),
+        "unpacks": bool(prologue) or not set(told).isdisjoint(outer),
         "values": told,
         "extras": [*extras["pointers"], *extras["strides"]],
         "call_extras": extras["call"],
@@ -172,22 +166,11 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "gluon_dtype": _GLUON_DTYPES[spec.query.dtype],
         "out_parts": max(1, block_e // OUT_WIDTH),
         **_boxes(spec, tile, printer, block_d, block_e),
-        **_launch(spec, l2_bytes, heavy_first),
+        **common,
+        "heads": common["heads_python"],
+        "unspecialised": json.dumps([*common["sizes"], "tiles", "heads_per_group"]),
         "partitions": _partitions(groups),
-        **_bounds(bounds),
-    }
-
-
-def _launch(spec: AttentionSpec, l2_bytes: int, heavy_first: bool) -> dict[str, Any]:
-    every = arguments(spec, heavy_first)
-    kept_as = ("sizes", "size_lines", "out_shape", "out_dtype", "lse_shape", "heads_python", "arguments")
-    bytes_per_key = spec.head_dim * spec.keys.dtype.itemsize + spec.value_dim * spec.values.dtype.itemsize
-    return {
-        **{name: every[name] for name in kept_as},
-        "heads": every["heads_python"],
-        "unspecialised": str([*every["sizes"], "tiles", "heads_per_group"]).replace("'", '"'),
-        "l2_half": l2_bytes // 2,
-        "kv_bytes_per_key": bytes_per_key,
+        "bounds": _bounds(bounds),
     }
 
 
@@ -200,7 +183,7 @@ def _partitions(groups: int) -> dict[str, Any]:
 def _bounds(bounds: Bounds) -> dict[str, Any]:
     lines = list(map(_gluon, bounds.lines))
     uses_last = any(re.search(r"\blast\b", line) for line in lines)
-    return {"bounds": {"lines": lines, "has_full": bounds.has_full, "uses_last": uses_last}}
+    return {"lines": lines, "has_full": bounds.has_full, "uses_last": uses_last}
 
 
 def _score(printer: Printer, spec: AttentionSpec, shaped: Any) -> dict[str, Any]:
@@ -304,11 +287,7 @@ def _boxes(spec: AttentionSpec, tile: Tile, printer: Printer, block_d: int, bloc
         "box_of": {operands[name][0].name: box for name, box in boxes.items()},
         "gluon_dtypes": {operands[name][0].name: _PLANE_DTYPES[operands[name][0].dtype] for name in shapes},
         "boxes": {name: "".join(f", {side}" for side in box) for name, box in boxes.items()},
-        "places": {
-            **{name: ", ".join([*outer[name], rows.get(name, "row"), ends.get(name, "key")]) for name in shapes},
-            "rows": True,
-            "any": True,
-        },
+        "places": {name: ", ".join([*outer[name], rows.get(name, "row"), ends.get(name, "key")]) for name in shapes},
     }
 
 

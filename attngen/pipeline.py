@@ -44,13 +44,15 @@ log = logging.getLogger("attngen")
 class Found:
     """A site that can be replaced, with the problem it poses and the choice made for it.
 
-    ``terms`` are all that add up to its output, itself among them: they are replaced together.
+    ``inputs`` are the tensors that its operator will be called on; ``terms`` are all that add up to its output, itself
+    among them: they are replaced together.
     """
 
     placed: replacing.Placed
     where: str
     problem: Problem
     plan: Plan
+    inputs: tuple[Layout, ...]
     terms: tuple[replacing.Placed, ...] = ()
 
     @property
@@ -187,8 +189,8 @@ def _analysed(
     problem = _problem(each)
     spec = _finished(specialised, each, training)
     given = plans.tile_for(spec, problem) if plans else None
-    misaligned = _misaligned(spec, _layouts(each, specialised, problem))
-    plan = chosen(spec, problem, device, given, misaligned)
+    inputs = _layouts(each, specialised, problem)
+    plan = chosen(spec, problem, device, given, _misaligned(spec, inputs))
     if isinstance(plan, Miss):
         return plan
     where = provenance.where(placed.anchor)
@@ -196,7 +198,7 @@ def _analysed(
         return kernel
     if given is not None and plan.tile != given:
         log.warning("%s: the plan's tile %s cannot run on %s; %s is used", where, given, device.label, plan.tile)
-    return Found(replace(placed, specialised=replace(specialised, spec=spec)), where, problem, plan)
+    return Found(replace(placed, specialised=replace(specialised, spec=spec)), where, problem, plan, inputs)
 
 
 @lru_cache(maxsize=4096)
@@ -304,8 +306,7 @@ def _replace(
         return [describe.missed(Missed(first.where, miss.reason, miss.node, first.anchor, first.anchor))]
     reports = []
     for each, kernel, target in zip(terms, kernels, targets, strict=True):
-        layouts = _layouts(each.placed.site, each.placed.specialised, each.problem)
-        uses.setdefault(kernel.name, Use(kernel, each.problem, layouts))
+        uses.setdefault(kernel.name, Use(kernel, each.problem, each.inputs))
         described = describe.found(each, device, "replaced")
         reports.append(replace(described, kernel=kernel.name, operator=str(target.name())))
     return reports

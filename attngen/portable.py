@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from attngen.algebra import Const, op
 from attngen.bounds import loop_bounds
-from attngen.layout import addresses, arguments
-from attngen.mask import FIRST, LAST, derive
+from attngen.layout import addresses
+from attngen.mask import derive
 from attngen.printer import LOG2E, Printer, bare
-from attngen.scores import gain_of, loads_over_keys, scaled_score, score_lines, sink_values, tanh_of
+from attngen.scores import gain_of, holes_of_spec, in_units, score_lines, sink_values, tanh_of
 from attngen.spec import AttentionSpec, Tile
 
 MIN_DOT = 16  # the smallest side of a tensor-core product
@@ -19,15 +18,14 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
     """What fills the template. Raises ``Unprintable``."""
     cover = derive(spec.mask)
     printer = Printer(spec)
-    natural = not spec.softmax or loads_over_keys(spec.score)
-    scale, shaped = (LOG2E, spec.score) if natural else scaled_score(spec.score)
+    scale, shaped, natural = in_units(spec)
     score = score_lines(printer, spec, scale, shaped, natural)
-    sinks = sink_values(printer, [s if natural else op("mul", s, Const(LOG2E)) for s in spec.sinks])
+    sinks = sink_values(printer, spec.sinks, natural)
     whole = _whole(printer, spec)
     bounds = loop_bounds(printer, cover, tile.warps)
-    heavy_first = any(i.high.has(FIRST, LAST) for i in cover.visit)
-    unit = [f"scale = {scale!r}  # scores times this are in base 2, as the running maximum is"] if score["times"] else []
     where = addresses(spec, printer)
+    common = holes_of_spec(spec, cover, l2_bytes)
+    unit = [f"scale = {scale!r}  # scores times this are in base 2, as the running maximum is"] if score["times"] else []
     block_d, block_e = (max(MIN_DOT, 1 << (n - 1).bit_length()) for n in (spec.head_dim, spec.value_dim))
     return {
         "tile": tile,
@@ -43,31 +41,21 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "prologue": [*unit, *printer.prologue],
         "bounds": bounds,
         "sink_lines": _sink_lines(sinks, f" * {LOG2E!r}" if natural else ""),
-        "heavy_first": heavy_first,
-        "order_comment": "Rows with most keys go first." if heavy_first else "Tiles of one head are neighbours.",
-        "softmax": spec.softmax,
-        "empty": spec.empty,
-        "lse": spec.lse,
-        "log2e": repr(LOG2E),
-        "ln2": repr(1 / LOG2E),
+        "order_comment": "Rows with most keys go first." if common["heavy_first"] else "Tiles of one head are neighbours.",
         "precision": "" if spec.query.dtype.itemsize < 4 else f', input_precision="{"tf32" if spec.tf32 else "ieee"}"',
         "block_d": block_d,
         "block_e": block_e,
         "d_ragged": block_d != spec.head_dim,
         "e_ragged": block_e != spec.value_dim,
-        "head_dim": spec.head_dim,
-        "value_dim": spec.value_dim,
         **where,
-        **arguments(spec, heavy_first),
-        "l2_half": l2_bytes // 2,
-        "kv_bytes_per_key": spec.head_dim * spec.keys.dtype.itemsize + spec.value_dim * spec.values.dtype.itemsize,
+        **common,
     }
 
 
 def _whole(printer: Printer, spec: AttentionSpec) -> dict[str, Any] | None:
     if spec.whole is None or spec.redo_below is None:
         return None
-    sinks = sink_values(printer, list(spec.sinks))
+    sinks = sink_values(printer, spec.sinks, natural=True)
     fma = spec.query.dtype.itemsize == 4 and not spec.tf32  # without stages its keys would wait in registers
     return {
         "stages": 2 if fma else 1,

@@ -5,11 +5,37 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from attngen.algebra import ONE, TRUE, Expr, Load, Op, number, terms, total
+from attngen.algebra import ONE, TRUE, Const, Expr, Load, Op, number, op, terms, total
+from attngen.layout import arguments
+from attngen.mask import FIRST, LAST, Cover
 from attngen.printer import LOG2E, Printer, Unprintable, bare
 from attngen.spec import KEY, ROW, SCORE, AttentionSpec
 
 MASKING = 1e5  # a number beyond this masks; in base 2 it would lose digits that the exponential needs
+
+
+def holes_of_spec(spec: AttentionSpec, cover: Cover, l2_bytes: int) -> dict[str, Any]:
+    """What any forward template is filled with, whatever its tile."""
+    heavy_first = any(i.high.has(FIRST, LAST) for i in cover.visit)
+    return {
+        "heavy_first": heavy_first,
+        "softmax": spec.softmax,
+        "empty": spec.empty,
+        "lse": spec.lse,
+        "log2e": repr(LOG2E),
+        "ln2": repr(1 / LOG2E),
+        "head_dim": spec.head_dim,
+        "value_dim": spec.value_dim,
+        **arguments(spec, heavy_first),
+        "l2_half": l2_bytes // 2,
+        "kv_bytes_per_key": spec.head_dim * spec.keys.dtype.itemsize + spec.value_dim * spec.values.dtype.itemsize,
+    }
+
+
+def in_units(spec: AttentionSpec) -> tuple[float, Expr, bool]:
+    """The scale and the score that it is taken off, as in ``scaled_score``; True if scores stay in natural units."""
+    natural = not spec.softmax or loads_over_keys(spec.score)
+    return (LOG2E, spec.score, True) if natural else (*scaled_score(spec.score), False)
 
 
 def scaled_score(score: Expr) -> tuple[float, Expr]:
@@ -94,8 +120,9 @@ def gain_of(printer: Printer, spec: AttentionSpec, masked: bool) -> str:
     return "" if spec.gain == ONE else " * " + printer.value(spec.gain, masked=masked)
 
 
-def sink_values(printer: Printer, sinks: list[Expr]) -> list[str]:
-    """Sinks as variables: one number for all rows of a program, or one for each."""
+def sink_values(printer: Printer, sinks: tuple[Expr, ...], natural: bool) -> list[str]:
+    """Sinks as variables, in the units of the scores: one number for all rows of a program, or one for each."""
+    sinks = sinks if natural else tuple(op("mul", sink, Const(LOG2E)) for sink in sinks)
     if any(KEY in sink.axes for sink in sinks):
         raise Unprintable("a sink that differs from key to key")
     texts = [printer.hoisted(sink) for sink in sinks]

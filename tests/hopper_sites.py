@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from specs import CAUSAL, DIAGONAL, H, attention, loaded, plus, scaled, softcap,
 from attngen import compat, hopper, verify
 from attngen.algebra import Int, integer, op, to_float
 from attngen.aot import Layout, launch_of, layout_of
+from attngen.bench import measure as clocks
 from attngen.choose import HOPPER_TILES, TILES, refusal
 from attngen.cost import costs
 from attngen.device import Device, probe
@@ -131,20 +131,10 @@ def replayed(call: Callable[[], object]) -> Callable[[], None]:
 
 
 def medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Milliseconds of each call, measured in turns."""
+    """Milliseconds of each call."""
     graphs = {name: replayed(call) for name, call in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for number in range(ROUNDS + 1):
-        for name, replay in graphs.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(100_000)
-            start.record()
-            replay()
-            stop.record()
-            stop.synchronize()
-            if number:
-                times[name].append(start.elapsed_time(stop) / CALLS)
-    return {name: round(statistics.median(each), 4) for name, each in times.items()}
+    taken = clocks.samples(graphs, ROUNDS, clocks.Clock("cuda"), warm_up=1)
+    return {name: round(clocks.summary(each).median / CALLS, 4) for name, each in taken.items()}
 
 
 def measure(path: Path) -> None:
