@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from specs import BY_NAME, CASES, CAUSAL, Case, attention
+from specs import BY_NAME, CASES, CAUSAL, HALF, Case, attention
 from test_emit import emitted
 
 from attngen import aot, compat
 from attngen.aot import Binary, Job, Layout, compile_all, layout_of
-from attngen.emit import Kernel
+from attngen.emit import Kernel, emit
 from attngen.errors import Unavailable, VerificationFailed
-from attngen.spec import Problem, Tile
+from attngen.spec import HOPPER, Problem, Tile
 from attngen.verify import sample_inputs
 
 pytest.importorskip("triton")
@@ -176,3 +177,35 @@ def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_nothing_to_compile() -> None:
     assert compile_all([], 90) == []
+
+
+@pytest.mark.parametrize("tile", [BY_NAME["alibi"].tile, Tile(128, 128, 8, 2, HOPPER)], ids=str)
+def test_what_was_compiled_serves_only_what_triton_would_not_tell_apart(tile: Tile, tmp_path: Path) -> None:
+    kernel = emit(BY_NAME["alibi"].spec, tile)
+    assert isinstance(kernel, Kernel)
+    path = tmp_path / "kernel.py"
+    path.write_text(kernel.source)
+    module = aot.import_file(path)
+    looked_up: list[object] = []
+
+    class Compiled:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *args: None
+
+    class Compiler:
+        def __getitem__(self, grid: object) -> Callable[..., Compiled]:
+            looked_up.append(grid)
+            return lambda *args, **options: Compiled()
+
+    vars(module)["attention_forward"] = Compiler()
+    q, k, v = (torch.empty(2, 2, 64, 64, dtype=HALF, device="meta") for _ in range(3))
+    slopes = torch.empty(2, device="meta")
+    for inputs, compilations in (
+        ((q, k, v, slopes), 1),
+        ((q, k, v, slopes), 1),
+        ((q, k, v, slopes.double()), 2),
+        ((q, k, v, torch.empty(2, 2, device="meta")[:, 0]), 3),
+        ((q.bfloat16(), k.bfloat16(), v.bfloat16(), slopes), 4),
+    ):
+        module.launch(*inputs)
+        assert len(looked_up) == compilations
