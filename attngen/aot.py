@@ -32,6 +32,7 @@ from attngen.interpret import import_file
 
 SECONDS = 120.0  # one kernel may take to compile
 KERNEL = "attention_forward"
+BACKWARD = ("backward_queries", "backward_keys")
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,16 @@ def launch_of(module: ModuleType, inputs: Sequence[Layout]) -> _Recorder:
     return recorder
 
 
+def backward_launches_of(module: ModuleType, inputs: Sequence[Layout]) -> dict[str, _Recorder]:
+    """The kernel calls that ``launch`` of a backward module makes for such inputs, by kernel."""
+    recorders = {name: _Recorder() for name in BACKWARD}
+    launch = FunctionType(module.launch.__code__, {**vars(module), **recorders}, argdefs=module.launch.__defaults__)
+    launch(*(layout.meta() for layout in inputs))
+    return recorders
+
+
 def compile_for(job: Job, arch: int) -> Binary:
-    """Compile one kernel in this process for a CUDA compute capability (90 for sm_90).
+    """Compile a kernel file in this process for a CUDA compute capability (90 for sm_90): all kernels that it launches.
 
     Raises ``VerificationFailed`` with the compiler's complaint, ``Unavailable`` without Triton.
     """
@@ -119,10 +128,15 @@ def compile_for(job: Job, arch: int) -> Binary:
     started = time.perf_counter()
     try:
         module = import_file(job.source)
-        call = launch_of(module, job.inputs)
-        compiled = compat.compile_kernel(getattr(module, KERNEL), call.args, call.options, arch)
+        alone = hasattr(module, KERNEL)
+        calls = {KERNEL: launch_of(module, job.inputs)} if alone else backward_launches_of(module, job.inputs)
+        built = [compat.compile_kernel(getattr(module, name), c.args, c.options, arch) for name, c in calls.items()]
     except Exception as error:  # the compiler raises errors of many kinds, from several libraries
         raise VerificationFailed(f"{job.source.name} does not compile for sm_{arch}: {_last_line(error)}") from error
+    return _merged([_binary(compiled, arch) for compiled in built], time.perf_counter() - started)
+
+
+def _binary(compiled: Any, arch: int) -> Binary:
     registers, spills = _resources(compiled.asm["cubin"])
     metadata = compiled.metadata
     return Binary(
@@ -135,8 +149,15 @@ def compile_for(job: Job, arch: int) -> Binary:
         hgmma="wgmma.mma_async" in compiled.asm["ptx"],
         ptx_bytes=len(compiled.asm["ptx"]),
         cubin_bytes=len(compiled.asm["cubin"]),
-        seconds=time.perf_counter() - started,
+        seconds=0.0,
     )
+
+
+def _merged(binaries: Sequence[Binary], seconds: float) -> Binary:
+    """Of several kernels of one file, the most of each."""
+    names = ("registers", "spills", "shared", "warps", "stages", "ptx_bytes", "cubin_bytes")
+    most = {name: max(getattr(binary, name) for binary in binaries) for name in names}
+    return Binary(arch=binaries[0].arch, hgmma=all(b.hgmma for b in binaries), seconds=seconds, **most)
 
 
 def _last_line(error: Exception) -> str:

@@ -90,7 +90,7 @@ def _cost(at: dict[sp.Symbol, float]) -> Cost:
 
 def evaluated(spec: AttentionSpec, problem: Problem, device: Device, tiles: Sequence[Tile]) -> Values:
     """Every symbol of the model, for tiles of one family at once."""
-    at = {**_of_device(device), **_of_spec(spec, problem), **_of_tiles(spec, problem, device, tiles)}
+    at = {**of_device(device), **of_spec(spec, problem), **of_tiles(spec, problem, device, tiles)}
     if tiles[0].family == HOPPER:
         at |= _of_hopper(spec, tiles)
     for formula in FORMULAS[tiles[0].family]:
@@ -101,7 +101,7 @@ def evaluated(spec: AttentionSpec, problem: Problem, device: Device, tiles: Sequ
 # -------------------------------------------------------------------------------------------------- values of symbols
 
 
-def _of_device(device: Device) -> Values:
+def of_device(device: Device) -> Values:
     return {
         f.sms: device.sms,
         f.smem_sm: device.smem_sm,
@@ -124,7 +124,7 @@ def padded(count: int) -> int:
     return max(MIN_DOT, 1 << (count - 1).bit_length())
 
 
-def _of_spec(spec: AttentionSpec, problem: Problem) -> Values:
+def of_spec(spec: AttentionSpec, problem: Problem) -> Values:
     in_score, in_mask = operations(spec, spec.score) + operations(spec, spec.gain), operations(spec, spec.mask)
     q_once, k_once, v_once = (float(bytes_of(spec, problem, x)) for x in (spec.query, spec.keys, spec.values))
     pairs = [x for x in spec.extras if _varies(x, ROW) and _varies(x, KEY)]
@@ -159,7 +159,7 @@ def _varies(source: Input, axis: Axis) -> bool:
     return any(place.has(axis) for place in source.index)
 
 
-def _of_tiles(spec: AttentionSpec, problem: Problem, device: Device, tiles: Sequence[Tile]) -> Values:
+def of_tiles(spec: AttentionSpec, problem: Problem, device: Device, tiles: Sequence[Tile]) -> Values:
     cover, sizes = derive(spec.mask), bindings(spec, problem)
     shapes = dict.fromkeys((t.rows, t.keys) for t in tiles)
     blocks = {shape: count_blocks(cover, sizes, problem, *shape) for shape in shapes}

@@ -11,6 +11,7 @@ from torch import fx
 from attngen import advice, cost, naming
 from attngen.algebra import ONE, TRUE
 from attngen.choose import Plan
+from attngen.choose_bwd import BackwardPlan, choose_backward
 from attngen.device import Device
 from attngen.passes import provenance
 from attngen.report import SiteReport
@@ -48,7 +49,8 @@ def _placed(report: SiteReport, anchor: fx.Node | None) -> SiteReport:
 def _planned(plan: Plan, device: Device) -> SiteReport:
     """What a report says of every site that has this plan."""
     before = int(cost.eager_hbm_bytes(plan.spec, plan.problem))
-    return SiteReport(
+    gradients = choose_backward(plan.spec, plan.problem, device) if plan.spec.lse else None
+    report = SiteReport(
         "",
         "found",
         computes=computes(plan.spec, plan.problem),
@@ -60,6 +62,10 @@ def _planned(plan: Plan, device: Device) -> SiteReport:
         formula=tuple(cost.formula(plan, device)),
         refused=tuple(f"{r.tile}: {r.reason}" for r in plan.refused),
     )
+    if isinstance(gradients, BackwardPlan):
+        tiles = "queries {}, keys {}".format(*gradients.tiles)
+        return replace(report, backward=tiles, backward_ms=gradients.seconds * 1e3)
+    return report if gradients is None else replace(report, backward=f"block by block: {gradients.reason}")
 
 
 def computes(spec: AttentionSpec, problem: Problem) -> str:

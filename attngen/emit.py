@@ -10,12 +10,13 @@ from importlib.resources import files
 import jinja2
 
 import attngen
-from attngen import hopper, portable
+from attngen import hopper, portable, portable_bwd
 from attngen.errors import Miss
 from attngen.printer import Unprintable
 from attngen.spec import HOPPER, PORTABLE, AttentionSpec, Tile, digest
 
 TEMPLATES = {PORTABLE: "portable_fwd.py.jinja", HOPPER: "hopper_fwd.py.jinja"}
+BACKWARD = "portable_bwd.py.jinja"
 _HOLES = {PORTABLE: portable.holes, HOPPER: hopper.holes}
 
 
@@ -31,6 +32,10 @@ class Kernel:
     source: str
     name: str
     otherwise: Kernel | None = None
+
+    @property
+    def family(self) -> str:
+        return self.tile.family
 
 
 @cache
@@ -75,6 +80,39 @@ def emit(
     name = f"fwd_{digest(body)}"
     header = _header(spec, tile, notes)
     return Kernel(spec, tile, template.render(holes, header=header), name)
+
+
+@dataclass(frozen=True)
+class BackwardKernel:
+    """The text of one generated module for the gradients of ``spec``; ``tiles`` are those of its two kernels, the one that
+    holds queries and the one that holds keys."""
+
+    spec: AttentionSpec
+    tiles: tuple[Tile, Tile]
+    source: str
+    name: str
+    family: str = PORTABLE
+
+
+def emit_backward(
+    spec: AttentionSpec, tiles: tuple[Tile, Tile], *, notes: tuple[str, ...] = (), l2_bytes: int = 50 << 20
+) -> BackwardKernel | Miss:
+    """The module that computes the gradients of ``spec``, or a ``Miss`` if the template cannot express them."""
+    try:
+        holes = portable_bwd.holes(spec, tiles, l2_bytes)
+    except Unprintable as problem:
+        return Miss(str(problem))
+    template = _environment().get_template(BACKWARD)
+    name = f"bwd_{digest(template.render(holes, header=''))}"
+    lines = [
+        "Attention, backward: one kernel for the queries' gradient, one for those of keys and values.",
+        "",
+        *(f"    {line}" for line in spec.text.splitlines()),
+        "",
+        *notes,
+        f"Written by attngen {attngen.__version__} from {BACKWARD} ({template_digest(BACKWARD)}).",
+    ]
+    return BackwardKernel(spec, tiles, template.render(holes, header="\n".join(lines) + "\n"), name)
 
 
 def _header(spec: AttentionSpec, tile: Tile, notes: tuple[str, ...]) -> str:

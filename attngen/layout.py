@@ -22,14 +22,14 @@ def addresses(spec: AttentionSpec, printer: Printer) -> dict[str, Any]:
     wide = ".to(tl.int64)" if spec.wide else ""
     return {
         "stride": {
-            "q_row": _stride(spec.query, ROW),
-            "q_inner": _stride(spec.query, INNER),
-            "k_row": _stride(spec.keys, KEY),
-            "k_inner": _stride(spec.keys, INNER),
-            "v_row": _stride(spec.values, KEY),
-            "v_feature": _stride(spec.values, FEATURE),
-            "k_step": "k_step" if spec.wide else _stride(spec.keys, KEY),
-            "v_step": "v_step" if spec.wide else _stride(spec.values, KEY),
+            "q_row": stride_of(spec.query, ROW),
+            "q_inner": stride_of(spec.query, INNER),
+            "k_row": stride_of(spec.keys, KEY),
+            "k_inner": stride_of(spec.keys, INNER),
+            "v_row": stride_of(spec.values, KEY),
+            "v_feature": stride_of(spec.values, FEATURE),
+            "k_step": "k_step" if spec.wide else stride_of(spec.keys, KEY),
+            "v_step": "v_step" if spec.wide else stride_of(spec.values, KEY),
         },
         "out_dims": {"row": spec.output.index(ROW), "feature": spec.output.index(FEATURE)},
         "wide_rows": f"rows{wide}",
@@ -40,7 +40,7 @@ def addresses(spec: AttentionSpec, printer: Printer) -> dict[str, Any]:
     }
 
 
-def _stride(source: Input, axis: Axis) -> str:
+def stride_of(source: Input, axis: Axis) -> str:
     """What separates neighbours along ``axis``; nothing where the input is the same all along it."""
     dim = source.dim_of(axis)
     if dim is not None:
@@ -69,7 +69,7 @@ def _bases(spec: AttentionSpec, printer: Printer) -> list[str]:
     text = "".join(f" + {a.name}.to(tl.int64) * out_stride_{d}" for d, a in dims)
     lines.append(f"out_base = out_ptr{text}")
     if spec.wide:
-        lines += [f"{x.name}_step = tl.full([], {_stride(x, KEY)}, tl.int64)" for x in (spec.keys, spec.values)]
+        lines += [f"{x.name}_step = tl.full([], {stride_of(x, KEY)}, tl.int64)" for x in (spec.keys, spec.values)]
     return lines
 
 
@@ -89,7 +89,7 @@ def arguments(spec: AttentionSpec, heavy_first: bool) -> dict[str, Any]:
         strides.append(f"out_stride_{dim}")
         call_strides.append(f"out.stride({dim})")
     axes = [*spec.batch, ROW, KEY]
-    sizes = {f"size_{a.name}": _extent(spec, a) for a in axes}
+    sizes = {f"size_{a.name}": extent_of(spec, a) for a in axes}
     shape = {**{a: f"size_{a.name}" for a in axes}, FEATURE: str(spec.value_dim)}
     return {
         "tensors": tensors,
@@ -102,9 +102,9 @@ def arguments(spec: AttentionSpec, heavy_first: bool) -> dict[str, Any]:
         "call_strides": call_strides,
         "unspecialised": json.dumps([*sizes, "heads_per_group"] if heavy_first else [*sizes]),
         "size_lines": [f"{name} = {extent}" for name, extent in sizes.items()],
-        "out_shape": _tuple([shape[a] for a in spec.output]),
+        "out_shape": tuple_of([shape[a] for a in spec.output]),
         "out_dtype": str(spec.out_dtype),
-        "lse_shape": _tuple([f"size_{a.name}" for a in (*spec.batch, ROW)]),
+        "lse_shape": tuple_of([f"size_{a.name}" for a in (*spec.batch, ROW)]),
         "heads_python": _product([f"size_{a.name}" for a in spec.batch]),
     }
 
@@ -138,7 +138,7 @@ def used_dims(source: Input) -> list[int]:
     return sorted(moving | {d for d, p in enumerate(source.index) if p in (INNER, FEATURE)})
 
 
-def _extent(spec: AttentionSpec, axis: Axis) -> str:
+def extent_of(spec: AttentionSpec, axis: Axis) -> str:
     """Where ``launch`` reads the extent of ``axis``: an input and its dimension that is exactly that axis.
 
     An axis that no input has is one along which nothing changes; specialise lets it pass only if its extent is one.
@@ -156,5 +156,18 @@ def _product(names: list[str]) -> str:
     return " * ".join(names) if names else "1"
 
 
-def _tuple(parts: list[str]) -> str:
+def tuple_of(parts: list[str]) -> str:
     return f"({', '.join(parts)})" if len(parts) > 1 else f"({parts[0]},)"
+
+
+def memory_order(spec: AttentionSpec, source: Input) -> list[int]:
+    """The dimensions of ``source`` from the outermost in memory: batch and rows as in the output, features last."""
+    if source not in (spec.query, spec.keys, spec.values):
+        return list(range(len(source.index)))
+    rank = {axis: place for place, axis in enumerate(spec.output)}
+    rank = {**rank, KEY: rank[ROW], INNER: len(rank), FEATURE: len(rank)}
+
+    def position(dim: int) -> int:
+        return min((rank[axis] for axis in source.index[dim].atoms(Axis)), default=-1)
+
+    return sorted(range(len(source.index)), key=position)

@@ -22,8 +22,9 @@ from torch import fx
 from attngen import compat, describe, hopper, runtime
 from attngen.aot import Layout, layout_of
 from attngen.choose import Plan, choose
+from attngen.choose_bwd import BackwardPlan, choose_backward
 from attngen.device import Device, probe, resolve
-from attngen.emit import Kernel, emit
+from attngen.emit import BackwardKernel, Kernel, emit, emit_backward
 from attngen.errors import Miss
 from attngen.options import Options
 from attngen.passes import detect, effects, extract, lower, provenance, specialise, strides
@@ -295,7 +296,8 @@ def _replace(
     try:
         kernels = [_kernel(each, device) for each in terms]
         specs = [each.placed.specialised.spec for each in terms]
-        targets = [runtime.operator(spec, kernel) for spec, kernel in zip(specs, kernels, strict=True)]
+        backwards = [_backward(each, device) for each in terms]
+        targets = [runtime.operator(*of_site) for of_site in zip(specs, kernels, backwards, strict=True)]
         miss = replacing.run(first.terms, lowered, targets)
     except Exception as problem:
         if options.raises:
@@ -305,8 +307,8 @@ def _replace(
     if miss is not None:
         return [describe.missed(Missed(first.where, miss.reason, miss.node, first.anchor, first.anchor))]
     reports = []
-    for each, kernel, target in zip(terms, kernels, targets, strict=True):
-        uses.setdefault(kernel.name, Use(kernel, each.problem, each.inputs))
+    for each, kernel, backward, target in zip(terms, kernels, backwards, targets, strict=True):
+        uses.setdefault(kernel.name, Use(kernel, each.problem, each.inputs, backward))
         described = describe.found(each, device, "replaced")
         reports.append(replace(described, kernel=kernel.name, operator=str(target.name())))
     return reports
@@ -316,6 +318,26 @@ def _kernel(each: Found, device: Device) -> Kernel:
     kernel = emitted(each.plan, device, each.where)
     assert isinstance(kernel, Kernel)  # or it had been missed
     return kernel
+
+
+def _backward(each: Found, device: Device) -> BackwardKernel | None:
+    """The kernels of the site's gradients, if it has gradients and there are such kernels."""
+    spec = each.plan.spec
+    plan = choose_backward(spec, each.problem, device) if spec.lse else None
+    if not isinstance(plan, BackwardPlan):
+        return None
+    key = (spec.text, plan.tiles, device.l2_bytes)
+    if key not in _BACKWARDS:
+        lines = (
+            f"Predicted for {device.name}: {plan.seconds * 1e3:.3f} ms at {_sizes(each.problem)}.",
+            f"First needed by {each.where}.",
+        )
+        _BACKWARDS[key] = emit_backward(spec, plan.tiles, notes=lines, l2_bytes=device.l2_bytes)
+    kernel = _BACKWARDS[key]
+    return None if isinstance(kernel, Miss) else kernel
+
+
+_BACKWARDS: dict[tuple[str, Any, int], BackwardKernel | Miss] = {}
 
 
 def _layouts(site: Site, specialised: Specialised, problem: Problem) -> tuple[Layout, ...]:

@@ -40,7 +40,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "whole": whole,
         "prologue": [*unit, *printer.prologue],
         "bounds": bounds,
-        "sink_lines": _sink_lines(sinks, f" * {LOG2E!r}" if natural else ""),
+        "sink_lines": sink_lines(sinks, f" * {LOG2E!r}" if natural else ""),
         "order_comment": "Rows with most keys go first." if common["heavy_first"] else "Tiles of one head are neighbours.",
         "precision": "" if spec.query.dtype.itemsize < 4 else f', input_precision="{"tf32" if spec.tf32 else "ieee"}"',
         "block_d": block_d,
@@ -63,11 +63,11 @@ def _whole(printer: Printer, spec: AttentionSpec) -> dict[str, Any] | None:
         "gain": gain_of(printer, spec, True),
         "reads": printer.blocks(),
         "below": repr(spec.redo_below),
-        "sink_lines": _sink_lines(sinks, f" * {LOG2E!r}"),
+        "sink_lines": sink_lines(sinks, f" * {LOG2E!r}"),
     }
 
 
-def _sink_lines(sinks: list[str], times: str) -> list[str]:
+def sink_lines(sinks: list[str], times: str) -> list[str]:
     lines = [f"row_max = tl.maximum(row_max, {sink})" for sink in sinks]
     for sink in sinks:
         weight = f"tl.exp2(({sink} - row_max){times})" if times else f"tl.exp2({sink} - row_max)"

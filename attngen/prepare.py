@@ -18,11 +18,11 @@ import torch
 from attngen import aot, compat, verify
 from attngen.aot import Compilation, Job, Layout
 from attngen.device import Device
-from attngen.emit import Kernel
+from attngen.emit import BackwardKernel, Kernel
 from attngen.errors import AttngenError, VerificationFailed
 from attngen.paths import cache_dir, write_atomically
 from attngen.runtime import import_kernel, kernel_path
-from attngen.spec import Problem, digest
+from attngen.spec import ROW, AttentionSpec, Problem, digest
 from attngen.verify import Check
 
 log = logging.getLogger("attngen")
@@ -36,6 +36,15 @@ class Use:
     kernel: Kernel
     problem: Problem
     inputs: tuple[Layout, ...]
+    backward: BackwardKernel | None = None
+
+    @property
+    def jobs(self) -> list[Job]:
+        """What there is to compile."""
+        jobs = [Job(kernel_path(self.kernel), self.inputs)]
+        if self.backward is not None:
+            jobs.append(Job(kernel_path(self.backward), (*results_of(self.kernel.spec, self.problem), *self.inputs)))
+        return jobs
 
 
 @dataclass(frozen=True)
@@ -60,17 +69,24 @@ def begin(uses: Sequence[Use], device: Device) -> Pending:
     """Start compiling what has not been compiled before for ``device``."""
     if device.backend != "cuda" or not compat.has_triton():
         return Pending(None, ())
-    pairs = [(use, _marker(use, device)) for use in uses]
-    missing = [(use, marker) for use, marker in pairs if not marker.exists()]
+    pairs = [(job, _marker(job, device)) for use in uses for job in use.jobs]
+    missing = [(job, marker) for job, marker in pairs if not marker.exists()]
     if not missing:
         return Pending(None, ())
-    jobs = [Job(kernel_path(use.kernel), use.inputs) for use, _ in missing]
     assert isinstance(device.arch, int)
-    return Pending(aot.begin(jobs, device.arch), tuple(marker for _, marker in missing))
+    return Pending(aot.begin([job for job, _ in missing], device.arch), tuple(marker for _, marker in missing))
 
 
-def _marker(use: Use, device: Device) -> Path:
-    key = digest(f"{use.kernel.name}\n{use.inputs}\n{device.arch}\n{compat.triton_build()}")
+def results_of(spec: AttentionSpec, problem: Problem) -> tuple[Layout, ...]:
+    """The layouts of what a backward gets beside the inputs: the gradient of the output, the output, the log-sum-exp."""
+    sizes = verify.extents(spec, problem)
+    out = aot.layout_of(torch.empty([sizes[axis] for axis in spec.output], dtype=spec.out_dtype, device="meta"))
+    lse = aot.layout_of(torch.empty([sizes[axis] for axis in (*spec.batch, ROW)], device="meta"))
+    return out, out, lse
+
+
+def _marker(job: Job, device: Device) -> Path:
+    key = digest(f"{job.source.stem}\n{job.inputs}\n{device.arch}\n{compat.triton_build()}")
     return cache_dir() / "compiled" / f"{key}.json"
 
 

@@ -67,6 +67,7 @@ class Printer:
 
     spec: AttentionSpec
     places: Places = Places()
+    known: dict[Expr, str] = field(default_factory=lambda: {SCORE: "qk"})  # what a template has a name for
     prologue: list[str] = field(default_factory=list)
     uses_floor_div: bool = False
     uses_tanh: bool = False
@@ -109,8 +110,8 @@ class Printer:
         return self._names[expr]
 
     def _show(self, expr: Expr, masked: bool, *, top: bool = False) -> str:
-        if expr == SCORE:
-            return "qk"
+        if expr in self.known:
+            return self.known[expr]
         if isinstance(expr, Int):
             return self._int(expr.value)
         if isinstance(expr, Const):
@@ -222,12 +223,12 @@ class Printer:
     def _read(self, source: Input, axes: dict[Axis, str], guards: list[str]) -> str:
         """Vectors are read as such: as a row or column of a block they would give scores and row statistics their
         layout. Offsets are added up before the pointer, so that 32 bits of each are kept rather than 64."""
-        steps = [f"{self._wide(place, axes)} * {source.name}_stride_{dim}" for dim, place in moving_dims(source)]
+        steps = [f"{self.wide(place, axes)} * {source.name}_stride_{dim}" for dim, place in moving_dims(source)]
         offset = f" + ({' + '.join(steps)})" if len(steps) > 1 else "".join(f" + {step}" for step in steps)
         guard = f", mask={' & '.join(guards)}, other=0" if guards else ""
         return f"tl.load({source.name}_base{offset}{guard})"
 
-    def _wide(self, place: sp.Expr, axes: dict[Axis, str]) -> str:
+    def wide(self, place: sp.Expr, axes: dict[Axis, str]) -> str:
         text = self.index(place, axes)
         return f"({text}).to(tl.int64)" if self.spec.wide and place.atoms(Axis) else text
 

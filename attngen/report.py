@@ -26,6 +26,8 @@ class SiteReport:
     ``family``        template family of the kernel
     ``tile``          queries x keys per block, warps, stages
     ``predicted_ms``  of one call, by the cost model
+    ``backward``      where gradients are asked for: the tiles of their kernels, or why they are computed block by block
+    ``backward_ms``   of the gradients of one call, by the cost model
     ``hbm_bytes``     bytes moved to and from device memory by one call, {"before": ..., "after": ...}
     ``error``         largest difference from float64, where verified; ``budget`` is what was allowed
     ``kernel``        name of the generated module
@@ -47,6 +49,8 @@ class SiteReport:
     family: str = ""
     tile: str = ""
     predicted_ms: float | None = None
+    backward: str = ""
+    backward_ms: float | None = None
     hbm_bytes: dict[str, int] | None = None
     error: float | None = None
     budget: float | None = None

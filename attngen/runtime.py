@@ -22,15 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attngen import blockwise, compat
-from attngen.emit import Kernel
+from attngen import blockwise, compat, gradient
+from attngen.emit import BackwardKernel, Kernel
 from attngen.errors import Unavailable
+from attngen.layout import memory_order
 from attngen.paths import cache_dir, write_atomically
-from attngen.spec import ROW, AttentionSpec, digest
+from attngen.spec import ROW, AttentionSpec, Input, digest
 
 log = logging.getLogger("attngen")
 NAMESPACE = "attngen"
-REVISION = 1  # raise when the meaning or the gradient of existing operators changes
+REVISION = 2  # raise when the meaning or the gradient of existing operators changes
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _KERNELS: dict[str, tuple[AttentionSpec, Kernel | None]] = {}
@@ -39,7 +40,7 @@ _KERNELS: dict[str, tuple[AttentionSpec, Kernel | None]] = {}
 # ------------------------------------------------------------------------------------------------------ kernel modules
 
 
-def kernel_path(kernel: Kernel) -> Path:
+def kernel_path(kernel: Kernel | BackwardKernel) -> Path:
     """The file that holds ``kernel``, written if it is not there yet. Content never changes under a name."""
     path = cache_dir() / "kernels" / f"{kernel.name}.py"
     if not path.exists() or path.read_text() != kernel.source:
@@ -78,15 +79,17 @@ def _say_once(problem: str) -> None:
 # ----------------------------------------------------------------------------------------------------------- operators
 
 
-def operator(spec: AttentionSpec, kernel: Kernel | None) -> Any:
+def operator(spec: AttentionSpec, kernel: Kernel | None, backward: BackwardKernel | None = None) -> Any:
     """The overload that computes ``spec``: by ``kernel`` on a GPU, block by block elsewhere or if there is no kernel.
 
-    With ``spec.lse`` it returns (output, log-sum-exp) and has a gradient; without, the output alone.
+    With ``spec.lse`` it returns (output, log-sum-exp) and has a gradient, by ``backward`` on a GPU if there is such a
+    kernel; without, the output alone.
     """
-    name = "fwd_" + digest(f"{REVISION}\n{spec.text}\n{kernel.name if kernel else 'no kernel'}")
+    kernels = [each.name if each else "no kernel" for each in (kernel, backward)]
+    name = "fwd_" + digest("\n".join([str(REVISION), spec.text, *kernels]))
     if name not in _KERNELS:
         _KERNELS[name] = (spec, kernel)
-        _register(name, spec, kernel)
+        _register(name, spec, kernel, backward)
     return getattr(torch.ops.attngen, name).default
 
 
@@ -95,7 +98,7 @@ def registered(name: str) -> tuple[AttentionSpec, Kernel | None] | None:
     return _KERNELS.get(name.split("::")[-1])
 
 
-def _register(name: str, spec: AttentionSpec, kernel: Kernel | None) -> None:
+def _register(name: str, spec: AttentionSpec, kernel: Kernel | None, backward: BackwardKernel | None) -> None:
     qualified = f"{NAMESPACE}::{name}"
     tensors = ", ".join(f"Tensor {x.name}" for x in spec.inputs)
     result = "(Tensor, Tensor)" if spec.lse else "Tensor"
@@ -104,7 +107,7 @@ def _register(name: str, spec: AttentionSpec, kernel: Kernel | None) -> None:
     _LIBRARY.impl(name, _by_block(spec) if kernel is None else _by_kernel(spec, kernel), "CUDA")
     torch.library.register_fake(qualified, _fake(spec), lib=_LIBRARY)
     if spec.lse:
-        _register_gradient(name, spec)
+        _register_gradient(name, spec, backward)
 
 
 def _by_kernel(spec: AttentionSpec, kernel: Kernel) -> Callable[..., Any]:
@@ -169,34 +172,75 @@ def _fake(spec: AttentionSpec) -> Callable[..., Any]:
     return fake
 
 
-def _register_gradient(name: str, spec: AttentionSpec) -> None:
+def _register_gradient(name: str, spec: AttentionSpec, kernel: BackwardKernel | None) -> None:
     """``bwd_<sha12>``: the gradients of the needed inputs. An operator of its own, so that compilers need not look inside."""
     backward = name.replace("fwd_", "bwd_")
     schema = "(Tensor grad, Tensor out, Tensor lse, Tensor[] inputs, bool[] needed) -> Tensor[]"
     _LIBRARY.define(backward + schema, tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag))
-
-    def run(grad: Tensor, out: Tensor, lse: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
-        grads = blockwise.backward(spec, inputs, grad, needed)
-        return [g for g in grads if g is not None]
+    by_block = _gradient_by_block(spec)
+    _LIBRARY.impl(backward, by_block, "CPU")
+    _LIBRARY.impl(backward, by_block if kernel is None else _gradient_by_kernel(spec, kernel), "CUDA")
 
     def fake(grad: Tensor, out: Tensor, lse: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
-        return [x.new_empty(x.shape) for x, wanted in zip(inputs, needed, strict=True) if wanted]
+        return [_dense(spec, source, x) for source, x, n in zip(spec.inputs, inputs, needed, strict=True) if n]
 
-    for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(backward, run, device)
     torch.library.register_fake(f"{NAMESPACE}::{backward}", fake, lib=_LIBRARY)
 
     def setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs, *output)
         ctx.mark_non_differentiable(output[1])
 
-    def gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         *inputs, out, lse = ctx.saved_tensors
         needed = [n and x.is_floating_point() for n, x in zip(ctx.needs_input_grad, inputs, strict=True)]
         grads = iter(getattr(torch.ops.attngen, backward)(grad, out, lse, inputs, needed))
         return tuple(next(grads) if n else None for n in needed)
 
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", gradient, setup_context=setup, lib=_LIBRARY)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", differentiate, setup_context=setup, lib=_LIBRARY)
+
+
+Gradient = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor], Sequence[bool]], list[Tensor]]
+
+
+def _gradient_by_block(spec: AttentionSpec) -> Gradient:
+    def run(grad: Tensor, out: Tensor, lse: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+        return _laid_out(spec, inputs, blockwise.backward(spec, inputs, grad, needed))
+
+    return run
+
+
+def _gradient_by_kernel(spec: AttentionSpec, kernel: BackwardKernel) -> Gradient:
+    plan = gradient.backward_of(spec)
+    by_block = _gradient_by_block(spec)
+    extras = [spec.inputs.index(target.source) for target in plan.extras]
+
+    def run(grad: Tensor, out: Tensor, lse: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+        if triton_problem() is not None or not gradient.suits(plan, inputs):
+            return by_block(grad, out, lse, inputs, needed)
+        module = import_kernel(kernel_path(kernel))
+        here = grad.device.index == torch.cuda.current_device()
+        with nullcontext() if here else torch.cuda.device(grad.device):
+            *buffers, delta = module.launch(grad, out, lse, *inputs, *(needed[k] for k in extras))
+            return _laid_out(spec, inputs, gradient.finish(plan, inputs, needed, buffers, lse, delta))
+
+    return run
+
+
+def _dense(spec: AttentionSpec, source: Input, x: Tensor, device: str = "") -> Tensor:
+    """Memory for the gradient of ``x``: dense, in an order that the spec decides, whatever the strides of ``x`` are."""
+    order = memory_order(spec, source)
+    stored = torch.empty([x.shape[d] for d in order], dtype=x.dtype, device=device or x.device)
+    return stored.permute([order.index(d) for d in range(x.dim())])
+
+
+def _laid_out(spec: AttentionSpec, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """The gradients that there are, each as ``_dense`` says."""
+    found = []
+    for source, x, grad in zip(spec.inputs, inputs, grads, strict=True):
+        if grad is not None:
+            right = grad.stride() == _dense(spec, source, x, "meta").stride()
+            found.append(grad if right else _dense(spec, source, x).copy_(grad))
+    return found
 
 
 # What the backward keeps of a result must survive whatever is done to the result: then this copy of it is passed on. An

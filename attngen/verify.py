@@ -20,9 +20,10 @@ from torch import Tensor
 
 from attngen import blockwise, compat, hopper
 from attngen.algebra import ONE, TRUE
-from attngen.emit import Kernel
+from attngen.emit import BackwardKernel, Kernel
 from attngen.errors import AttngenError, Unavailable, VerificationFailed
 from attngen.index import Axis, span
+from attngen.layout import memory_order
 from attngen.spec import FEATURE, INNER, KEY, PORTABLE, ROW, AttentionSpec, Input, Problem
 
 SLACK = 2.0
@@ -139,7 +140,7 @@ def sample_inputs(
     generator = torch.Generator("cpu").manual_seed(seed)
     samples = []
     for source in spec.inputs:
-        shape, order = shape_of(source, sizes), _memory_order(source, spec)
+        shape, order = shape_of(source, sizes), memory_order(spec, source)
         stored = [shape[d] for d in order]
         if torch.device(device).type == "meta":
             values = torch.empty(stored, dtype=source.dtype, device="meta")
@@ -152,7 +153,7 @@ def sample_inputs(
 def samples_for(kernel: Kernel, problem: Problem, *, seed: int = 0, device: torch.device | str = "cpu") -> list[Tensor]:
     """Random tensors that ``kernel`` takes: where it needs that, rows begin at multiples of 16 bytes."""
     samples = sample_inputs(kernel.spec, problem, seed=seed, device=device)
-    if kernel.tile.family == PORTABLE:
+    if kernel.family == PORTABLE:
         return samples
     planes = hopper.planes(kernel.spec)
     return [_with_padded_rows(x) if source in planes else x for source, x in zip(kernel.spec.inputs, samples, strict=True)]
@@ -174,19 +175,6 @@ def shape_of(source: Input, sizes: dict[Axis, int]) -> tuple[int, ...]:
     """The smallest shape in which every position that ``source`` is read at exists."""
     known = {axis.extent: sp.Integer(size) for axis, size in sizes.items()}
     return tuple(int(span(place)[1].xreplace(known)) + 1 for place in source.index)
-
-
-def _memory_order(source: Input, spec: AttentionSpec) -> list[int]:
-    """The dimensions of ``source`` from the outermost in memory: batch and rows as in the output, features last."""
-    if source not in (spec.query, spec.keys, spec.values):
-        return list(range(len(source.index)))
-    rank = {axis: place for place, axis in enumerate(spec.output)}
-    rank = {**rank, KEY: rank[ROW], INNER: len(rank), FEATURE: len(rank)}
-
-    def position(dim: int) -> int:
-        return min((rank[axis] for axis in source.index[dim].atoms(Axis)), default=-1)
-
-    return sorted(range(len(source.index)), key=position)
 
 
 def _random(source: Input, stored: list[int], order: list[int], problem: Problem, generator: torch.Generator) -> Tensor:
@@ -240,7 +228,7 @@ def _verdict(
 
 
 def run_interpreted(
-    jobs: Sequence[tuple[Kernel, Sequence[Tensor]]], timeout: float = INTERPRETER_SECONDS
+    jobs: Sequence[tuple[Kernel | BackwardKernel, Sequence[Tensor]]], timeout: float = INTERPRETER_SECONDS
 ) -> list[list[Tensor] | VerificationFailed]:
     """What each kernel returns for its inputs, or why it returned nothing; the interpreter takes no bfloat16 inputs."""
     if problem := compat.interpreter_problem():
@@ -257,17 +245,17 @@ def run_interpreted(
         return [_result(kernel, folder, number, ending) for number, (kernel, _) in enumerate(jobs)]
 
 
-def in_interpreter(kernel: Kernel) -> bool:
+def in_interpreter(kernel: Kernel | BackwardKernel) -> bool:
     """Whether a kernel is checked in Triton's interpreter; the others are in the simulator."""
-    return kernel.tile.family == PORTABLE
+    return kernel.family == PORTABLE
 
 
-def place(kernel: Kernel) -> str:
+def place(kernel: Kernel | BackwardKernel) -> str:
     """Where a kernel is checked without a GPU, in words."""
     return "Triton's interpreter" if in_interpreter(kernel) else "the simulator"
 
 
-def _result(kernel: Kernel, folder: Path, number: int, ending: str) -> list[Tensor] | VerificationFailed:
+def _result(kernel: Kernel | BackwardKernel, folder: Path, number: int, ending: str) -> list[Tensor] | VerificationFailed:
     failure, result = folder / f"{number}.error", folder / f"{number}.out.pt"
     if failure.exists():
         return VerificationFailed(f"the kernel does not run in {place(kernel)}: {failure.read_text()}")

@@ -1,0 +1,87 @@
+"""The tiles of the two backward kernels: each on its own, by the formulas of ``attngen.formulas_bwd``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+
+import numpy as np
+
+from attngen import formulas as f
+from attngen import formulas_bwd
+from attngen.cost import Values, of_device, of_spec, of_tiles
+from attngen.device import Device
+from attngen.errors import Miss
+from attngen.gradient import Backward, backward_of, mirrored, mirrored_input
+from attngen.printer import Unprintable
+from attngen.spec import AttentionSpec, Problem, Tile
+from attngen.work import evaluate
+
+REGISTER_LIMIT = 350  # estimated; beyond, a kernel spills too much
+MAX_HEAD = 256
+
+TILES = tuple(
+    Tile(rows, keys, warps, stages)
+    for rows, keys, warps, stages in product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3))
+)
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """The tiles of the kernel that holds queries and of the one that holds keys, and what both are predicted to take."""
+
+    tiles: tuple[Tile, Tile]
+    seconds: float
+
+
+@lru_cache(maxsize=4096)
+def choose_backward(spec: AttentionSpec, problem: Problem, device: Device) -> BackwardPlan | Miss:
+    """The plan for the gradients of ``spec``, or why no kernel computes them."""
+    if (widest := max(spec.head_dim, spec.value_dim)) > MAX_HEAD:
+        return Miss(f"the head size {widest} is over the limit of {MAX_HEAD} for gradients by a kernel")
+    try:
+        plan = backward_of(spec)
+    except Unprintable as reason:
+        return Miss(str(reason))
+    queries, keys = (_best(_times(*side, device), device) for side in _sides(plan, problem))
+    if queries is None or keys is None:
+        return Miss(f"no tile of a backward kernel fits {device.label}")
+    return BackwardPlan((queries[0], keys[0]), queries[1] + keys[1])
+
+
+def _sides(plan: Backward, problem: Problem) -> list[tuple[AttentionSpec, Problem, int, float]]:
+    """Both kernels: the spec and the sizes in its own words, heads that share its programs, and whether it makes two sums."""
+    spec = plan.spec
+    members = 1
+    for axis, by in plan.members:
+        members *= by or problem.batch[spec.batch.index(axis)]
+    turned = replace(
+        spec,
+        score=mirrored(spec.score),
+        mask=mirrored(spec.mask),
+        gain=mirrored(spec.gain),
+        query=mirrored_input(spec.keys),
+        keys=mirrored_input(spec.query),
+        values=mirrored_input(spec.values),
+        extras=tuple(map(mirrored_input, spec.extras)),
+    )
+    return [(spec, problem, 1, 0.0), (turned, replace(problem, rows=problem.keys, keys=problem.rows), members, 1.0)]
+
+
+Times = dict[Tile, tuple[float, float, float]]
+
+
+def _times(spec: AttentionSpec, problem: Problem, members: int, second: float, device: Device) -> Times:
+    """Seconds, shared memory and registers of each tile."""
+    at: Values = {**of_device(device), **of_spec(spec, problem), **of_tiles(spec, problem, device, TILES)}
+    at |= {formulas_bwd.members: members, formulas_bwd.second: second, f.heads: problem.heads / members}
+    for formula in formulas_bwd.FORMULAS:
+        at[formula.symbol] = evaluate(formula.expression, at)
+    columns = [np.broadcast_to(at[s], len(TILES)).tolist() for s in (f.seconds, f.smem, f.registers)]
+    return dict(zip(TILES, zip(*columns, strict=True), strict=True))
+
+
+def _best(times: Times, device: Device) -> tuple[Tile, float] | None:
+    able = [(t, s) for t, (s, smem, registers) in times.items() if smem <= device.smem_block and registers <= REGISTER_LIMIT]
+    return min(able, key=lambda pair: pair[1], default=None)

@@ -1,0 +1,346 @@
+"""The holes of ``portable_bwd.py.jinja``: the gradients of a spec by plain Triton, for every GPU and for the interpreter.
+
+Both kernels of the file are one macro. What it holds and what it goes over are queries and keys in the one, keys and
+queries in the other, for which the whole score program is mirrored: there ``i`` counts keys and ``j`` queries.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy as sp
+
+from attngen.adjoint import SCORE_GRAD, WEIGHT_GRAD
+from attngen.algebra import ONE, Const, Expr, Op, number, op
+from attngen.bounds import loop_bounds
+from attngen.gradient import DIAGONAL, HEAD, KEYS, ROWS, Backward, Target, adjoints, backward_of, mirrored
+from attngen.gradient import mirrored_input as turned
+from attngen.index import Axis
+from attngen.layout import base_of, extent_of, memory_order, stride_of, tuple_of, unpacked, used_dims
+from attngen.mask import FIRST, LAST, Cover, derive
+from attngen.portable import MIN_DOT, sink_lines
+from attngen.printer import LOG2E, Printer, bare
+from attngen.scores import gain_of, in_units, score_lines, sink_values, tanh_of
+from attngen.spec import FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input, Tile
+
+NAMES: dict[Expr, str] = {SCORE: "qk", SCORE_GRAD: "ds", WEIGHT_GRAD: "dp"}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two kernels: ``rows`` are what its programs hold, ``keys`` what they go over, in the words of ``spec``."""
+
+    name: str
+    spec: AttentionSpec  # its score program, mirrored where rows are keys
+    held: tuple[Input, Input]  # what makes the scores, and what makes the gradients of the weights
+    stepped: tuple[Input, Input]
+    plan: Backward
+    tile: Tile
+    queries: bool
+
+
+def holes(spec: AttentionSpec, tiles: tuple[Tile, Tile], l2_bytes: int) -> dict[str, Any]:
+    """What fills the template; ``tiles`` are that of the kernel that holds queries and that of the other. Raises
+    ``Unprintable``."""
+    plan = backward_of(spec)
+    grad = Input("grad", spec.output, spec.out_dtype)
+    sides = (
+        Side("queries", spec, (spec.query, grad), (spec.keys, spec.values), plan, tiles[0], True),
+        _mirror(spec, Side("keys", spec, (spec.keys, spec.values), (spec.query, grad), plan, tiles[1], False)),
+    )
+    kernels = [_kernel(side) for side in sides]
+    block_d, block_e = (max(MIN_DOT, 1 << (n - 1).bit_length()) for n in (spec.head_dim, spec.value_dim))
+    return {
+        "kernels": kernels,
+        "helpers": {name: next(filter(None, (k["helpers"][name] for k in kernels)), "") for name in kernels[0]["helpers"]},
+        "diagonals": any(target.kind == DIAGONAL for target in plan.extras),
+        "softmax": spec.softmax,
+        "empty": spec.empty,
+        "lost": plan.may_be_lost,
+        "redo": plan.redo is not None,
+        "log2e": repr(LOG2E),
+        "block_d": block_d,
+        "block_e": block_e,
+        "head_dim": spec.head_dim,
+        "value_dim": spec.value_dim,
+        "d_ragged": block_d != spec.head_dim,
+        "e_ragged": block_e != spec.value_dim,
+        "precision": "" if spec.query.dtype.itemsize < 4 else f', input_precision="{"tf32" if spec.tf32 else "ieee"}"',
+        "l2_half": l2_bytes // 2,
+        **_launch(spec, plan),
+    }
+
+
+def _mirror(spec: AttentionSpec, side: Side) -> Side:
+    """``side`` in its own words: rows are keys there."""
+    turned_spec = replace(
+        spec,
+        score=mirrored(spec.score),
+        mask=mirrored(spec.mask),
+        gain=mirrored(spec.gain),
+        extras=tuple(map(turned, spec.extras)),
+    )
+    (a, b), (c, d) = side.held, side.stepped
+    return replace(side, spec=turned_spec, held=(turned(a), turned(b)), stepped=(turned(c), turned(d)))
+
+
+# ------------------------------------------------------------------------------------------------------------ a kernel
+
+
+def _kernel(side: Side) -> dict[str, Any]:
+    spec, plan = side.spec, side.plan
+    printer = Printer(spec, known=dict(NAMES))
+    scale, shaped, natural = in_units(spec)
+    if side.queries:
+        sinks = sink_lines(sink_values(printer, plan.spec.sinks, natural=True), f" * {LOG2E!r}") if plan.redo else []
+    else:
+        sinks = []
+    score = score_lines(printer, spec, scale, shaped, natural)
+    factor, _ = _leading(dict(adjoints(spec, spec.score)).get(SCORE, Const(0.0)))
+    bodies = {
+        "full": _body(printer, side, spec.score, factor, masked=False),
+        "masked": _body(printer, side, spec.score, factor, masked=True),
+    }
+    if plan.redo is not None:
+        again = plan.redo.score if side.queries else mirrored(plan.redo.score)
+        bodies["again"] = {
+            "score": bare(printer.value(again, masked=True)),
+            **_body(printer, side, again, factor, masked=True),
+        }
+        bodies["again"]["reads"] = printer.blocks()
+    for name in ("full", "masked"):
+        bodies[name]["reads"] = list(dict.fromkeys([*score[f"{name}_reads"], *bodies[name]["reads"]]))
+    cover = derive(spec.mask)
+    bounds = loop_bounds(printer, cover, side.tile.warps)
+    targets = [_target(side, printer, target) for target in side.plan.extras if _by_queries(target) == side.queries]
+    scaled = [f"scale = {scale!r}  # scores times this are in base 2"] if score["times"] else []
+    return {
+        "name": side.name,
+        "queries": side.queries,
+        "tile": side.tile,
+        "held": [x.name for x in side.held],
+        "stepped": [x.name for x in side.stepped],
+        "at": {x.name: _address(side, printer, x) for x in (*side.held, *side.stepped)},
+        "score": score,
+        "bodies": bodies,
+        "times": f" * {factor!r}" if factor != 1 else "",
+        "extra_bases": [base_of(x, printer) for x in spec.extras],
+        "out": _address(side, printer, Input("out", spec.output, spec.out_dtype)) if side.queries else {},
+        "prologue": [*scaled, *printer.prologue],
+        "bounds": bounds,
+        "sinks": sinks,
+        "below": repr(plan.redo.below) if plan.redo else "",
+        "targets": targets,
+        "corrected": [t for t in targets if t["kind"] in (ROWS, HEAD) and spec.softmax],
+        "results": _results(side, printer),
+        "heads": _heads(side, printer),
+        "order": _order(cover),
+        "wide": ".to(tl.int64)" if spec.wide else "",
+        "helpers": {
+            "tanh": tanh_of(spec) if printer.uses_tanh else "",
+            "floor_div": printer.uses_floor_div,
+            "drowned": printer.uses_drowned,
+            "rounded": printer.uses_rounded,
+            "longer": bounds.compares,
+        },
+        **_arguments(side),
+    }
+
+
+def _body(printer: Printer, side: Side, score: Expr, factor: float, *, masked: bool) -> dict[str, Any]:
+    """The gradients that one block makes: of the raw product but for ``factor``, and of what else was loaded, also with
+    weights in place of the gradients of scores: they are linear in these."""
+    found = {load.source: grad for load, grad in adjoints(side.spec, score)}
+    own = found.pop(SCORE.source, Const(0.0))
+    lead, rest = _leading(own)
+    own = rest if lead == factor else op("mul", own, Const(1 / factor))
+    texts = {
+        target.source.name: bare(printer.value(found[target.source.name], masked=masked))
+        for target in side.plan.extras
+        if _by_queries(target) == side.queries and target.source.name in found
+    }
+    body = {"qk": bare(printer.value(own, masked=masked)), "extras": texts, "gain": gain_of(printer, side.spec, masked)}
+    printer.known |= {SCORE_GRAD: "p", WEIGHT_GRAD: "0.0"}
+    body["weights"] = {name: bare(printer.value(found[name], masked=masked)) for name in texts}
+    printer.known |= NAMES
+    return {**body, "weighs": side.spec.gain != ONE, "reads": printer.blocks()}
+
+
+def _leading(grad: Expr) -> tuple[float, Expr]:
+    """A constant factor of the gradient, which is applied once, to the sum; and what is left."""
+    if isinstance(grad, Op) and grad.name == "mul":
+        left, right = grad.args
+        value = number(right)
+        if value is not None and value != 0:
+            factor, rest = _leading(left)
+            return factor * value, rest
+    return 1.0, grad
+
+
+def _by_queries(target: Target) -> bool:
+    """Whether the kernel that holds queries makes it."""
+    return target.kind != KEYS
+
+
+def _order(cover: Cover) -> str:
+    """Which tiles go first: those that have most to do."""
+    descending = any(i.high.has(FIRST, LAST) for i in cover.visit)
+    return "tiles - 1 - within // peers" if descending else "within // peers"
+
+
+# ----------------------------------------------------------------------------------------------------------- addresses
+
+
+def _address(side: Side, printer: Printer, source: Input) -> dict[str, str]:
+    """Where the slice of a program begins, and what separates rows (queries or keys) and features in it."""
+    inner = next(axis for axis in (INNER, FEATURE) if any(place.has(axis) for place in source.index))
+    row = KEY if any(place.has(KEY) for place in source.index) else ROW
+    return {
+        "base": base_of(source, printer),
+        "row": stride_of(source, row),
+        "step": f"{source.name}_step" if side.spec.wide else stride_of(source, row),
+        "inner": stride_of(source, inner),
+        "features": inner.name,
+    }
+
+
+def _results(side: Side, printer: Printer) -> list[dict[str, Any]]:
+    """The gradients of what the kernel holds."""
+    plan = side.plan
+    targets = [plan.query] if side.queries else [plan.keys, plan.values]
+    places = [target.place if side.queries else turned(target.place) for target in targets]
+    return [{"name": place.name, **_address(side, printer, place)} for place in places]
+
+
+def _target(side: Side, printer: Printer, target: Target) -> dict[str, Any]:
+    """How the gradient of an extra leaves the kernel."""
+    place = target.place if side.queries else turned(target.place)
+    found = {"name": target.source.name, "need": f"NEED_{target.source.name.upper()}", "kind": target.kind}
+    if target.kind in (ROWS, KEYS, HEAD):
+        return found
+    steps = {d: p for d, p in enumerate(place.index) if p.has(ROW, KEY)}
+    rows = {ROW: "rows[:, None]", KEY: "cols[None, :]"}
+    corner = {ROW: "first", KEY: "block"}
+    texts = [f"{printer.wide(p, rows)} * {place.name}_stride_{d}" for d, p in steps.items()]
+    moved = {"base": base_of(place, printer), "offset": " + ".join(texts), "shared": target.shared}
+    if target.kind == DIAGONAL:
+        ((dim, at),) = steps.items()
+        moved |= {"corner": bare(printer.wide(at, corner)), "stride": f"{place.name}_stride_{dim}"}
+    return {**found, **moved}
+
+
+def _heads(side: Side, printer: Printer) -> dict[str, Any]:
+    """How the number of a program becomes positions along the batch axes; programs that hold keys go over the queries
+    of all heads that read them."""
+    batch, shared = side.spec.batch, {} if side.queries else dict(side.plan.members)
+    if not shared:
+        return {"unpack": unpacked(batch), "each": [], "count": _product([f"size_{a.name}" for a in batch]), "members": ""}
+    outer = [a for a in batch if shared.get(a, 1)]
+    extents = {a: f"sources_{a.name}" if a in shared else f"size_{a.name}" for a in outer}
+    lines, rest = [], "source"
+    for axis in reversed(outer):
+        first = axis is outer[0]
+        lines.append(f"{_source(axis, shared)} = {rest if first else f'{rest} % {extents[axis]}'}")
+        rest = f"{rest} // {extents[axis]}"
+    each, rest = [], "member"
+    counts = {axis: str(by) if by else f"size_{axis.name}" for axis, by in shared.items()}
+    for axis in reversed(list(shared)):
+        step = rest if axis is next(iter(shared)) else f"{rest} % {counts[axis]}"
+        base = f"{_source(axis, shared)} * {counts[axis]} + " if shared[axis] else ""
+        each.append(f"{axis.name} = {base}{step}")
+        rest = f"{rest} // {counts[axis]}"
+    number = ""
+    for axis in batch:
+        number = f"({number}) * size_{axis.name} + {axis.name}" if number else axis.name
+    lines += [f"{a.name} = {_source(a, shared)} * {by}" for a, by in shared.items() if by]
+    return {
+        "unpack": lines,
+        "each": [*each, f"head = {number}"],
+        "count": _product(list(extents.values())),
+        "members": _product(list(counts.values())),
+    }
+
+
+def _source(axis: Axis, shared: dict[Axis, int]) -> str:
+    return f"{axis.name}_source" if axis in shared else axis.name
+
+
+def _product(names: list[str]) -> str:
+    return " * ".join(names) if names else "1"
+
+
+# ----------------------------------------------------------------------------------------------------------- arguments
+
+
+def _arguments(side: Side) -> dict[str, Any]:
+    """Names of the kernel's parameters, and what ``launch`` calls them with."""
+    spec, plan = side.plan.spec, side.plan
+    made = [target for target in plan.extras if _by_queries(target) == side.queries]
+    results = [plan.query] if side.queries else [plan.keys, plan.values]
+    tensors = [x.name for x in spec.inputs] + ["grad", *(["out"] if side.queries and spec.softmax else [])]
+    tensors += (["lse", "delta"] if spec.softmax else []) + [t.place.name for t in (*results, *made)]
+    tensors += (["redo", "peak", "share"] if plan.redo else []) + (["lost"] if plan.may_be_lost else [])
+    laid_out = [*spec.inputs, *(t.place for t in (*results, *made) if t.kind not in (ROWS, KEYS, HEAD))]
+    strides = [f"{x.name}_stride_{d}" for x in laid_out for d in used_dims(x)]
+    strides += [f"{name}_stride_{d}" for name in tensors if name in ("grad", "out") for d in range(len(spec.output))]
+    sizes = [f"size_{a.name}" for a in (*spec.batch, ROW, KEY)]
+    called = list(sizes) if side.queries else [*sizes[:-2], sizes[-1], sizes[-2]]
+    more = [] if side.queries else [f"sources_{a.name}" for a, by in plan.members if by]
+    needs = [f"need_{target.source.name}" for target in made]
+    return {
+        "tensors": [f"{name}_ptr" for name in tensors],
+        "call_tensors": tensors,
+        "stride_names": strides,
+        "call_strides": [_called(name) for name in strides],
+        "sizes": [*sizes, *more],
+        "call_sizes": [*called, *more],
+        "needs": needs,
+        "unspecialised": json.dumps([*sizes, *more, "heads_per_group"]),
+        "rows_name": called[-2],
+        "cols_name": called[-1],
+        "step_bytes": sum(x.dtype.itemsize * n for x, n in zip(side.stepped, (spec.head_dim, spec.value_dim), strict=True)),
+    }
+
+
+def _called(stride: str) -> str:
+    name, dim = stride.rsplit("_stride_", 1)
+    return f"{name}.stride({dim})"
+
+
+def _launch(spec: AttentionSpec, plan: Backward) -> dict[str, Any]:
+    axes = [*spec.batch, ROW, KEY]
+    shape = {**{a: f"size_{a.name}" for a in axes}, INNER: str(spec.head_dim), FEATURE: str(spec.value_dim)}
+    return {
+        "arguments": [x.name for x in spec.inputs],
+        "size_lines": [f"size_{a.name} = {extent_of(spec, a)}" for a in axes],
+        "source_lines": [f"sources_{a.name} = size_{a.name} // {by}" for a, by in plan.members if by],
+        "rows_shape": tuple_of([f"size_{a.name}" for a in (*spec.batch, ROW)]),
+        "heads": _product([f"size_{a.name}" for a in spec.batch]),
+        "buffers": [_buffer(spec, target, shape) for target in plan.targets],
+        "needs": [target.source.name for target in plan.extras],
+    }
+
+
+def _buffer(spec: AttentionSpec, target: Target, shape: dict[Axis, str]) -> dict[str, str]:
+    """How ``launch`` allocates a gradient, and what it gives back of it."""
+    name, source = target.place.name, target.source.name
+    single = "dtype=torch.float32, device=q.device"
+    if target.shared:
+        return {"name": name, "make": f"torch.zeros({source}.shape, {single})", "give": name}
+    if not target.direct:
+        sizes = [shape[place] for place in target.place.index]  # type: ignore[index]
+        parts, give = ([*sizes, "tiles"], f"{name}.sum(-1)") if target.kind == HEAD else (sizes, name)
+        return {"name": name, "make": f"torch.empty({tuple_of(parts)}, {single})", "give": give}
+    order = tuple(memory_order(spec, target.source))
+    read = tuple_of([_extent(place, f"{source}.shape[{d}]", shape) for d, place in enumerate(target.place.index)])
+    whole = f"{source}.shape == {read}" if target.dense else "False"
+    return {"name": name, "make": f"gradient_of({source}, {order}, {whole})", "give": name}
+
+
+def _extent(place: sp.Expr, whole: str, shape: dict[Axis, str]) -> str:
+    """How much of a dimension is read."""
+    if isinstance(place, Axis):
+        return shape[place]
+    return "1" if place.is_Integer else whole

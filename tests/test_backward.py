@@ -1,0 +1,170 @@
+"""Gradients by kernels in Triton's interpreter against float64, and what they are made of."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from specs import BIAS, BY_NAME, CASES, CAUSAL, QK, B, Case, H, attention, loaded, plus
+
+from attngen import gradient, verify_bwd
+from attngen.adjoint import SCORE_GRAD, gradients
+from attngen.algebra import Const, Expr, Int, Load, op
+from attngen.emit import BackwardKernel, emit_backward
+from attngen.errors import VerificationFailed
+from attngen.evaluate import Evaluator
+from attngen.printer import Unprintable
+from attngen.spec import KEY, ROW, SCORE, Problem, Tile
+from attngen.verify import Check
+
+pytest.importorskip("triton")
+
+# So small that every loop runs: several tiles, and blocks narrower than the windows; one is held by more, one by fewer.
+TILES = (Tile(32, 16, 4, 1), Tile(16, 32, 4, 1))
+
+
+def backward(case: Case, tiles: tuple[Tile, Tile] = TILES) -> BackwardKernel:
+    kernel = emit_backward(replace(case.spec, lse=True), tiles)
+    assert isinstance(kernel, BackwardKernel), kernel.reason
+    return kernel
+
+
+JOBS = [(case.name, backward(case), case.problem(45)) for case in CASES]
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> dict[str, dict[str, Check] | VerificationFailed]:
+    results = verify_bwd.verify_all_interpreted([(kernel, problem) for _, kernel, problem in JOBS])
+    return dict(zip((name for name, *_ in JOBS), results, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in JOBS])
+def test_gradients_are_within_budget(name: str, verdicts: dict[str, dict[str, Check] | VerificationFailed]) -> None:
+    found = verdicts[name]
+    assert isinstance(found, dict), str(found)
+    assert {"q", "k", "v"} <= found.keys()
+    assert all(verdict.ok for verdict in found.values()), {of: str(verdict) for of, verdict in found.items()}
+
+
+def test_a_wrong_gradient_is_noticed() -> None:
+    """The budget tells apart what a slip in the kernel would give: deltas left out."""
+    case = BY_NAME["causal"]
+    kernel = backward(case)
+    broken = replace(kernel, source=re.sub(r"dp - delta\[.*?\]", "dp", kernel.source))
+    assert broken.source != kernel.source
+    (found,) = verify_bwd.verify_all_interpreted([(broken, case.problem(40))])
+    assert isinstance(found, dict)
+    assert not found["q"].ok and not found["k"].ok and found["v"].ok
+
+
+# ----------------------------------------------------------------------------------------------------------- derivatives
+
+X, Y = loaded("x", KEY), loaded("y", KEY)
+PROGRAMS: dict[str, Expr] = {
+    "add": op("add", X, Y),
+    "sub": op("sub", X, Y),
+    "mul": op("mul", X, op("mul", X, Y)),
+    "div": op("div", X, Y),
+    "neg": op("neg", X),
+    "abs": op("abs", X),
+    "max": op("max", X, Y),
+    "min": op("min", X, Y),
+    "exp": op("exp", X),
+    "exp2": op("exp2", X),
+    "log": op("log", op("abs", X)),
+    "log2": op("log2", op("abs", X)),
+    "sqrt": op("sqrt", op("abs", X)),
+    "rsqrt": op("rsqrt", op("abs", X)),
+    "sin": op("sin", X),
+    "cos": op("cos", X),
+    "tanh": op("mul", op("tanh", op("div", X, Const(3.0))), Const(3.0)),
+    "sigmoid": op("sigmoid", op("sub", X, Y)),
+    "erf": op("erf", X),
+    "pow": op("pow", op("abs", X), Const(2.5)),
+    "where": op("where", op("lt", X, Y), op("mul", X, X), op("neg", Y)),
+    "floor": op("add", op("floor", X), Y),
+    "shared": op("mul", op("tanh", X), op("add", op("tanh", X), op("exp", Y))),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_derivatives_are_those_of_torch(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    leaves = {of: torch.randn(64, generator=generator, dtype=torch.float64).requires_grad_() for of in ("x", "y")}
+    grad = torch.randn(64, generator=generator, dtype=torch.float64)
+    leaves["x"].data[:4] = leaves["y"].data[:4]  # ties
+
+    def evaluated(expr: Expr) -> torch.Tensor:
+        positions = {KEY: torch.arange(64), ROW: torch.zeros((), dtype=torch.int64)}
+        return Evaluator(positions, leaves.__getitem__, known={SCORE_GRAD: grad})(expr)
+
+    both = list(leaves.values())
+    expected = torch.autograd.grad(evaluated(PROGRAMS[name]), both, grad, materialize_grads=True, allow_unused=True)
+    found = gradients(PROGRAMS[name], SCORE_GRAD)
+    for load, exact in zip((X, Y), expected, strict=True):
+        ours = evaluated(found[load]).broadcast_to(64) if load in found else torch.zeros(64, dtype=torch.float64)
+        torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_an_operation_without_a_known_derivative_is_refused() -> None:
+    with pytest.raises(Unprintable, match="no gradient of mod"):
+        gradients(op("mod", X, Y), SCORE_GRAD)
+    with pytest.raises(Unprintable, match="exponent"):
+        gradients(op("pow", X, Y), SCORE_GRAD)
+
+
+# ------------------------------------------------------------------------------------------------------ where gradients go
+
+
+def _kinds(spec_of: dict[str, Load]) -> dict[str, tuple[str, bool]]:
+    score = plus(QK, *spec_of.values())
+    extras = {name: (torch.float32, tuple(place.value for place in load.index)) for name, load in spec_of.items()}  # type: ignore[attr-defined]
+    plan = gradient.backward_of(attention(score=score, extras=extras, mask=CAUSAL, lse=True))
+    return {target.source.name: (target.kind, target.shared) for target in plan.extras}
+
+
+def test_each_gradient_is_reduced_where_it_is_made() -> None:
+    kinds = _kinds({
+        "t0": BIAS,
+        "t1": loaded("t1", B, H, ROW, KEY),
+        "t2": loaded("t2", H, KEY - ROW + ROW.extent - 1),
+        "t3": loaded("t3", H, ROW - KEY + KEY.extent - 1),
+        "t4": loaded("t4", B, KEY),
+        "t5": loaded("t5", H, ROW),
+        "t6": loaded("t6", H),
+    })  # fmt: skip
+    assert kinds == {
+        "t0": ("pair", True),  # one for all of a batch
+        "t1": ("pair", False),
+        "t2": ("diagonal", True),
+        "t3": ("scattered", True),
+        "t4": ("keys", False),
+        "t5": ("rows", False),
+        "t6": ("head", False),
+    }
+
+
+def test_a_group_of_heads_is_summed_by_one_program() -> None:
+    plan = gradient.backward_of(replace(BY_NAME["grouped"].spec, lse=True))
+    assert plan.members == ((H, 4),) and plan.keys.direct
+    uneven = [torch.zeros(1, heads, 4, 64) for heads in (6, 2, 2)]
+    assert not gradient.suits(plan, uneven) and gradient.suits(plan, [uneven[0][:, :4], *uneven[1:]])
+
+
+def test_keys_and_values_of_different_heads_are_summed_afterwards() -> None:
+    spec = attention(groups=2, values=replace(attention().values, index=attention().values.index), lse=True)
+    plan = gradient.backward_of(spec)
+    assert plan.members == () and not plan.keys.direct and not plan.values.direct
+    kernel = emit_backward(spec, TILES)
+    assert isinstance(kernel, BackwardKernel)
+    (found,) = verify_bwd.verify_all_interpreted([(kernel, Problem((2, 4), 40, 40))])
+    assert isinstance(found, dict) and all(verdict.ok for verdict in found.values()), found
+
+
+def test_mirrored_programs_are_mirrored_back() -> None:
+    score = plus(SCORE, loaded("t0", ROW, KEY), op("float", Int(ROW - 2 * KEY + KEY.extent)))
+    there = gradient.mirrored(score)
+    assert there != score and gradient.mirrored(there) == score
+    assert SCORE in there.walk() and loaded("t0", KEY, ROW) in there.walk()
