@@ -22,7 +22,15 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
-from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_mode, get_proxy_slot, make_fx
+from torch.fx.experimental.proxy_tensor import (
+    ProxyTorchDispatchMode,
+    _ProxyTensor,
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+    set_proxy_slot,
+)
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.functions import Max as _TorchMax
@@ -47,8 +55,10 @@ __all__ = [
     "has_triton",
     "hint",
     "interpreter_problem",
+    "is_literal",
     "looking_at",
     "make_fx",
+    "set_traced_node",
     "size_expr",
     "specialised",
     "storage_of",
@@ -56,6 +66,7 @@ __all__ = [
     "traced_node",
     "tracing",
     "triton_build",
+    "untraced",
 ]
 
 enter_autocast, exit_autocast = _enter_autocast, _exit_autocast
@@ -104,6 +115,27 @@ def traced_node(value: Any) -> fx.Node | None:
     if callable(proxy) and not hasattr(proxy, "node"):  # SymInts keep a thunk
         proxy = proxy()
     return getattr(proxy, "node", None)
+
+
+def is_literal(tensor: torch.Tensor) -> bool:
+    """``tensor`` is traced as one whose elements are known, such as ``torch.tensor(0.0)``."""
+    mode = get_proxy_mode()
+    slot: Any = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
+    return getattr(slot, "constant", None) is not None
+
+
+def set_traced_node(tensor: torch.Tensor, node: fx.Node) -> None:
+    """``tensor`` stands for ``node`` in the graph being traced, whatever it stood for before."""
+    mode = get_proxy_mode()
+    assert mode is not None
+    set_proxy_slot(tensor, mode.tracer, _ProxyTensor(mode.tracer.proxy(node), None))
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """A context in which tensors are made on the side: nothing is recorded."""
+    with torch._C.DisableTorchFunction(), disable_proxy_modes_tracing():
+        yield
 
 
 @contextmanager

@@ -47,14 +47,26 @@ def coverage(record: Record) -> list[str]:
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, found in record["sources"].items():
         share = f"{found['replaced']} ({100 * found['replaced'] / found['sites']:.1f} %)"
-        beside = "-" if found["inductor"] is None else f"{found['inductor']} of {found['inductor_sites']}"
+        beside = _beside(found)
         reasons = "; ".join(f"{entry['sites']} {reason}" for reason, entry in found["missed"].items())
         layers = f"{found['learned_replaced']} of {found['learned']}"
         cells = (name.replace("_", ", "), found["models"], found["sites"], share, beside, layers, reasons or "-")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     packages = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
     dead = sum(found["dead"] for found in record["sources"].values())
-    return [*lines, "", f"With {packages}. Not counted: {dead} sites whose result nothing reads."]
+    matcher = ", ".join(f"{package} {version}" for package, version in record.get("inductor_versions", {}).items())
+    notes = f"With {packages}. Not counted: {dead} sites whose result nothing reads."
+    if matcher:
+        notes += f" Inductor's matcher: in inference, with {matcher}, of the sites of the models that it was counted in."
+    return [*lines, "", notes]
+
+
+def _beside(found: Record) -> str:
+    """What Inductor's matcher fuses, of the sites of the models that it was counted in."""
+    if found["inductor"] is None:
+        return "-"
+    share = 100 * found["inductor"] / found["inductor_sites"]
+    return f"{found['inductor']} of {found['inductor_sites']} ({share:.1f} %, {found['inductor_models']} models)"
 
 
 def starts(record: Record) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from attngen import compat
+from attngen.passes import memory
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def _signature(node: fx.Node, outer: list[fx.Node]) -> str:
 
 
 def _trace(node: fx.Node, outer: list[fx.Node], definition: Callable[..., Any]) -> fx.Graph | None:
-    values = [n.meta["val"] for n in outer]
+    values = memory.values(outer)
 
     def body(*inputs: Any) -> Any:
         inner = dict(zip(outer, inputs, strict=True))

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from attngen import compat
 from attngen.errors import Miss
+from attngen.passes.memory import storage
 from attngen.passes.semantics import op_name
 from attngen.passes.views import FREE, PARTS, VIEWS
 
@@ -42,7 +42,7 @@ class Effects:
 
     def overwritten(self, node: fx.Node, end: fx.Node) -> bool:
         """``node`` no longer holds its value at ``end``."""
-        times = self.times.get(_storage(node), []) if _is_tensor(node) else []
+        times = self.times.get(storage(node), []) if _is_tensor(node) else []
         before = bisect_right(times, self.order[end])
         return before > 0 and self.order[node] < times[before - 1]
 
@@ -57,7 +57,7 @@ def run(graph: fx.Graph) -> Effects:
     writes: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
         for target in written(node):
-            writes.setdefault(_storage(target), []).append(node)
+            writes.setdefault(storage(target), []).append(node)
     times = {storage: [order[node] for node in nodes] for storage, nodes in writes.items()}
     return Effects(_live(graph), _stale(graph, times, order), writes, times, order, _cut(graph))
 
@@ -81,10 +81,6 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def _storage(node: fx.Node) -> int:
-    return compat.storage_of(node.meta["val"])
-
-
 def _live(graph: fx.Graph) -> frozenset[fx.Node]:
     live: set[fx.Node] = set()
     for node in reversed(graph.nodes):
@@ -102,9 +98,9 @@ def _stale(graph: fx.Graph, times: dict[int, list[int]], order: dict[fx.Node, in
     """
     stale = set()
     for node in graph.nodes:
-        if not _is_tensor(node) or _storage(node) not in times:
+        if not _is_tensor(node) or storage(node) not in times:
             continue
-        later = times[_storage(node)]
+        later = times[storage(node)]
         following = bisect_right(later, order[node])
         last_use = max((order[user] for user in node.users if user.target is not updated), default=-1)
         if following < len(later) and later[following] < last_use:
@@ -128,7 +124,7 @@ def undisturbed(site: Site, sites: Sequence[Site], facts: Effects) -> Miss | Non
         for user in node.users:
             if user in facts.live and not any(_goes_with(each, node, user) for each in (site, *sites)):
                 return Miss(_read_elsewhere(node, user), node.name, depth=6)
-        outside = [w for w in facts.writes.get(_storage(node), ()) if w not in site.interior] if _is_tensor(node) else []
+        outside = [w for w in facts.writes.get(storage(node), ()) if w not in site.interior] if _is_tensor(node) else []
         if outside:
             return Miss("a value between the two products is written in place", outside[0].name, depth=6)
     return None
@@ -148,7 +144,7 @@ def _read_elsewhere(node: fx.Node, user: fx.Node) -> str:
 def written_between(inputs: list[fx.Node], first: fx.Node, last: fx.Node, facts: Effects) -> Miss | None:
     """A write to any of ``inputs`` after ``first`` and up to ``last``, where the replacement will read them."""
     for node in inputs:
-        for write in facts.writes.get(_storage(node), ()):
+        for write in facts.writes.get(storage(node), ()):
             if facts.order[first] < facts.order[write] <= facts.order[last]:
                 return Miss("an input is written in place before the attention is finished", write.name, depth=6)
     return None
@@ -157,7 +153,7 @@ def written_between(inputs: list[fx.Node], first: fx.Node, last: fx.Node, facts:
 def written_after(inputs: list[fx.Node], last: fx.Node, facts: Effects) -> Miss | None:
     """A write to any of ``inputs`` after ``last``: the backward would read what it left."""
     for node in inputs:
-        for write in facts.writes.get(_storage(node), ()):
+        for write in facts.writes.get(storage(node), ()):
             if facts.order[write] > facts.order[last]:
                 return Miss("an input that the backward needs is written in place later", write.name, depth=6)
     return None

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from attngen import compat
 from attngen.passes import effects
 from attngen.passes.candidates import ATTENTION, SOFTMAX, divided
 from attngen.passes.detect import Site
 from attngen.passes.lower import Lowered
+from attngen.passes.memory import storage
 from attngen.passes.pointwise import POINTWISE
 from attngen.passes.semantics import op_name
 from attngen.passes.values import CONTRACTIONS, VALUES, is_contraction
@@ -122,25 +122,21 @@ def _is_value(node: fx.Node) -> bool:
 def _writes(nodes: set[fx.Node], stops: Sequence[fx.Node], end: fx.Node, facts: effects.Effects) -> list[fx.Node]:
     """Writes in place, between the first of ``nodes`` and ``end``, to memory of ``nodes`` or of what they start from."""
     first = min(facts.order[node] for node in nodes)
-    found = [write for node in filter(_is_tensor, {*nodes, *stops}) for write in facts.writes.get(_storage(node), ())]
+    found = [write for node in filter(_is_tensor, {*nodes, *stops}) for write in facts.writes.get(storage(node), ())]
     return [write for write in dict.fromkeys(found) if first < facts.order[write] <= facts.order[end]]
 
 
 def _is_written(node: fx.Node, writes: Sequence[fx.Node]) -> bool:
-    return any(_storage(node) == _storage(target) for write in writes for target in effects.written(write))
+    return any(storage(node) == storage(target) for write in writes for target in effects.written(write))
 
 
 def _first_alias(node: fx.Node) -> fx.Node:
     """The first node with the memory of ``node``: a write through one name is seen through the others."""
-    return next(n for n in node.graph.nodes if _is_tensor(n) and _storage(n) == _storage(node))
+    return next(n for n in node.graph.nodes if _is_tensor(n) and storage(n) == storage(node))
 
 
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
-
-
-def _storage(node: fx.Node) -> int:
-    return compat.storage_of(node.meta["val"])
 
 
 # ----------------------------------------------------------------------------------------------------------- of a miss

@@ -19,6 +19,7 @@ from attngen.evaluate import Evaluator
 from attngen.index import Axis
 from attngen.passes.effects import updated
 from attngen.passes.lower import Lowered
+from attngen.passes.memory import values
 from attngen.passes.semantics import bind, shape_of
 from attngen.passes.specialise import Table
 
@@ -169,7 +170,7 @@ def _nodes_before(anchor: fx.Node) -> frozenset[fx.Node]:
 
 def _traced_table(table: Table, sources: Sequence[fx.Node], sizes: dict[sp.Symbol, tuple[fx.Node, int]]) -> fx.Graph:
     """The ATen operators that compute ``table`` from the values of ``sources``, on the device of the first."""
-    values = [source.meta["val"] for source in sources]
+    inputs = values(sources)
 
     def body(*tensors: Tensor) -> Tensor:
         known = dict(zip(sources, tensors, strict=True))
@@ -179,9 +180,9 @@ def _traced_table(table: Table, sources: Sequence[fx.Node], sizes: dict[sp.Symbo
         shape = [positions[axis].numel() for axis in (*table.batch, table.diagonal)]  # type: ignore[union-attr]
         return torch.broadcast_to(evaluate(table.expr), shape)
 
-    mode = next(v.fake_mode for v in values if isinstance(v, compat.FakeTensor))
+    mode = next(v.fake_mode for v in inputs if isinstance(v, compat.FakeTensor))
     with mode, compat.enable_python_dispatcher(), compat.tracing(None):
-        traced = compat.make_fx(body, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
+        traced = compat.make_fx(body, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
     return traced.graph
 
 

@@ -3,7 +3,8 @@
 The captured graph stays as it is: it is what gets rewritten, so autocast regions, in-place operators, checkpointing and
 parameter bookkeeping survive untouched. The lowered graph is never run. It is traced before autograd and before
 decompositions, so ``matmul`` and ``softmax`` are still whole; ``passes.semantics`` decomposes the rest where it looks.
-Autocast regions are entered for real while tracing, so the metadata shows the types the operators will really see.
+Autocast regions are entered for real while tracing, so the metadata shows the types the operators will really see. What was
+traced before is copied: see ``passes.repeats``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import fx
 
 from attngen import compat
 from attngen.passes import versions
+from attngen.passes.repeats import CannotCopy, Repeats, materialised, traced_node
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,29 @@ def run(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Lowered:
     """
     names, attributes = _tensor_attributes(gm)
     fake_mode, inputs = _fake_inputs(gm, example_inputs, attributes)
-    tracer = _Recorder(gm, names)
+    try:
+        lowered, record = _traced(gm, names, fake_mode, inputs, _Record(None if _transforms(gm) else Repeats()))
+    except CannotCopy:
+        lowered, record = _traced(gm, names, fake_mode, inputs, _Record(None))
+    _write_out_constants(lowered)
+    versions.run(lowered.graph)
+    kept = set(lowered.graph.nodes)
+    origins: dict[fx.Node, list[fx.Node]] = {}
+    for captured, node in record.values.items():
+        if node in kept:
+            origins.setdefault(node, []).append(captured)
+        if node.target is torch.ops.aten.detach_.default:  # a literal tensor is copied, then detached in place
+            origins.setdefault(node.all_input_nodes[0], []).append(captured)
+    emitted = {node: [n for n in new if n in kept] for node, new in record.emitted.items()}
+    placeholders = lowered.graph.find_nodes(op="placeholder")
+    weights = (n for n, x in zip(placeholders, inputs, strict=True) if isinstance(x, torch.nn.Parameter))
+    return Lowered(lowered.graph, origins, emitted, frozenset(weights))
+
+
+def _traced(
+    gm: fx.GraphModule, attributes: Sequence[str], fake_mode: compat.FakeTensorMode, inputs: Sequence[Any], record: _Record
+) -> tuple[fx.GraphModule, _Record]:
+    tracer = _Recorder(gm, attributes, record)
     with ExitStack() as stack:
         stack.enter_context(fake_mode)
         stack.enter_context(fx.traceback.preserve_node_meta())
@@ -58,19 +82,13 @@ def run(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Lowered:
         lowered = compat.make_fx(
             tracer.lowered, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
         )(*inputs)
-    _write_out_constants(lowered)
-    versions.run(lowered.graph)
-    kept = set(lowered.graph.nodes)
-    origins: dict[fx.Node, list[fx.Node]] = {}
-    for captured, node in tracer.record.values.items():
-        if node in kept:
-            origins.setdefault(node, []).append(captured)
-        if node.target is torch.ops.aten.detach_.default:  # a literal tensor is copied, then detached in place
-            origins.setdefault(node.all_input_nodes[0], []).append(captured)
-    emitted = {node: [n for n in new if n in kept] for node, new in tracer.record.emitted.items()}
-    placeholders = lowered.graph.find_nodes(op="placeholder")
-    weights = (n for n, x in zip(placeholders, inputs, strict=True) if isinstance(x, torch.nn.Parameter))
-    return Lowered(lowered.graph, origins, emitted, frozenset(weights))
+    return lowered, record
+
+
+def _transforms(gm: fx.GraphModule) -> bool:
+    """Some of the graph runs under ``vmap`` or the like, where a tensor is more than it shows."""
+    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    return any("functorch" in str(getattr(n.target, "__module__", "")) for graph in graphs for n in graph.nodes)
 
 
 def _write_out_constants(lowered: fx.GraphModule) -> None:
@@ -91,6 +109,7 @@ def _write_out_constants(lowered: fx.GraphModule) -> None:
 
 @dataclass
 class _Record:
+    repeats: Repeats | None
     values: dict[fx.Node, fx.Node] = field(default_factory=dict)
     emitted: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
 
@@ -98,9 +117,9 @@ class _Record:
 class _Recorder(fx.Interpreter):
     """Runs a captured graph under tracing and notes which lowered node each captured node's value is."""
 
-    def __init__(self, gm: fx.GraphModule, attributes: Sequence[str] = (), record: _Record | None = None) -> None:
+    def __init__(self, gm: fx.GraphModule, attributes: Sequence[str], record: _Record) -> None:
         super().__init__(gm)
-        self.record = record or _Record()
+        self.record = record
         self._attribute_names = attributes
         self._attributes: dict[str, torch.Tensor] = {}
         self._depth = 0  # of vmap
@@ -112,11 +131,20 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         before = _last_node()
-        result = super().run_node(n)
-        self.record.emitted[n] = _nodes_after(before)
-        if (node := compat.traced_node(result)) is not None:
+        repeats, mode = self.record.repeats, compat.get_proxy_mode()
+        call = repeats.call(n, self.env) if repeats and mode else None
+        known, result = repeats.copy(call, mode.tracer.graph) if repeats and mode and call else (False, None)
+        if not known:
+            result = super().run_node(n)
+        made = self.record.emitted[n] = _nodes_after(before)
+        if repeats and call and not known:
+            repeats.learn(call, result, made)
+        if (node := traced_node(result)) is not None:
             self.record.values[n] = node
         return result
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return materialised(super().fetch_args_kwargs_from_env(n))  # type: ignore[no-any-return]
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self._attributes[target] if target in self._attributes else super().get_attr(target, args, kwargs)
@@ -129,7 +157,7 @@ class _Recorder(fx.Interpreter):
         if target in (compat.enter_vmap, compat.exit_vmap):
             return self._nest(target, args, kwargs)
         if target in compat.INLINED_BODIES and isinstance(args[0], fx.GraphModule):
-            return _Recorder(args[0], record=self.record).run(*args[1:])
+            return _Recorder(args[0], (), self.record).run(*args[1:])
         if target is compat.enter_autocast:
             region = torch.autocast(*args)
             region.__enter__()
@@ -137,7 +165,6 @@ class _Recorder(fx.Interpreter):
         if target is compat.exit_autocast:
             return args[0].__exit__(None, None, None)
         return super().call_function(target, args, kwargs)
-
 
     def _nest(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Inside ``vmap`` a batched tensor is no plain value: there, what it is made of is traced."""

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from attngen import compat
 from attngen.passes.candidates import Marks
 from attngen.passes.effects import updated, written
+from attngen.passes.memory import storage
 from attngen.passes.pointwise import POINTWISE
 from attngen.passes.semantics import is_tensor, op_name
 from attngen.passes.values import VALUES
@@ -128,4 +128,4 @@ def _copied(view: fx.Node, source: fx.Node, reader: fx.Node) -> fx.Node:
 
 
 def _storage(node: fx.Node) -> int:
-    return compat.storage_of(node.meta["val"]) if is_tensor(node) else 0
+    return storage(node) if is_tensor(node) else 0

@@ -4,6 +4,7 @@
     python tests/coverage.py run ... --again missed      (or failed: after a change of attngen or of the models)
     python tests/coverage.py show FILE...
     python tests/coverage.py pack FILE...                (to tests/data/coverage.json)
+    python tests/coverage.py beside FILE...              (Inductor's counts alone, into what was packed before)
 
 A run is resumable: FILE gets one JSON line per model, and the last one of each model counts. Capture and detection only:
 nothing is compiled. Models have random weights; nothing is downloaded. Sources: transformers, timm, diffusers,
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coverage_results import DEAD, pack, read, show
+from coverage_results import DEAD, beside, pack, read, show
 from coverage_tracer import Traced, trace, without_fast_paths
 from torch import fx, nn
 
@@ -93,15 +94,16 @@ def _reported(module: nn.Module, inputs: dict[str, Any], outcome: Outcome, induc
     """
     device = pipeline.planning_device([], option_parsing.parse({}))
     calls: list[list[Reported]] = []
+    fused: list[int] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         outcome.graphs += 1
-        if inductor:
-            outcome.inductor = (outcome.inductor or 0) + _fused_by_inductor(gm, example_inputs, outcome)
+        by_inductor = _fused_by_inductor(gm, example_inputs, outcome) if inductor else 0
         found = _looked(gm, example_inputs, device, outcome)
 
         def run(*args: Any) -> Any:
             calls.append(found)
+            fused.append(by_inductor)
             return gm.forward(*args)
 
         return run
@@ -114,6 +116,9 @@ def _reported(module: nn.Module, inputs: dict[str, Any], outcome: Outcome, induc
         except Exception as problem:
             outcome.problems.append(f"capture: {_head(problem)}")
             calls.clear()
+            fused.clear()
+    if inductor and not any(problem.startswith("inductor:") for problem in outcome.problems):
+        outcome.inductor = sum(fused)
     return [site for call in calls for site in call]
 
 
@@ -308,7 +313,7 @@ def main() -> None:
         command.add_argument("--inductor", action="store_true", help="also count what PyTorch's own matcher fuses")
         command.add_argument("--mark", type=Path, help=argparse.SUPPRESS)
         command.add_argument("models", nargs="*")
-    for name in ("show", "pack"):
+    for name in ("show", "pack", "beside"):
         command = commands.add_parser(name)
         command.add_argument("files", nargs="+", type=Path)
         command.add_argument("--to", type=Path, default=Path(__file__).parent / "data" / "coverage.json")
@@ -323,7 +328,9 @@ def main() -> None:
     elif chosen.command == "show":
         print(show(chosen.files))
     else:
-        chosen.to.write_text(json.dumps(pack(chosen.files), indent=1) + "\n")
+        old = chosen.command == "beside"
+        packed = beside(json.loads(chosen.to.read_text()), chosen.files) if old else pack(chosen.files)
+        chosen.to.write_text(json.dumps(packed, indent=1) + "\n")
 
 
 if __name__ == "__main__":

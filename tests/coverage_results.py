@@ -42,7 +42,6 @@ def summary(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
             entry["sites"] += 1
             if site["model"] not in entry["models"]:
                 entry["models"].append(site["model"])
-    counted = [o for o in ran if o["inductor"] is not None]
     return {
         "models": len(ran),
         "with_sites": sum(bool(o["sites"]) for o in ran),
@@ -51,11 +50,31 @@ def summary(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "learned": len(learned),
         "learned_replaced": sum(site["fate"] == "replaced" for site in learned),
         "dead": sum(site["fate"] == DEAD for o in ran for site in o["sites"]),
-        "inductor": sum(o["inductor"] for o in counted) if counted else None,
-        "inductor_sites": sum(len(o["sites"]) for o in counted),
+        **_fused([o for o in ran if o["inductor"] is not None]),
         "missed": dict(sorted(missed.items(), key=lambda item: -item[1]["sites"])),
         "not_run": {o["model"]: o["error"] for o in outcomes if o["status"] != "run"},
     }
+
+
+def _fused(counted: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How many sites Inductor's matcher fuses in the models that it was ``counted`` in, of how many."""
+    sites = [site for o in counted for site in o["sites"] if site["fate"] != DEAD and not site["learned"]]
+    fused = sum(o["inductor"] for o in counted) if counted else None
+    return {"inductor": fused, "inductor_sites": len(sites), "inductor_models": sum(bool(o["sites"]) for o in counted)}
+
+
+def beside(packed: dict[str, Any], files: Sequence[Path]) -> dict[str, Any]:
+    """``packed``, with Inductor's counts of other runs over the same models, where these saw as many sites."""
+    for file in files:
+        source = packed["sources"][file.stem]
+        counted = []
+        for o in read(file):
+            entry = source["by_model"].get(o["model"], [None])
+            if o["status"] == "run" and o["inductor"] is not None and len(o["sites"]) == entry[0]:
+                entry[2] = o["inductor"]
+                counted.append(o)
+        source |= _fused(counted)
+    return packed | {"inductor_versions": {"torch": _versions()["torch"]}}
 
 
 def show(files: Sequence[Path]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import coverage_models
@@ -11,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from coverage import Outcome, Reported, _compared, measure
+from coverage_results import DEAD, beside
 from coverage_tracer import Traced, trace
 from torch import Tensor, nn
 
@@ -260,6 +263,48 @@ def test_measure_counts_each_call_of_a_shared_graph() -> None:
     outcome = measure("twice", model, inputs)
     assert [site["fate"] for site in outcome.sites] == ["replaced", "replaced"]
     assert (outcome.others, outcome.problems) == ([], [])
+
+
+# --------------------------------------------------------------------------------------------------------------- Inductor
+
+
+class Dense(nn.Module):
+    """Attention as PyTorch's own matcher knows it; with ``sharp``, as it does not."""
+
+    def __init__(self, *, sharp: bool = False) -> None:
+        super().__init__()
+        self.sharp = sharp
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = x @ x.transpose(-2, -1) / 4
+        return (scores.sinh() if self.sharp else scores).softmax(-1) @ x
+
+
+@pytest.mark.parametrize(("sharp", "fused"), [(False, 2), (True, 0)])
+def test_what_inductor_fuses_is_counted_per_call(sharp: bool, fused: int) -> None:
+    model = nn.Sequential(*(Dense(sharp=sharp) for _ in range(2))).eval()
+    torch._dynamo.reset()
+    outcome = measure("dense", model, {"input": torch.randn(2, 4, 8, 16)}, inductor=True)
+    assert (len(outcome.sites), outcome.inductor, outcome.problems) == (2, fused, [])
+    assert measure("dense", model, {"input": torch.randn(2, 4, 8, 16)}).inductor is None
+
+
+def test_inductors_counts_go_beside_what_was_packed(tmp_path: Path) -> None:
+    """Of models with as many sites as before, that Inductor was counted in."""
+    site = {"fate": "replaced", "learned": False}
+    others = [site | {"learned": True}, site | {"fate": DEAD}]
+
+    def line(model: str, sites: int, inductor: int | None) -> str:
+        return json.dumps({"model": model, "status": "run", "sites": [site] * sites + others, "inductor": inductor})
+
+    file = tmp_path / "source.jsonl"
+    file.write_text("\n".join([line("a", 3, 2), line("b", 3, None), line("c", 1, 1), line("new", 1, 1)]))
+    old = {name: [5, 3, None, {}] for name in "abc"}
+    packed = beside({"sources": {"source": {"sites": 9, "by_model": old}}}, [file])
+    source = packed["sources"]["source"]
+    assert [source[name] for name in ("inductor", "inductor_sites", "inductor_models", "sites")] == [2, 3, 1, 9]
+    assert [entry[2] for entry in source["by_model"].values()] == [2, None, None]
+    assert packed["inductor_versions"] == {"torch": torch.__version__}
 
 
 # ------------------------------------------------------------------------------------------------------------ forty models
