@@ -23,7 +23,7 @@ _HOLES = {PORTABLE: portable.holes, HOPPER: hopper.holes}
 class Kernel:
     """The text of one generated module. ``name`` is unique to its content, apart from the header.
 
-    ``otherwise`` is launched instead on tensors that its own ``launch`` cannot take, which its ``suits`` tells.
+    ``otherwise`` is launched instead on tensors that its own ``launch`` cannot take, as its ``suits`` has it.
     """
 
     spec: AttentionSpec

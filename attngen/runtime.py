@@ -13,7 +13,6 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -120,30 +119,22 @@ def _by_kernel(spec: AttentionSpec, kernel: Kernel) -> Callable[..., Any]:
 
 
 def _launcher(spec: AttentionSpec, kernel: Kernel) -> Callable[..., Any]:
-    """The kernel, to be launched on the GPU of its inputs. Without Triton this says so, and is the blockwise path."""
+    """The kernel's own ``launch``, on the GPU of its inputs. Without Triton this says so, and is the blockwise path."""
     if (problem := triton_problem()) is not None:
         _say_once(problem)
         return _by_block(spec)
-    module = import_kernel(kernel_path(kernel))
-    launch = module.launch if kernel.otherwise is None else _either(module, kernel.otherwise)
+    launch: Callable[..., Any] = import_kernel(kernel_path(kernel)).launch
+    return launch if kernel.otherwise is None else _either(launch, kernel.otherwise)
+
+
+def _either(launch: Callable[..., Any], otherwise: Kernel) -> Callable[..., Any]:
+    """What ``launch`` gives, or the other kernel for tensors that it cannot take: then it gives None."""
 
     def run(*inputs: Tensor) -> Any:
-        here = inputs[0].device.index == torch.cuda.current_device()
-        with nullcontext() if here else torch.cuda.device(inputs[0].device):
-            return launch(*inputs)
+        result = launch(*inputs)
+        return import_kernel(kernel_path(otherwise)).launch(*inputs) if result is None else result
 
     return run
-
-
-def _either(module: ModuleType, otherwise: Kernel) -> Callable[..., Any]:
-    """The kernel in ``module``, or the other one for tensors that it cannot take."""
-
-    def launch(*inputs: Tensor) -> Any:
-        if module.suits(*inputs):
-            return module.launch(*inputs)
-        return import_kernel(kernel_path(otherwise)).launch(*inputs)
-
-    return launch
 
 
 def _by_block(spec: AttentionSpec) -> Callable[..., Any]:
