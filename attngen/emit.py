@@ -16,6 +16,7 @@ from attngen.printer import Unprintable
 from attngen.spec import HOPPER, PORTABLE, AttentionSpec, Tile, digest
 
 TEMPLATES = {PORTABLE: "portable_fwd.py.jinja", HOPPER: "hopper_fwd.py.jinja"}
+SHARED = "recorded.py.jinja"  # which both include
 _HOLES = {PORTABLE: portable.holes, HOPPER: hopper.holes}
 
 
@@ -55,7 +56,7 @@ def _listed(names: list[str], indent: int) -> str:
 
 @cache
 def template_digest(template: str) -> str:
-    return digest(files("attngen.templates").joinpath(template).read_text())
+    return digest("".join(files("attngen.templates").joinpath(name).read_text() for name in (template, SHARED)))
 
 
 def emit(

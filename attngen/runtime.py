@@ -100,10 +100,11 @@ def _register(name: str, spec: AttentionSpec, kernel: Kernel | None) -> None:
     result = "(Tensor, Tensor)" if spec.lse else "Tensor"
     _LIBRARY.define(f"{name}({tensors}) -> {result}", tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag))
     _LIBRARY.impl(name, _by_block(spec), "CPU")
-    _LIBRARY.impl(name, _by_block(spec) if kernel is None else _by_kernel(spec, kernel), "CUDA")
+    on_gpu = _by_block(spec) if kernel is None else _by_kernel(spec, kernel)
+    _LIBRARY.impl(name, on_gpu, "CUDA")
     torch.library.register_fake(qualified, _fake(spec), lib=_LIBRARY)
     if spec.lse:
-        _register_gradient(name, spec)
+        _register_gradient(name, spec, on_gpu)
 
 
 def _by_kernel(spec: AttentionSpec, kernel: Kernel) -> Callable[..., Any]:
@@ -160,7 +161,7 @@ def _fake(spec: AttentionSpec) -> Callable[..., Any]:
     return fake
 
 
-def _register_gradient(name: str, spec: AttentionSpec) -> None:
+def _register_gradient(name: str, spec: AttentionSpec, on_gpu: Callable[..., Any]) -> None:
     """``bwd_<sha12>``: the gradients of the needed inputs. An operator of its own, so that compilers need not look inside."""
     backward = name.replace("fwd_", "bwd_")
     schema = "(Tensor grad, Tensor out, Tensor lse, Tensor[] inputs, bool[] needed) -> Tensor[]"
@@ -187,7 +188,7 @@ def _register_gradient(name: str, spec: AttentionSpec) -> None:
         grads = iter(getattr(torch.ops.attngen, backward)(grad, out, lse, inputs, needed))
         return tuple(next(grads) if n else None for n in needed)
 
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", gradient, setup_context=setup, lib=_LIBRARY)
+    compat.register_gradient(_LIBRARY, getattr(torch.ops.attngen, name).default, gradient, setup, on_gpu)
 
 
 # What the backward keeps of a result must survive whatever is done to the result: then this copy of it is passed on. An

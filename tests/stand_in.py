@@ -9,17 +9,18 @@ process of its own: once a library is loaded as ``libcuda.so.1``, there is no ot
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing real, wherever this runs
 SIZES = {"i1": 4, "i32": 4, "i64": 8}
 STREAM = 7
 
@@ -178,7 +179,22 @@ def story(trial: Trial, inputs: list[Any]) -> dict[str, Any]:
         trial.module.latest = None  # as if something else came between
         told[name].append(trial.launch(changed))
     told["back"] = trial.launch(inputs)
+    told["one tensor"] = trial.launch([inputs[0]] * 3 + inputs[3:])
+    told["kept"] = kept(trial, inputs)
     return told
+
+
+def kept(trial: Trial, inputs: list[Any]) -> int:
+    """How many tensors are alive because they were launched on."""
+    copies = [x.clone().as_strided(x.shape, x.stride()) for x in inputs]
+    trial.module.READY.clear()
+    trial.module.latest = None
+    for _ in range(2):
+        trial.launch(copies)
+    alive = [weakref.ref(x) for x in copies]
+    del copies
+    gc.collect()
+    return sum(reference() is not None for reference in alive)
 
 
 def variants(inputs: list[Any], typed: bool) -> dict[str, list[Any]]:
@@ -196,6 +212,7 @@ def variants(inputs: list[Any], typed: bool) -> dict[str, list[Any]]:
 
 
 def main(folder: Path) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing real, wherever this runs
     driver = Driver(build(folder))
     import torch
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from specs import BY_NAME
 from test_hopper import GRID, PERSISTENT
 
+from attngen import compat
 from attngen.emit import Kernel, emit
 from attngen.interpret import import_file
 from attngen.verify import sample_inputs
@@ -64,7 +64,7 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_the_second_launch_does_not_go_through_triton(name: str, stories: dict[str, Any]) -> None:
     told = stories[name]
     assert told["first"]["anew"] == 1 and told["first"]["launches"] == 1
-    for each in ("second", "elsewhere", "again", "back"):
+    for each in ("second", "elsewhere", "again", "back", "one tensor"):
         assert told[each]["anew"] == 0 and told[each]["launches"] == 1, each
 
 
@@ -76,6 +76,11 @@ def test_the_driver_gets_what_triton_gives_it(name: str, stories: dict[str, Any]
     assert told["elsewhere"]["call"] == told["hooked"]["call"] == told["again"]["call"]
     assert told["second"]["call"] == told["back"]["call"] != told["elsewhere"]["call"]
     assert len(told["second"]["call"]) > 2 * (48 + 100)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_tensor_is_kept(name: str, stories: dict[str, Any]) -> None:
+    assert stories[name]["kept"] == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -162,3 +167,54 @@ def test_launches_that_do_more_are_not_recorded(kind: str, tmp_path: Path) -> No
     if kind == "other arguments":
         launcher.__class__ = type("Other", (Launcher,), {"__call__": lambda self, *args: self.launch(*args[:-2], "q", 5)})
     assert recorded(launcher, tmp_path) is None
+
+
+# ---------------------------------------------------------------------------------------------- through the dispatcher
+
+
+@pytest.fixture(scope="module")
+def squared() -> Any:
+    """An operator with a gradient, whose implementation notes in ``calls`` whether gradients are computed."""
+    library = torch.library.Library("attngen_test_launch", "FRAGMENT")
+    library.define("squared(Tensor x) -> (Tensor, Tensor)")
+    calls: list[bool] = []
+
+    def implementation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(torch.is_grad_enabled())
+        return x.detach() ** 2, x.detach().clone()
+
+    def setup(ctx: Any, inputs: tuple[torch.Tensor], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.mark_non_differentiable(output[1])
+
+    def gradient(ctx: Any, grad: torch.Tensor, _: Any) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+    library.impl("squared", implementation, "CPU")
+    torch.library.register_fake("attngen_test_launch::squared", lambda x: (x.clone(), x.clone()), lib=library)
+    op = torch.ops.attngen_test_launch.squared.default
+    compat.register_gradient(library, op, gradient, setup, implementation, key="CPU")
+    yield SimpleNamespace(op=op, calls=calls)
+    library._destroy()
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_gradients_are_there_where_they_are_wanted(squared: Any, wanted: bool) -> None:
+    x = torch.tensor([1.0, -3.0], requires_grad=True)
+    with torch.set_grad_enabled(wanted):
+        out, kept = squared.op(x)
+    assert out.tolist() == [1.0, 9.0] and kept.tolist() == [1.0, -3.0]
+    assert out.requires_grad is wanted and not kept.requires_grad
+    if wanted:
+        assert torch.autograd.grad(out.sum(), x)[0].tolist() == [2.0, -6.0]
+
+
+def test_fake_tensors_and_functional_ones_go_the_whole_way(squared: Any) -> None:
+    before = len(squared.calls)
+    with compat.FakeTensorMode(), torch.no_grad():
+        out, _ = squared.op(torch.zeros(3))
+    assert isinstance(out, compat.FakeTensor) and len(squared.calls) == before
+    traced = compat.make_fx(lambda x: torch.func.functionalize(squared.op)(x), tracing_mode="fake")(torch.zeros(3))
+    assert next(node.target for node in traced.graph.nodes if node.op == "call_function") is squared.op
+    torch.library.opcheck(squared.op, [torch.ones(2, requires_grad=True)])
