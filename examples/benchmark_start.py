@@ -4,8 +4,9 @@
 
 Launch: host time per call of a compiled function with one tiny attention, less that of the same function without it; and of
 what such a call comes to, for each family of kernels: the kernel's own ``launch``, and the operator that compiled code calls,
-without and with a gradient to come, beside PyTorch's own attention. Start: seconds to the first result in a new process, with
-empty caches and again with the caches that left; ``--only-launch`` leaves it out.
+without and with a gradient to come. Beside them PyTorch's own attention, and an addition: the least that a launch takes.
+Start: seconds to the first result in a new process, with empty caches and again with the caches that left; ``--only-launch``
+leaves it out.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ class Attention(torch.nn.Module):
 
 def pieces(args: list[Tensor]) -> dict[str, Callable[..., Any]]:
     """What a compiled call comes to, by family: the launch of a kernel and the operator around it."""
+    result = torch.empty_like(args[0])
     runs: dict[str, Callable[..., Any]] = {"sdpa": F.scaled_dot_product_attention}
+    runs["add"] = lambda q, k, v: torch.add(q, k, out=result)
     _, (use,) = capture.generate(Attention(), tuple(args), {}, {})
     for suffix, lse in (("", False), ("_lse", True)):
         spec = replace(use.kernel.spec, lse=lse)
