@@ -105,7 +105,7 @@ class _Recorder:
 def launch_of(module: ModuleType, inputs: Sequence[Layout]) -> _Recorder:
     """The kernel call that ``module.launch`` makes for such inputs; nothing runs, and the module is not changed."""
     recorder = _Recorder()
-    launch = FunctionType(module.launch.__code__, {**vars(module), KERNEL: recorder, "COMPILED": {}})
+    launch = FunctionType(module.launch_anew.__code__, {**vars(module), KERNEL: recorder, "COMPILED": {}, "READY": {}})
     launch(*(layout.meta() for layout in inputs))
     return recorder
 

@@ -16,6 +16,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._functorch.predispatch import _vmap_decrement_nesting, _vmap_increment_nesting
 from torch._guards import tracing
+from torch._library.autograd import Info, make_autograd_impl
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeTensor,
@@ -58,6 +59,7 @@ __all__ = [
     "is_literal",
     "looking_at",
     "make_fx",
+    "register_gradient",
     "set_traced_node",
     "size_expr",
     "specialised",
@@ -154,6 +156,27 @@ def looking_at(model: Callable[..., Any], backend: Callable[..., Any]) -> Iterat
 def storage_of(value: torch.Tensor) -> int:
     """A number equal for tensors that share memory (fake tensors share storages as real ones do)."""
     return value.untyped_storage()._cdata
+
+
+def register_gradient(
+    library: torch.library.Library, op: Any, gradient: Callable[..., Any], setup: Callable[..., None],
+    implementation: Callable[..., Any], key: str = "CUDA",
+) -> None:  # fmt: skip
+    """``torch.library.register_autograd``, which goes through the dispatcher twice even where no gradient is asked for.
+
+    There, ``implementation`` is called at once if it is what the dispatcher would come to: it is registered for ``key``.
+    """
+    in_full = make_autograd_impl(op, Info(gradient, setup))
+    last, below = getattr(torch._C.DispatchKey, key), torch._C._after_autograd_keyset
+
+    def run(keyset: Any, *inputs: Any) -> Any:
+        if (keyset & below).highestPriorityTypeId() != last or (
+            torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
+        ):
+            return in_full(keyset, *inputs)
+        return implementation(*inputs)
+
+    library.impl(op._opname, run, "Autograd", with_keyset=True)
 
 
 def has_triton() -> bool:

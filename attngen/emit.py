@@ -17,6 +17,7 @@ from attngen.spec import HOPPER, PORTABLE, AttentionSpec, Tile, digest
 
 TEMPLATES = {PORTABLE: "portable_fwd.py.jinja", HOPPER: "hopper_fwd.py.jinja"}
 BACKWARD = "portable_bwd.py.jinja"
+SHARED = "recorded.py.jinja"  # which both include
 _HOLES = {PORTABLE: portable.holes, HOPPER: hopper.holes}
 
 
@@ -24,7 +25,7 @@ _HOLES = {PORTABLE: portable.holes, HOPPER: hopper.holes}
 class Kernel:
     """The text of one generated module. ``name`` is unique to its content, apart from the header.
 
-    ``otherwise`` is launched instead on tensors that its own ``launch`` cannot take, which its ``suits`` tells.
+    ``otherwise`` is launched instead on tensors that its own ``launch`` cannot take, as its ``suits`` has it.
     """
 
     spec: AttentionSpec
@@ -60,7 +61,7 @@ def _listed(names: list[str], indent: int) -> str:
 
 @cache
 def template_digest(template: str) -> str:
-    return digest(files("attngen.templates").joinpath(template).read_text())
+    return digest("".join(files("attngen.templates").joinpath(name).read_text() for name in (template, SHARED)))
 
 
 def emit(

@@ -161,7 +161,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "unpacks": bool(prologue) or not set(told).isdisjoint(outer),
         "values": told,
         "extras": [*extras["pointers"], *extras["strides"]],
-        "call_extras": extras["call"],
+        "extra_strides": extras["call"],
         "extra_names": [x.name for x in _pointed(spec)],
         "gluon_dtype": _GLUON_DTYPES[spec.query.dtype],
         "out_parts": max(1, block_e // OUT_WIDTH),
@@ -249,7 +249,7 @@ def _extras(spec: AttentionSpec) -> dict[str, list[str]]:
     return {
         "pointers": [f"{x.name}_ptr" for x in extras],
         "strides": [f"{x.name}_stride_{dim}" for x, dim in pairs],
-        "call": [*(x.name for x in extras), *(f"{x.name}.stride({dim})" for x, dim in pairs)],
+        "call": [f"{x.name}.stride({dim})" for x, dim in pairs],
     }
 
 

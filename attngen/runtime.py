@@ -104,10 +104,11 @@ def _register(name: str, spec: AttentionSpec, kernel: Kernel | None, backward: B
     result = "(Tensor, Tensor)" if spec.lse else "Tensor"
     _LIBRARY.define(f"{name}({tensors}) -> {result}", tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag))
     _LIBRARY.impl(name, _by_block(spec), "CPU")
-    _LIBRARY.impl(name, _by_block(spec) if kernel is None else _by_kernel(spec, kernel), "CUDA")
+    on_gpu = _by_block(spec) if kernel is None else _by_kernel(spec, kernel)
+    _LIBRARY.impl(name, on_gpu, "CUDA")
     torch.library.register_fake(qualified, _fake(spec), lib=_LIBRARY)
     if spec.lse:
-        _register_gradient(name, spec, backward)
+        _register_gradient(name, spec, on_gpu, backward)
 
 
 def _by_kernel(spec: AttentionSpec, kernel: Kernel) -> Callable[..., Any]:
@@ -123,30 +124,22 @@ def _by_kernel(spec: AttentionSpec, kernel: Kernel) -> Callable[..., Any]:
 
 
 def _launcher(spec: AttentionSpec, kernel: Kernel) -> Callable[..., Any]:
-    """The kernel, to be launched on the GPU of its inputs. Without Triton this says so, and is the blockwise path."""
+    """The kernel's own ``launch``, on the GPU of its inputs. Without Triton this says so, and is the blockwise path."""
     if (problem := triton_problem()) is not None:
         _say_once(problem)
         return _by_block(spec)
-    module = import_kernel(kernel_path(kernel))
-    launch = module.launch if kernel.otherwise is None else _either(module, kernel.otherwise)
+    launch: Callable[..., Any] = import_kernel(kernel_path(kernel)).launch
+    return launch if kernel.otherwise is None else _either(launch, kernel.otherwise)
+
+
+def _either(launch: Callable[..., Any], otherwise: Kernel) -> Callable[..., Any]:
+    """What ``launch`` gives, or the other kernel for tensors that it cannot take: then it gives None."""
 
     def run(*inputs: Tensor) -> Any:
-        here = inputs[0].device.index == torch.cuda.current_device()
-        with nullcontext() if here else torch.cuda.device(inputs[0].device):
-            return launch(*inputs)
+        result = launch(*inputs)
+        return import_kernel(kernel_path(otherwise)).launch(*inputs) if result is None else result
 
     return run
-
-
-def _either(module: ModuleType, otherwise: Kernel) -> Callable[..., Any]:
-    """The kernel in ``module``, or the other one for tensors that it cannot take."""
-
-    def launch(*inputs: Tensor) -> Any:
-        if module.suits(*inputs):
-            return module.launch(*inputs)
-        return import_kernel(kernel_path(otherwise)).launch(*inputs)
-
-    return launch
 
 
 def _by_block(spec: AttentionSpec) -> Callable[..., Any]:
@@ -172,7 +165,9 @@ def _fake(spec: AttentionSpec) -> Callable[..., Any]:
     return fake
 
 
-def _register_gradient(name: str, spec: AttentionSpec, kernel: BackwardKernel | None) -> None:
+def _register_gradient(
+    name: str, spec: AttentionSpec, on_gpu: Callable[..., Any], kernel: BackwardKernel | None
+) -> None:
     """``bwd_<sha12>``: the gradients of the needed inputs. An operator of its own, so that compilers need not look inside."""
     backward = name.replace("fwd_", "bwd_")
     schema = "(Tensor grad, Tensor out, Tensor lse, Tensor[] inputs, bool[] needed) -> Tensor[]"
@@ -196,7 +191,7 @@ def _register_gradient(name: str, spec: AttentionSpec, kernel: BackwardKernel | 
         grads = iter(getattr(torch.ops.attngen, backward)(grad, out, lse, inputs, needed))
         return tuple(next(grads) if n else None for n in needed)
 
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", differentiate, setup_context=setup, lib=_LIBRARY)
+    compat.register_gradient(_LIBRARY, getattr(torch.ops.attngen, name).default, differentiate, setup, on_gpu)
 
 
 Gradient = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor], Sequence[bool]], list[Tensor]]

@@ -2,8 +2,11 @@
 
     python examples/benchmark_start.py --out results.json [--model gpt2]
 
-Launch: host time per call of a compiled function with one tiny attention, less that of the same function without it. Start:
-seconds to the first result in a new process, with empty caches and again with the caches that left.
+Launch: host time per call of a compiled function with one tiny attention, less that of the same function without it; and of
+what such a call comes to, for each family of kernels: the kernel's own ``launch``, and the operator that compiled code calls,
+without and with a gradient to come. Beside them PyTorch's own attention, and an addition: the least that a launch takes.
+Start: seconds to the first result in a new process, with empty caches and again with the caches that left; ``--only-launch``
+leaves it out.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,12 @@ import benchmark
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from attngen import capture, runtime
+from attngen.choose import choose
+from attngen.device import probe
+from attngen.emit import Kernel, emit
+from attngen.spec import HOPPER, PORTABLE, Problem
 
 CALLS = 300
 BATCHES = 40
@@ -48,18 +58,44 @@ def host_us(run: Callable[..., Any], *args: Tensor) -> float:
     return (time.perf_counter() - started) / CALLS * 1e6
 
 
+class Attention(torch.nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def pieces(args: list[Tensor]) -> dict[str, Callable[..., Any]]:
+    """What a compiled call comes to, by family: the launch of a kernel and the operator around it."""
+    result = torch.empty_like(args[0])
+    runs: dict[str, Callable[..., Any]] = {"sdpa": F.scaled_dot_product_attention}
+    runs["add"] = lambda q, k, v: torch.add(q, k, out=result)
+    _, (use,) = capture.generate(Attention(), tuple(args), {}, {})
+    for suffix, lse in (("", False), ("_lse", True)):
+        spec = replace(use.kernel.spec, lse=lse)
+        plan = choose(spec, Problem((1, 2), 1024, 1024), probe())
+        beside = None
+        for family in (PORTABLE, HOPPER):
+            tile = next((tile for tile, _ in getattr(plan, "ranked", ()) if tile.family == family), None)
+            kernel = None if tile is None else emit(spec, tile)
+            if isinstance(kernel, Kernel):
+                runs[f"{family}_launch{suffix}"] = runtime.import_kernel(runtime.kernel_path(kernel)).launch
+                runs[f"{family}_operator{suffix}"] = runtime.operator(spec, replace(kernel, otherwise=beside))
+                beside = kernel
+    return runs
+
+
 def launch() -> dict[str, float]:
-    """What one attention adds to a call, by backend: medians of interleaved batches."""
+    """What one attention adds to a call, by backend, and what its pieces take: medians of interleaved batches."""
     args = [torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     runs = {name: torch.compile(attention, backend=name, dynamic=False) for name in ("inductor", "attngen")}
-    runs["base"] = torch.compile(nothing, dynamic=False)
+    runs |= {"base": torch.compile(nothing, dynamic=False), **pieces(args)}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     with torch.no_grad():
         for _ in range(BATCHES):
             for name, run in runs.items():
                 samples[name].append(host_us(run, *args))
     medians = {name: statistics.median(batches[1:]) for name, batches in samples.items()}  # the first compiles
-    return {f"{name}_us": medians[name] - medians["base"] for name in ("inductor", "attngen")}
+    base = medians.pop("base")
+    return {f"{name}_us": took - (base if name in ("inductor", "attngen") else 0) for name, took in medians.items()}
 
 
 def first_call(name: str, variant: str) -> float:
@@ -98,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--model", default="gpt2")
+    parser.add_argument("--only-launch", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -105,10 +142,11 @@ def main() -> None:
         print(first_call(args.child, args.variant))
         return
     overhead = launch()
-    print({name: round(value, 1) for name, value in overhead.items()}, flush=True)
+    for name, value in overhead.items():
+        print(f"{name:<24}{value:6.1f}", flush=True)
     versions = {"torch": torch.__version__}
     record = {"device": torch.cuda.get_device_name(), "versions": versions, "launch": overhead}
-    record["starts"] = starts(args.model)
+    record["starts"] = [] if args.only_launch else starts(args.model)
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -157,7 +157,7 @@ def test_tensors_that_tma_cannot_address_go_to_the_other_kernel(suited: bool, mo
     stand_in = SimpleNamespace(launch=lambda *inputs: launched.append(inputs))
     monkeypatch.setattr(runtime, "import_kernel", lambda path: {other.name: stand_in}[path.stem])
     monkeypatch.setattr(runtime, "kernel_path", lambda kernel: Path(f"{kernel.name}.py"))
-    launch = runtime._either(simulated(kernel.source), other)
+    launch = runtime._either(simulated(kernel.source).launch, other)
     inputs = fused(140, 2, 64)
     if not suited:
         inputs[1] = torch.empty(2, 2, 140, 65, dtype=HALF)[..., :64].copy_(inputs[1])

@@ -93,7 +93,7 @@ def test_wheel_holds_passes_and_templates(tmp_path: Path) -> None:
     run(PYTHON, *command, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    templates = ("templates/portable_fwd.py.jinja", "templates/hopper_fwd.py.jinja")
+    templates = [f"templates/{name}" for name in ("portable_fwd.py.jinja", "hopper_fwd.py.jinja", "recorded.py.jinja")]
     for name in ("passes/detect.py", *templates, "bench/peers.py", "py.typed"):
         assert f"attngen/{name}" in names
     assert not any(name.startswith(("passes/", "templates/", "tests/", "examples/")) for name in names)
