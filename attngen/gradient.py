@@ -81,7 +81,7 @@ def backward_of(spec: AttentionSpec) -> Backward:
     axes = (*spec.batch, KEY)
     kept = dict(members) if members is not None else {}
     direct = members is not None
-    lost = spec.softmax and spec.empty == "nan" and not no_row_is_empty(spec.mask, ROW, KEY)
+    lost = spec.softmax and spec.empty == "nan" and spec.whole is None and not no_row_is_empty(spec.mask, ROW, KEY)
     return Backward(
         spec,
         _operand(spec.query, (*spec.batch, ROW, INNER), set(spec.batch)),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from specs import BIAS, BY_NAME, CASES, CAUSAL, QK, B, Case, H, attention, loaded, plus
+from test_emit import without_digest
 
 from attngen import gradient, verify_bwd
 from attngen.adjoint import SCORE_GRAD, gradients
@@ -46,6 +48,11 @@ def test_gradients_are_within_budget(name: str, verdicts: dict[str, dict[str, Ch
     assert isinstance(found, dict), str(found)
     assert {"q", "k", "v"} <= found.keys()
     assert all(verdict.ok for verdict in found.values()), {of: str(verdict) for of, verdict in found.items()}
+
+
+@pytest.mark.parametrize("name", ["causal", "grouped", "table_cross", "fill_shows", "temperature"])
+def test_backward_kernel(name: str, golden: Callable[[str], None]) -> None:
+    golden(without_digest(backward(BY_NAME[name], (Tile(64, 64, 4, 2), Tile(64, 32, 8, 2))).source))
 
 
 def test_a_wrong_gradient_is_noticed() -> None:

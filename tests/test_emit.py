@@ -60,10 +60,10 @@ def emitted(case: Case) -> Kernel:
 def test_kernel(case: Case, golden: Callable[[str], None]) -> None:
     kernel = emit(case.spec, case.tile, notes=NOTES)
     assert isinstance(kernel, Kernel)
-    golden(_without_digest(kernel.source))
+    golden(without_digest(kernel.source))
 
 
-def _without_digest(source: str) -> str:
+def without_digest(source: str) -> str:
     """The digest of the template changes with every edit of its comments; what it produced is compared anyway."""
     lines = source.splitlines(keepends=True)
     return "".join(line.split(" (")[0] + ".\n" if line.startswith("Written by attngen") else line for line in lines)

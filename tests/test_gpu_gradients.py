@@ -1,0 +1,117 @@
+"""Gradients on a GPU: the kernels of every spec, and whole modules through ``torch.compile``. Run with ``pytest -m gpu``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from specs import CASES, CAUSAL, Case, attention, window
+from test_gpu_kernels import in_bfloat16
+from torch import Tensor
+
+import attngen
+from attngen import verify_bwd
+from attngen.choose_bwd import BackwardPlan, choose_backward
+from attngen.device import probe
+from attngen.emit import BackwardKernel, emit_backward
+from attngen.interpret import import_file
+from attngen.spec import Problem
+from attngen.verify import within_budget
+
+pytestmark = pytest.mark.gpu
+
+LARGE = (
+    Case("causal_d128", attention(dtype=torch.bfloat16, head_dim=128, mask=CAUSAL), batch=(2, 4)),
+    Case("window_d64", attention(dtype=torch.bfloat16, mask=window(512)), batch=(2, 4)),
+    Case("grouped_d128", attention(dtype=torch.bfloat16, head_dim=128, groups=4, mask=CAUSAL), batch=(1, 8)),
+    Case("dense_d256", attention(head_dim=256), batch=(1, 4)),
+)
+
+
+def _checked(case: Case, rows: int, folder: Path) -> None:
+    spec, problem = replace(case.spec, lse=True), case.problem(rows)
+    plan = choose_backward(spec, problem, probe())
+    if not isinstance(plan, BackwardPlan):
+        pytest.skip(plan.reason)
+    kernel = emit_backward(spec, plan.tiles)
+    assert isinstance(kernel, BackwardKernel)
+    path = folder / "kernel.py"
+    path.write_text(kernel.source)
+    at = verify_bwd.sample(spec, problem, device="cuda")
+    found = verify_bwd.check(import_file(path).launch(*at.arguments), at)
+    assert {"q", "k", "v"} <= found.keys()
+    assert all(verdict.ok for verdict in found.values()), {of: str(verdict) for of, verdict in found.items()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gradients(case: Case, tmp_path: Path) -> None:
+    _checked(case, 300, tmp_path)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gradients_in_bfloat16(case: Case, tmp_path: Path) -> None:
+    _checked(replace(case, spec=in_bfloat16(case.spec)), 77, tmp_path)
+
+
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+def test_long_gradients(case: Case, tmp_path: Path) -> None:
+    _checked(case, 1500, tmp_path)
+
+
+def test_gradients_come_out_bit_equal(tmp_path: Path) -> None:
+    """No program adds to what another has written."""
+    spec, problem = replace(LARGE[2].spec, lse=True), Problem((1, 8), 700, 700)
+    plan = choose_backward(spec, problem, probe())
+    assert isinstance(plan, BackwardPlan)
+    kernel = emit_backward(spec, plan.tiles)
+    assert isinstance(kernel, BackwardKernel)
+    path = tmp_path / "kernel.py"
+    path.write_text(kernel.source)
+    at = verify_bwd.sample(spec, problem, device="cuda")
+    launch = import_file(path).launch
+    first = launch(*at.arguments)
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(first, launch(*at.arguments), strict=True))
+
+
+# -------------------------------------------------------------------------------------------------------- whole modules
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    i = torch.arange(q.shape[-2], device=q.device)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias
+    return scores.masked_fill(i > i[:, None], -torch.inf).float().softmax(-1).to(v.dtype) @ v
+
+
+def _transposed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Operands that lie in memory with heads beside features, and a result that is read so."""
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    return _plain(q, k, v, bias).transpose(1, 2).flatten(2)
+
+
+def _library(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True) * bias.mean()
+
+
+@pytest.mark.parametrize("attend", [_plain, _transposed, _library])
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_a_compiled_module_has_the_gradients_of_eager(attend: Callable[..., Tensor], inner: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    shapes = [(2, 4, 200, 64)] * 3 + [(4, 200, 200)]
+    leaves = [torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes]
+    grad = torch.randn_like(attend(*leaves).detach())
+    compiled = torch.compile(attend, backend="attngen", options={"inner": inner})
+    with attngen.record() as reports:
+        found = torch.autograd.grad(compiled(*leaves), leaves, grad)
+    (site,) = [site for report in reports for site in report.sites]
+    assert site.status == "replaced" and site.backward.startswith("queries"), site
+    eager = torch.autograd.grad(attend(*leaves), leaves, grad)
+    doubled = [x.detach().double().requires_grad_() for x in leaves]
+    exact = torch.autograd.grad(attend(*doubled), doubled, grad.double())
+    for ours, true, naive in zip(found, exact, eager, strict=True):
+        verdict = within_budget(ours, true, naive, slack=verify_bwd.SLACK)
+        assert verdict.ok, str(verdict)
