@@ -16,6 +16,7 @@ from attngen.errors import Miss
 from attngen.spec import HOPPER, PORTABLE, AttentionSpec, Problem, Tile
 
 MAX_HEAD = 512
+_SPILLS = "the rest would spill"
 
 # What the portable forward template is tried at. Blocks of 16 keys only where there are few rows: such products starve
 # tensor cores, but fp32 without them needs small ones.
@@ -66,6 +67,8 @@ def choose(
         candidates = (*candidates, tile)
     predicted = dict(zip(candidates, costs(spec, problem, device, candidates), strict=True))
     refused = tuple(Refusal(t, reason) for t, c in predicted.items() if (reason := refusal(t, c, problem, device)))
+    if len(refused) == len(candidates) and (least := _least_spilling(refused, predicted)) is not None:
+        refused = tuple(each for each in refused if each is not least)
     ranked = _ranked(predicted, {r.tile for r in refused})
     if outright and device.wgmma:
         refused += (Refusal(HOPPER_TILES[0], f"and the like: {outright}"),)
@@ -86,10 +89,16 @@ def refusal(tile: Tile, cost: Cost, problem: Problem, device: Device) -> str | N
         return f"needs {_kib(cost.smem_bytes)} of shared memory; {device.label} has {_kib(device.smem_block)} for a block"
     limit, given = (hopper.registers(tile),) * 2 if tile.family == HOPPER else (REGISTER_LIMIT, 255)
     if cost.registers > limit:
-        return f"needs about {cost.registers} registers per thread; there are {given}, the rest would spill"
+        return f"needs about {cost.registers} registers per thread; there are {given}, {_SPILLS}"
     if tile.rows > MIN_DOT and tile.rows >= 2 * problem.rows and not problem.dynamic:
         return f"at least half of its rows would be empty with queries of length {problem.rows}"
     return None
+
+
+def _least_spilling(refused: tuple[Refusal, ...], predicted: dict[Tile, Cost]) -> Refusal | None:
+    """Where every tile lacks registers, the one that lacks fewest: a few that spill cost less than scores in memory."""
+    spilling = [each for each in refused if _SPILLS in each.reason and each.tile.family == PORTABLE]
+    return min(spilling, key=lambda each: predicted[each.tile].registers, default=None)
 
 
 def _kib(count: int) -> str:

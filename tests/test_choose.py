@@ -60,6 +60,17 @@ def test_every_kind_of_spec_gets_a_plan(case: Case) -> None:
         assert plan.cost.seconds >= H200.launch and plan.cost.hbm_bytes > 0
 
 
+def test_where_all_tiles_lack_registers_the_one_that_lacks_fewest_is_taken() -> None:
+    fill = torch.finfo(torch.float32).min
+    again = {"whole": where(CAUSAL, QK, Const(fill)), "redo_below": fill + 104.0}
+    spec = attention(dtype=torch.float32, head_dim=512, mask=CAUSAL, score=QK, **again)
+    problem = Problem((1, 4), 1024, 1024)
+    plan = plan_for(spec, problem)
+    assert [tile for tile, _ in plan.ranked] == [plan.tile] and plan.cost.registers > REGISTER_LIMIT
+    lacking = [r.tile for r in plan.refused if "registers per thread" in r.reason]
+    assert lacking and all(cost.registers >= plan.cost.registers for cost in costs(spec, problem, H200, lacking))
+
+
 def test_every_candidate_is_ranked_or_refused_with_a_reason() -> None:
     plan = plan_for(attention(dtype=BF16, head_dim=256), Problem((1, 16), 4096, 4096), "a100")
     ranked, refused = [t for t, _ in plan.ranked], [r.tile for r in plan.refused]
