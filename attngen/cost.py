@@ -144,6 +144,7 @@ def of_spec(spec: AttentionSpec, problem: Problem) -> Values:
         f.plane_width: sum(x.dtype.itemsize for x in pairs if x.dim_of(KEY) is not None),
         f.vector_width: sum(x.dtype.itemsize for x in vectors),
         f.pair_loads: len(pairs),
+        f.lookups: sum(x.dim_of(KEY) is None for x in pairs),
         f.loose: sum(padded(n) for n in (spec.head_dim, spec.value_dim) if n % UNIT),
         f.pair_ops: in_score.arithmetic,
         f.mask_ops: in_mask.arithmetic,

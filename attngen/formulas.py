@@ -8,9 +8,10 @@ step (``t_chain / resident``) and of the loads, joined as a root of squares: nea
 
 ``smem`` and ``registers`` describe what Triton's compiler allocates for the portable template; tests hold them against
 compiled kernels. The constants below, in cycles, instructions and shares, and a device's ``latency`` are fitted to one
-run on an H100 80GB HBM3 (torch 2.11, Triton 3.6, bf16): 172 kernels of seven sites, head sizes 64 to 256, tiles of 64
+run on an H100 80GB HBM3 (torch 2.11, Triton 3.6, bf16): 144 kernels of six sites, head sizes 64 to 256, tiles of 64
 and 128 rows (tests/data/portable_fwd_h100.json), together with 24 times of plain Triton kernels of the same loop on an
-H200 (tests/test_cost.py). Smaller tiles, fp32 and other devices are the same formulas, extrapolated.
+H200 (tests/test_cost.py); what a lookup costs, to kernels with a table that were timed beside the hopper family's. Smaller
+tiles, fp32 and other devices are the same formulas, extrapolated.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ CHAIN_SHARE = 0.32  # of products and softmax of a block of 64 keys, what does n
 STEP_CYCLES = 820  # of latency: barriers, first results of both products, reductions over a row
 EXCHANGE_CYCLES = 530  # of latency: a row's maximum, sum and weights cross warps through shared memory
 LOOKUP = 0.6  # of a memory latency: reading score or mask inputs and moving them to the layout of the scores
+LOOKUP_INSTRUCTIONS = 22  # per pair: neither vectors nor one wide load serve what lies anywhere, and it changes its layout
 STAGES = 3  # with fewer, each one less shows one memory latency per step
 START = 6  # memory latencies of each loop of a program: queries, first keys and values, results
 EASY_REGISTERS = 200  # beyond, the compiler reorders, recomputes and spills
@@ -35,13 +37,13 @@ LOAD_SHARE = 0.53  # of the time that loads keep the L2 cache busy, what adds to
 # ---------------------------------------------------------------------------------------------------------- the symbols
 
 # The problem and the spec: lengths, head sizes (d of queries and keys, e of values; padded); bytes per element, per
-# pair (of all loads, and of inputs with a row and a key dimension) and per key; work per pair; distinct bytes; key
-# blocks per query tile (on average, at most, in the program that starts last; share masked); loops over them; whether
-# rows may be computed again; features of keys and values (padded) that are read one by one, neither in vectors nor by
-# asynchronous copies, for their rows begin anywhere.
+# pair (of all loads, and of inputs with a row and a key dimension) and per key; inputs per pair, and those among them that
+# are looked up; work per pair; distinct bytes; key blocks per query tile (on average, at most, in the program that starts
+# last; share masked); loops over them; whether rows may be computed again; features of keys and values (padded) that are
+# read one by one, neither in vectors nor by asynchronous copies, for their rows begin anywhere.
 queries, heads, d, e, d_pad, e_pad = sp.symbols("queries heads d e d_pad e_pad", positive=True)
 q_width, kv_width, pair_width, loose = sp.symbols("q_width kv_width pair_width loose", nonnegative=True)
-plane_width, vector_width, pair_loads = sp.symbols("plane_width vector_width pair_loads", nonnegative=True)
+plane_width, vector_width, pair_loads, lookups = sp.symbols("plane_width vector_width pair_loads lookups", nonnegative=True)
 pair_ops, mask_ops, pair_specials = sp.symbols("pair_ops mask_ops pair_specials", nonnegative=True)
 once, kv_once, pairs_once = sp.symbols("once kv_once pairs_once", nonnegative=True)
 live, most, last, masked, loops, redo = sp.symbols("live most last masked loops redo", nonnegative=True)
@@ -149,7 +151,17 @@ FORMULAS = (
         t_alu,
         "s",
         "other arithmetic of one step: softmax, score, mask, rescaling the result",
-        (rows * keys * (SOFTMAX_INSTRUCTIONS + pair_ops + (MASK_INSTRUCTIONS + mask_ops) * masked) + rows * e_pad)
+        (
+            rows
+            * keys
+            * (
+                SOFTMAX_INSTRUCTIONS
+                + pair_ops
+                + LOOKUP_INSTRUCTIONS * lookups
+                + (MASK_INSTRUCTIONS + mask_ops) * masked
+            )
+            + rows * e_pad
+        )
         / (lanes * clock),
     ),
     Formula(

@@ -128,6 +128,8 @@ class Printer:
     def _operation(self, expr: Op, masked: bool) -> str:
         if expr.name == "float" and expr.args[0] == Int(KEY) and self.places.key_float:
             return self.places.key_float
+        if expr.name == "float" and (sum_of_floats := apart(expr.args[0])) is not None:
+            return self._show(sum_of_floats, masked)
         args = [self._show(a, masked) for a in expr.args]
         if expr.name in _INFIX:
             return "(" + f" {_INFIX[expr.name]} ".join(args) + ")"
@@ -231,6 +233,24 @@ class Printer:
     def wide(self, place: sp.Expr, axes: dict[Axis, str]) -> str:
         text = self.index(place, axes)
         return f"({text}).to(tl.int64)" if self.spec.wide and place.atoms(Axis) else text
+
+
+def apart(whole: Expr) -> Expr | None:
+    """The float of a sum over a key and a row as a sum of floats, of which each is made once per key or row, not per pair.
+
+    Both are whole numbers far below 2^24, so that their sum is exact.
+    """
+    if not isinstance(whole, Int):
+        return None
+    parts = sp.Add.make_args(sp.expand(whole.value))
+    keys = [part for part in parts if part.has(KEY)]
+    others = [part for part in parts if part not in keys]
+    if not any(part.has(ROW) for part in others) or any(part.has(ROW) for part in keys) or not keys:
+        return None
+    key, other = sp.Add(*keys), Op("float", (Int(sp.Add(*others)),))
+    if key.could_extract_minus_sign():
+        return Op("sub", (other, Op("float", (Int(-key),))))
+    return Op("add", (Op("float", (Int(key),)), other))
 
 
 def moving_dims(source: Input) -> list[tuple[int, sp.Expr]]:

@@ -15,6 +15,7 @@ from attngen.compat import FloorDiv
 from attngen.index import Axis
 from attngen.inequalities import Datum
 from attngen.mask import EVERYTHING, FIRST, LAST, MAX_RUNS, Cover, Interval, grouped, may_be_full
+from attngen.printer import apart
 from attngen.spec import FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input, Problem
 
 Value = Any  # a number, or an array with one per candidate or query tile
@@ -91,7 +92,9 @@ class Operations:
 def operations(spec: AttentionSpec, expr: Expr) -> Operations:
     """What ``expr`` adds per pair. Values that do not differ from pair to pair are computed outside and count nothing,
     nor does a constant factor of the raw score, which becomes part of the exponent."""
-    return sum((_node(spec, node) for node in expr.walk() if _per_pair(node)), Operations())
+    nodes = expr.walk()
+    summed = {node.args[0] for node in nodes if isinstance(node, Op) and node.name == "float" and apart(node.args[0])}
+    return sum((_node(spec, node) for node in nodes if _per_pair(node) and node not in summed), Operations())
 
 
 def _per_pair(node: Expr) -> bool:
@@ -107,6 +110,8 @@ def _node(spec: AttentionSpec, node: Expr) -> Operations:
         return Operations(_LOAD_INSTRUCTIONS, 0, width)
     if not isinstance(node, Op) or _scales_score(node):
         return Operations()
+    if node.name == "float" and apart(node.args[0]) is not None:
+        return Operations(1)
     if node.name == "tanh" and spec.query.dtype.itemsize >= 4:
         return Operations(*_EXACT_TANH)
     arithmetic, special = _INSTRUCTIONS.get(node.name, (len(node.args) - 1 or 1, 0))

@@ -222,7 +222,8 @@ class _Loads:
             return self._tables[expr]
         if not self._is_per_pair(expr) or expr.kind != "float" or self._depends_on_scores(expr):
             return None
-        if not any(isinstance(n, Load) or (isinstance(n, Op) and n.name not in CHEAP) for n in expr.walk()):
+        costly = (n for n in expr.walk() if isinstance(n, Load) or (isinstance(n, Op) and n.name not in CHEAP))
+        if not any(map(self._is_per_pair, costly)):
             return None
         diagonal = numbered("diagonal", row.extent + key.extent - 1)
         moved = substitute(expr, {key: row + diagonal - (row.extent - 1)})

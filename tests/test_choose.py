@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from specs import CASES, CAUSAL, DIAGONAL, QK, B, Case, H, attention, loaded, plus, scaled, softcap, window
+from specs import CASES, CAUSAL, QK, B, Case, H, attention, loaded, plus, scaled, softcap, window
 
 from attngen.algebra import Const, Int, integer, op, to_float, where
 from attngen.choose import TILES, Plan, choose
@@ -165,7 +165,6 @@ PADDED = op("ne", loaded("keep", B, KEY, kind="int"), integer(0))
 FILLED = plus(QK, where(PADDED, loaded("zero"), Const(-3.39e38)))
 ALIBI = plus(op("mul", loaded("slopes", H), to_float(Int(KEY))), scaled(128**-0.5), loaded("zero"))
 CAPPED = plus(softcap(50.0, scaled(1 / 16)), loaded("zero"))
-TABLE = plus(SCORE, loaded("table", H, DIAGONAL), loaded("zero"))
 
 
 def _site(shape: tuple[int, int, int], head_dim: int = 64, **fields: object) -> tuple[AttentionSpec, Problem]:
@@ -181,7 +180,6 @@ SITES = {
     "gemma2_window": _site((4, 8, 4096), 256, groups=2, score=CAPPED, mask=window(1024)),
     "gemma2": _site((4, 8, 4096), 256, groups=2, score=CAPPED, mask=CAUSAL),
     "bloom": _site((8, 16, 2048), 128, score=ALIBI, mask=CAUSAL, extras={"slopes": (torch.float32, (H,))}),
-    "t5": _site((8, 12, 2048), score=TABLE, extras={"table": (torch.float32, (H, DIAGONAL))}),
     "gpt2": _site((16, 16, 1024), score=plus(QK, loaded("zero")), mask=CAUSAL),
     "bert": _site(
         (32, 16, 512),
@@ -224,7 +222,6 @@ def test_no_tile_timed_on_an_h100_is_refused(name: str) -> None:
     [
         ("bloom", "128x64 w8 s2", "128x64 w8 s3"),  # one program on an SM: two stages show the latency of a load
         ("bloom", "64x64 w4 s4", "64x64 w4 s3"),  # a fourth stage costs the second program
-        ("t5", "128x64 w4 s2", "64x64 w4 s3"),  # short of registers
         ("gpt2", "128x32 w4 s3", "64x64 w4 s3"),
         ("llama", "64x64 w8 s3", "64x64 w4 s3"),  # eight warps divide the keys of 64 rows
         ("bert", "128x64 w8 s3", "128x64 w4 s3"),  # one program in place of two

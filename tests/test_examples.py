@@ -109,7 +109,7 @@ def test_a_mask_and_a_bias_from_positions_exist_nowhere(monkeypatch: pytest.Monk
     """At 65,536 tokens it is explained; at fewer it runs, and no result has a number of elements near that of all pairs."""
     done = CliRunner().invoke(app, ["explain", str(EXAMPLES / "long.py"), "--json", "--target", "h200"])
     assert done.exit_code == 0, done.stderr
-    expected = "softmax(qk*0.125 + t0[h, j + size_i - 1 - i]; causal & window(4096) & documents)"
+    expected = "softmax(qk*0.125 + neg(t0[h])*(i - j); causal & window(4096) & documents)"
     assert computed(json.loads(done.stdout)["sites"]) == {expected: 2}
     largest = _Largest()
 

@@ -126,7 +126,22 @@ def literal_positions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores(q[:, :, :2], keys).masked_fill(~keep, -torch.inf), -1) @ values
 
 
+def slopes_by_distance(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    slopes = q[0, :, 0, 0].exp()
+    i = torch.arange(LENGTH)
+    distance = (i - i[:, None]).abs() - (i[:, None] - i) * 0.5
+    return torch.softmax(scores(q, k) - slopes[:, None, None] * distance, -1) @ v
+
+
+def waves_by_distance(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    slopes = q[0, :, 0, 0].exp()
+    i = torch.arange(LENGTH)
+    return torch.softmax(scores(q, k) + torch.sin(slopes[:, None, None] * (i - i[:, None])), -1) @ v
+
+
 FOUND = (
+    slopes_by_distance,
+    waves_by_distance,
     decomposed_positions,
     split_heads,
     disentangled,
@@ -188,6 +203,15 @@ def test_a_sink_by_log_sum_exp_leaves_empty_rows_nan() -> None:
         return (torch.softmax(score, -1) @ v) * torch.sigmoid(torch.logsumexp(score, -1) - 0.5)[..., None]
 
     assert not _analysed(emptied).hits
+
+
+def test_a_slope_times_a_distance_is_computed_and_a_costly_function_of_it_a_table() -> None:
+    (spec,) = [special.spec for _, special in _analysed(slopes_by_distance).hits]
+    (slope,) = spec.extras
+    assert not any(place.has(ROW, KEY) for place in slope.index)
+    (spec,) = [special.spec for _, special in _analysed(waves_by_distance).hits]
+    (table,) = spec.extras
+    assert table.index[-1] == KEY - ROW + ROW.extent - 1
 
 
 def test_a_mask_by_vmap_is_a_window() -> None:
