@@ -17,7 +17,7 @@ from attngen.choose import TILES, Plan, choose
 from attngen.cost import REGISTER_LIMIT, costs
 from attngen.device import DEVICES
 from attngen.errors import Miss
-from attngen.spec import KEY, PORTABLE, ROW, SCORE, AttentionSpec, Problem, Tile
+from attngen.spec import KEY, PORTABLE, ROW, AttentionSpec, Problem, Tile
 
 H200 = DEVICES["h200"]
 BF16 = torch.bfloat16
