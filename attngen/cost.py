@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import sympy as sp
 
+from attngen import boxes, formulas_hopper, hopper
 from attngen import formulas as f
-from attngen import formulas_hopper, hopper
 from attngen.device import Device
 from attngen.index import Axis
 from attngen.layout import UNIT
@@ -191,10 +191,13 @@ def _of_tiles(spec: AttentionSpec, problem: Problem, device: Device, tiles: Sequ
 
 
 def _of_hopper(spec: AttentionSpec, tiles: Sequence[Tile]) -> Values:
-    block_d, block_e = (hopper.padded(n) for n in (spec.head_dim, spec.value_dim))
+    inner, features = boxes.pieces(spec), boxes.results(spec)
     return {
-        f.d_pad: block_d,
-        f.e_pad: block_e,
+        f.d_pad: boxes.held(inner),
+        f.e_pad: boxes.held(features),
+        formulas_hopper.splits: len(inner) - 1,
+        formulas_hopper.e_splits: len(features) - 1,
+        formulas_hopper.waiting: sum(piece.part for piece in features),
         formulas_hopper.held: np.array([hopper.queries_held(spec, t) for t in tiles]),
         formulas_hopper.softmax: 1.0 * spec.softmax,
         formulas_hopper.sinks: len(spec.sinks),

@@ -43,6 +43,7 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     environment.filters["listed"] = _listed
+    environment.filters["joined"] = lambda names, suffix: ", ".join(name + suffix for name in names)
     environment.filters["listed_after"] = lambda names: "".join(f", {name}" for name in names)
     environment.filters["listed_before"] = lambda names: "".join(f"{name}, " for name in names)
     return environment

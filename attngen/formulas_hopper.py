@@ -29,9 +29,15 @@ AHEAD_CYCLES = 1650  # of each further tile, for each stage below three: the nex
 SCORE_SHARE = 0.25  # of the operations of a score program; the others are folded into fused multiply-adds
 OTHER_REGISTERS = 32  # of a thread, besides results, scores and weights
 LOOKUP_REGISTERS = 0.6  # of a thread, for each key of a block and table: no kernel that was compiled spills where these fit
+PIECE_REGISTERS = 4  # of a thread, for each further piece of queries and keys
+RESULT_SHARE = 0.5  # of the registers of results in pieces, what more they take: no kernel that was compiled spills then
 SINK_REGISTERS = 4  # of a thread, for each sink: what the maximum and the sum of a row become, and the factor between
 
-persistent, held, softmax, sinks, t_soft = sp.symbols("persistent held softmax sinks t_soft", nonnegative=True)
+# Flags, tiles of queries in shared memory, features of a row that wait there to be written, pieces of heads beyond the
+# first (of queries and keys, of values), and what is defined here.
+persistent, held, waiting, softmax, sinks = sp.symbols("persistent held waiting softmax sinks", nonnegative=True)
+splits, e_splits = sp.symbols("splits e_splits", nonnegative=True)
+t_soft = sp.symbols("t_soft", nonnegative=True)
 _SHARED = {formula.symbol: formula for formula in f.FORMULAS}
 _pairs = f.rows * f.keys
 _gathers = f.pair_loads * (1 - sp.Min(1, f.plane_width))  # loads of a table: one address for each pair
@@ -42,7 +48,7 @@ _OWN = (
         f.smem,
         "B",
         "shared memory: queries, keys and values, inputs per pair, results",
-        f.q_width * f.rows * (held * f.d_pad + sp.Min(f.e_pad, 128))
+        f.q_width * f.rows * (held * f.d_pad + waiting)
         + f.kv_width * f.stages * f.keys * (f.d_pad + f.e_pad)
         + f.rows * f.keys * f.plane_width
         + 1024,
@@ -51,7 +57,8 @@ _OWN = (
         f.registers,
         "",
         "per thread that computes: results, scores and weights, inputs per pair, sinks, the rest",
-        f.e_pad / 2
+        f.e_pad / 2 * (1 + RESULT_SHARE * e_splits)
+        + PIECE_REGISTERS * splits
         + 3 * f.keys / 4
         + f.keys * f.plane_width / 8
         + LOOKUP_REGISTERS * f.keys * _gathers

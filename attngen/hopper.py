@@ -11,23 +11,19 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import torch
-
+from attngen import boxes
 from attngen.algebra import ONE
 from attngen.bounds import Bounds, is_plain, loop_bounds
+from attngen.boxes import GLUON_DTYPES, PLANE_DTYPES, WARPGROUP_ROWS, dims_of, operands, planes
 from attngen.index import Axis
 from attngen.layout import base_of, unpacked, used_dims
 from attngen.mask import derive
-from attngen.printer import LOG2E, Places, Printer, Unprintable, bare, fixed_dims
+from attngen.printer import LOG2E, Places, Printer, Unprintable, bare
 from attngen.scores import holes_of_spec, in_units, kept, sink_values
-from attngen.spec import FEATURE, INNER, KEY, ROW, AttentionSpec, Input, Tile
+from attngen.spec import FEATURE, KEY, ROW, AttentionSpec, Input, Tile
 
-WARPGROUP_ROWS = 64
 MAX_SIDE = 256  # of a box that TMA copies, and of a product
 MAX_RANK = 5
-OUT_WIDTH = 128  # features of a row that wait in shared memory to be written
-_GLUON_DTYPES = {torch.float16: "gl.float16", torch.bfloat16: "gl.bfloat16"}
-_PLANE_DTYPES = {**_GLUON_DTYPES, torch.float32: "gl.float32"}
 _PLACES = Places(row="rows", key="cols", row_beside="", key_beside="", key_float="col_floats")
 
 
@@ -40,25 +36,15 @@ def registers(tile: Tile) -> int:
     return _REGISTERS[tile.rows // WARPGROUP_ROWS][0]
 
 
-def padded(features: int) -> int:
-    """The width at which the template holds so many features: the narrowest that its swizzled buffers have."""
-    return max(WARPGROUP_ROWS, 1 << (features - 1).bit_length())
-
-
 def queries_held(spec: AttentionSpec, tile: Tile) -> int:
     """Tiles of queries in shared memory: a program that stays loads the next one early, if there is room."""
-    return 2 if tile.persistent and padded(spec.head_dim) <= OUT_WIDTH and not planes(spec) else 1
-
-
-def planes(spec: AttentionSpec) -> tuple[Input, ...]:
-    """Inputs of the score that have a number for each pair, which TMA copies block by block."""
-    return tuple(x for x in spec.extras if x.dim_of(KEY) is not None and any(place.has(ROW) for place in x.index))
+    return 2 if tile.persistent and boxes.held(boxes.pieces(spec)) <= 128 and not planes(spec) else 1
 
 
 @lru_cache(maxsize=4096)  # identical sites share it, and what it derives of the mask
 def unsuited(spec: AttentionSpec) -> str | None:
     """Why the template cannot compute ``spec``, if so."""
-    if any(x.dtype not in _GLUON_DTYPES for x in (spec.query, spec.keys, spec.values)) or spec.out_dtype not in _GLUON_DTYPES:
+    if any(x.dtype not in GLUON_DTYPES for x in (spec.query, spec.keys, spec.values)) or spec.out_dtype not in GLUON_DTYPES:
         return "TMA and warpgroups take 16-bit operands"
     if len({x.dtype for x in (spec.query, spec.keys, spec.values)}) > 1 or spec.out_dtype != spec.query.dtype:
         return "its operands are of different types"
@@ -79,35 +65,23 @@ def unsuited(spec: AttentionSpec) -> str | None:
 def _unaddressable(spec: AttentionSpec) -> str | None:
     if spec.output[-1] != FEATURE:
         return "features of the result are not neighbours"
-    if any(x.dtype not in _PLANE_DTYPES for x in planes(spec)):
+    if any(x.dtype not in PLANE_DTYPES for x in planes(spec)):
         return "a mask is loaded for each pair"
-    for source, row, feature in _operands(spec):
+    for source, row, feature in operands(spec):
         if source.dim_of(row) is None or source.dim_of(feature) is None:
             return f"{source.name} is read at more than plain positions"
-        if len(_dims(source, row, feature)) > MAX_RANK:
+        if len(dims_of(source, row, feature)) > MAX_RANK:
             return f"{source.name} has more than {MAX_RANK} dimensions"
     return None
 
 
-def _operands(spec: AttentionSpec) -> list[tuple[Input, Any, Any]]:
-    out = Input("out", spec.output, spec.out_dtype)
-    loaded = [(plane, ROW, KEY) for plane in planes(spec)]
-    return [(spec.query, ROW, INNER), (spec.keys, KEY, INNER), (spec.values, KEY, FEATURE), *loaded, (out, ROW, FEATURE)]
-
-
-def _dims(source: Input, row: Any, feature: Any) -> list[int]:
-    """The dimensions of a box: those that are one per program, then rows, then features."""
-    outer = [dim for dim, _ in fixed_dims(source)]
-    return [*outer, source.index.index(row), source.index.index(feature)]
-
-
 def misaligned(spec: AttentionSpec, layouts: Sequence[tuple[Sequence[int], int]]) -> str | None:
     """Why TMA cannot address operands with such (strides, offset), in elements, if so; of all inputs, in order."""
-    copied = {source.name: (source, row, feature) for source, row, feature in _operands(spec)}
+    copied = {source.name: (source, row, feature) for source, row, feature in operands(spec)}
     for each, (strides, offset) in zip(spec.inputs, layouts, strict=True):
         if each.name not in copied:
             continue
-        *outer, last = _dims(*copied[each.name])
+        *outer, last = dims_of(*copied[each.name])
         unit = 16 // each.dtype.itemsize
         if strides[last] != 1:
             return f"elements of {each.name} that belong side by side are not"
@@ -124,7 +98,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
     if (reason := unsuited(spec)) is not None:
         raise Unprintable(reason)
     groups = tile.rows // WARPGROUP_ROWS
-    block_d, block_e = padded(spec.head_dim), padded(spec.value_dim)
+    block_d, block_e = (boxes.held(each) for each in (boxes.pieces(spec), boxes.results(spec)))
     printer = Printer(spec, _PLACES)
     cover = derive(spec.mask)
     scale, shaped, natural = in_units(spec)
@@ -133,6 +107,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
     sinks = sink_values(printer, spec.sinks, natural)
     bounds = loop_bounds(printer, cover, warps=1)
     common = holes_of_spec(spec, cover, l2_bytes)
+    copied = boxes.holes(spec, tile, printer)
     extras = _extras(spec)
     prologue = [*(base_of(x, printer) for x in _pointed(spec)), *printer.prologue]
     names = [line.split(" = ")[0] for line in prologue]
@@ -163,9 +138,10 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "extras": [*extras["pointers"], *extras["strides"]],
         "call_extras": extras["call"],
         "extra_names": [x.name for x in _pointed(spec)],
-        "gluon_dtype": _GLUON_DTYPES[spec.query.dtype],
-        "out_parts": max(1, block_e // OUT_WIDTH),
-        **_boxes(spec, tile, printer, block_d, block_e),
+        "gluon_dtype": GLUON_DTYPES[spec.query.dtype],
+        **copied,
+        "accs": [f"acc{e.suffix}" for e in copied["e_pieces"]],
+        "weighted": [f"weighted{e.suffix}" for e in copied["e_pieces"]],
         **common,
         "heads": common["heads_python"],
         "unspecialised": json.dumps([*common["sizes"], "tiles", "heads_per_group"]),
@@ -269,26 +245,6 @@ def _head_number(spec: AttentionSpec) -> str:
         outer = f"({text})" if " " in text else text
         text = f"{outer} * size_{axis.name} + {axis.name}" if text else axis.name
     return text or "head"
-
-
-def _boxes(spec: AttentionSpec, tile: Tile, printer: Printer, block_d: int, block_e: int) -> dict[str, Any]:
-    """What TMA copies for each operand: which dimensions, how much of them, and from where."""
-    shapes = {
-        "q": (WARPGROUP_ROWS, block_d), "k": (tile.keys, block_d), "v": (tile.keys, block_e),
-        **{x.name: (WARPGROUP_ROWS, tile.keys) for x in planes(spec)}, "out": (WARPGROUP_ROWS, min(block_e, OUT_WIDTH)),
-    }  # fmt: skip
-    rows = {"k": "key", "v": "key"}
-    operands = dict(zip(shapes, _operands(spec), strict=True))
-    outer = {name: [printer.index(place) for _, place in fixed_dims(source)] for name, (source, _, _) in operands.items()}
-    ends = {"q": "0", "k": "0", "v": "0", "out": "feature"}
-    boxes = {name: [*[1] * len(outer[name]), *shape] for name, shape in shapes.items()}
-    return {
-        "dims": {operands[name][0].name: _dims(*operands[name]) for name in shapes},
-        "box_of": {operands[name][0].name: box for name, box in boxes.items()},
-        "gluon_dtypes": {operands[name][0].name: _PLANE_DTYPES[operands[name][0].dtype] for name in shapes},
-        "boxes": {name: "".join(f", {side}" for side in box) for name, box in boxes.items()},
-        "places": {name: ", ".join([*outer[name], rows.get(name, "row"), ends.get(name, "key")]) for name in shapes},
-    }
 
 
 def _gluon(text: str) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 SECONDS = 10.0  # a thread may wait for a barrier
+MOST_PRODUCTS = 8  # that may be on their way
 _here = threading.local()
 
 
@@ -282,13 +283,18 @@ def _mma(a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = Fal
         product = left.astype(np.float32) @ b.data
         return block(product + (acc.get() if isinstance(acc, Promise) else acc) if use_acc else product)
 
-    return Promise(compute)
+    promise = Promise(compute)
+    _here.products = [*_here.products[-MOST_PRODUCTS:], promise]
+    return promise
 
 
-def _mma_wait(pending: int, deps: Sequence[Promise]) -> Block:
+def _mma_wait(pending: int, deps: Sequence[Promise]) -> Any:
+    """Until all products but the last ``pending`` are there: what is asked for must be among them."""
     _jitter()
-    (promise,) = deps
-    return promise.get()
+    if any(promise in _here.products[len(_here.products) - pending :] for promise in deps):
+        raise Stuck("a product is read that was not waited for")
+    found = tuple(promise.get() for promise in deps)
+    return found if len(found) > 1 else found[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ language
@@ -299,7 +305,7 @@ def _specialised(partitions: Sequence[tuple[Any, Any]], warps: Any, registers: A
     program = _here.program
 
     def run(function: Any, arguments: Any) -> None:
-        _here.program, _here.stores, _here.unfenced = program, [], False
+        _here.program, _here.stores, _here.products, _here.unfenced = program, [], [], False
         try:
             with np.errstate(all="ignore"):  # registers hold infinities and NaN without ado
                 function(*arguments)
@@ -448,4 +454,3 @@ def simulated(source: str, programs: int = 3) -> types.ModuleType:
     if hasattr(module, "PROGRAMS"):
         vars(module)["PROGRAMS"] = programs
     return module
-

@@ -39,7 +39,7 @@ LAYERS = (
     {"algebra", "text", "evaluate", "abbreviate"},
     {"normaliser", "spec", "inequalities", "mask", "naming"},
     {"printer", "work", "formulas", "blockwise", "layout", "simulator"},
-    {"bounds", "scores", "formulas_hopper"},
+    {"boxes", "bounds", "scores", "formulas_hopper"},
     {"portable", "hopper"},
     {"emit", "cost"},
     {"choose", "interpret"},
