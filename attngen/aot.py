@@ -32,6 +32,7 @@ from attngen.interpret import import_file
 
 SECONDS = 120.0  # one kernel may take to compile
 KERNEL = "attention_forward"
+FINDER = "find_bounds"  # of a kernel that runs before it, where there is one
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,15 @@ class _Recorder:
 
 def launch_of(module: ModuleType, inputs: Sequence[Layout]) -> _Recorder:
     """The kernel call that ``module.launch`` makes for such inputs; nothing runs, and the module is not changed."""
-    recorder = _Recorder()
-    launch = FunctionType(module.launch.__code__, {**vars(module), KERNEL: recorder, "COMPILED": {}})
+    return calls_of(module, inputs)[KERNEL]
+
+
+def calls_of(module: ModuleType, inputs: Sequence[Layout]) -> dict[str, _Recorder]:
+    """The same for each of its kernels."""
+    recorders = {name: _Recorder() for name in (FINDER, KERNEL) if hasattr(module, name)}
+    launch = FunctionType(module.launch.__code__, {**vars(module), **recorders, "COMPILED": {}, "FOUND": {}})
     launch(*(layout.meta() for layout in inputs))
-    return recorder
+    return recorders
 
 
 def compile_for(job: Job, arch: int) -> Binary:
@@ -119,8 +125,8 @@ def compile_for(job: Job, arch: int) -> Binary:
     started = time.perf_counter()
     try:
         module = import_file(job.source)
-        call = launch_of(module, job.inputs)
-        compiled = compat.compile_kernel(getattr(module, KERNEL), call.args, call.options, arch)
+        for name, call in calls_of(module, job.inputs).items():
+            compiled = compat.compile_kernel(getattr(module, name), call.args, call.options, arch)
     except Exception as error:  # the compiler raises errors of many kinds, from several libraries
         raise VerificationFailed(f"{job.source.name} does not compile for sm_{arch}: {_last_line(error)}") from error
     registers, spills = _resources(compiled.asm["cubin"])

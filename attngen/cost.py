@@ -15,7 +15,9 @@ import sympy as sp
 
 from attngen import boxes, formulas_hopper, hopper
 from attngen import formulas as f
+from attngen.algebra import Expr, Load
 from attngen.device import Device
+from attngen.finder import data_of
 from attngen.index import Axis
 from attngen.layout import UNIT
 from attngen.mask import derive
@@ -92,7 +94,7 @@ def evaluated(spec: AttentionSpec, problem: Problem, device: Device, tiles: Sequ
     """Every symbol of the model, for tiles of one family at once."""
     at = {**_of_device(device), **_of_spec(spec, problem), **_of_tiles(spec, problem, device, tiles)}
     if tiles[0].family == HOPPER:
-        at |= _of_hopper(spec, tiles)
+        at |= _of_hopper(spec, tiles, at[f.masked])
     for formula in FORMULAS[tiles[0].family]:
         at[formula.symbol] = evaluate(formula.expression, at)
     return at
@@ -190,11 +192,14 @@ def _of_tiles(spec: AttentionSpec, problem: Problem, device: Device, tiles: Sequ
     }
 
 
-def _of_hopper(spec: AttentionSpec, tiles: Sequence[Tile]) -> Values:
+def _of_hopper(spec: AttentionSpec, tiles: Sequence[Tile], masked: Any) -> Values:
     inner, features = boxes.pieces(spec), boxes.results(spec)
     return {
         f.d_pad: boxes.held(inner),
         f.e_pad: boxes.held(features),
+        formulas_hopper.row_vectors: sum(_varies(x, ROW) and not _varies(x, KEY) for x in spec.extras),
+        formulas_hopper.reading: np.maximum(1.0 * _reads_keys(spec.score), masked * _reads_keys(spec.mask)),
+        formulas_hopper.finds: 1.0 * bool(data_of(derive(spec.mask))),
         formulas_hopper.splits: len(inner) - 1,
         formulas_hopper.e_splits: len(features) - 1,
         formulas_hopper.waiting: sum(piece.part for piece in features),
@@ -203,6 +208,11 @@ def _of_hopper(spec: AttentionSpec, tiles: Sequence[Tile]) -> Values:
         formulas_hopper.sinks: len(spec.sinks),
         formulas_hopper.persistent: np.array([1.0 * t.persistent for t in tiles]),
     }
+
+
+def _reads_keys(expr: Expr) -> bool:
+    """Something of ``expr`` is loaded once per key."""
+    return any(isinstance(node, Load) and KEY in node.axes and ROW not in node.axes for node in expr.walk())
 
 
 _TILE_FIELDS = ("rows", "keys", "warps", "stages")

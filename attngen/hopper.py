@@ -12,9 +12,10 @@ from functools import lru_cache
 from typing import Any
 
 from attngen import boxes
-from attngen.algebra import ONE
-from attngen.bounds import Bounds, is_plain, loop_bounds
+from attngen.algebra import ONE, Load
+from attngen.bounds import Bounds, loop_bounds
 from attngen.boxes import GLUON_DTYPES, PLANE_DTYPES, WARPGROUP_ROWS, dims_of, operands, planes
+from attngen.finder import finder, numbered
 from attngen.index import Axis
 from attngen.layout import base_of, unpacked, used_dims
 from attngen.mask import derive
@@ -24,6 +25,7 @@ from attngen.spec import FEATURE, KEY, ROW, AttentionSpec, Input, Tile
 
 MAX_SIDE = 256  # of a box that TMA copies, and of a product
 MAX_RANK = 5
+PART = 32  # columns of a block that are masked together, where the mask is loaded
 _PLACES = Places(row="rows", key="cols", row_beside="", key_beside="", key_float="col_floats")
 
 
@@ -56,16 +58,15 @@ def unsuited(spec: AttentionSpec) -> str | None:
         return "weights are multiplied after softmax"
     if any(sink.axes & {ROW, KEY} for sink in spec.sinks):
         return "its sinks differ from row to row"
-    cover = derive(spec.mask)
-    if not is_plain(cover) or any(interval.data for interval in (*cover.visit, *cover.partial)):
-        return "the keys that matter are known from data, or come in more than one stretch"
     return _unaddressable(spec)
 
 
 def _unaddressable(spec: AttentionSpec) -> str | None:
     if spec.output[-1] != FEATURE:
         return "features of the result are not neighbours"
-    if any(x.dtype not in PLANE_DTYPES for x in planes(spec)):
+    copied = {x.name for x in planes(spec)}
+    in_mask = any(isinstance(node, Load) and node.source in copied for node in spec.mask.walk())
+    if in_mask or any(x.dtype not in PLANE_DTYPES for x in planes(spec)):
         return "a mask is loaded for each pair"
     for source, row, feature in operands(spec):
         if source.dim_of(row) is None or source.dim_of(feature) is None:
@@ -105,7 +106,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
     score = _score(printer, spec, shaped)
     score["natural"], score["times"] = natural, f" * {scale!r}" if scale != 1 and not natural else ""
     sinks = sink_values(printer, spec.sinks, natural)
-    bounds = loop_bounds(printer, cover, warps=1)
+    bounds, found = finder(spec, cover, tile) or (loop_bounds(printer, cover, warps=1), None)
     common = holes_of_spec(spec, cover, l2_bytes)
     copied = boxes.holes(spec, tile, printer)
     extras = _extras(spec)
@@ -113,7 +114,9 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
     names = [line.split(" = ")[0] for line in prologue]
     outer = [a.name for a in spec.batch]
     blocks = [f"{x.name}_block" for x in planes(spec)]
-    told = _mentioned([*blocks, *names, *outer, *extras["strides"], *(f"size_{name}" for name in outer)], score)
+    passed = [*blocks, *names, *outer, *extras["strides"], *(f"size_{name}" for name in outer)]
+    told = _mentioned(passed, score["together"])
+    score |= {"told": _mentioned(passed, score["masking"]), "rows": _mentioned(["rows", *printer.by_row()], score["masking"])}
     return {
         "tile": tile,
         "groups": groups,
@@ -123,12 +126,13 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "programs": sms,
         "block_d": block_d,
         "block_e": block_e,
-        "helpers": _helpers(printer, score),
+        "helpers": _helpers(printer, score, bounds, found),
+        "finder": found,
         "score": score,
         "sinks": [sink for sink in sinks if sink.isidentifier()],
         "sink_lines": _sink_lines(sinks, f" * {LOG2E!r}" if natural else ""),
         "unpack_head": unpacked(_order(spec)),
-        "head_number": _head_number(spec),
+        "head_number": numbered(list(spec.batch)) or "head",
         "sharing": " * ".join(f"size_{a.name}" for a in _order(spec) if not _plane_varies(spec, a)) or "1",
         "planes": [x.name for x in planes(spec)],
         "widths": {x.name: x.dtype.itemsize for x in planes(spec)},
@@ -146,7 +150,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "heads": common["heads_python"],
         "unspecialised": json.dumps([*common["sizes"], "tiles", "heads_per_group"]),
         "partitions": _partitions(groups),
-        "bounds": _bounds(bounds),
+        "bounds": _bounds(bounds, "tl" if found else "gl"),
     }
 
 
@@ -156,10 +160,12 @@ def _partitions(groups: int) -> dict[str, Any]:
     return {"warps": [*[4] * (groups - 1), 1], "registers": [*[computes] * (groups - 1), loads], "limit": limit}
 
 
-def _bounds(bounds: Bounds) -> dict[str, Any]:
-    lines = list(map(_gluon, bounds.lines))
+def _bounds(bounds: Bounds, language: str) -> dict[str, Any]:
+    """``language`` is that of the kernel whose lines they are: one in plain Triton that finds them, or where a tile opens."""
+    lines = list(bounds.lines) if language == "tl" else list(map(_gluon, bounds.lines))
     uses_last = any(re.search(r"\blast\b", line) for line in lines)
-    return {"lines": lines, "has_full": bounds.has_full, "uses_last": uses_last}
+    flags = {"has_full": bounds.has_full, "has_gap": bounds.has_gap, "uses_last": uses_last}
+    return {"lines": lines, "language": language, "words": 16 if bounds.has_gap else 8, **flags}
 
 
 def _score(printer: Printer, spec: AttentionSpec, shaped: Any) -> dict[str, Any]:
@@ -168,7 +174,8 @@ def _score(printer: Printer, spec: AttentionSpec, shaped: Any) -> dict[str, Any]
     reads = [_gluon(line) for line in printer.blocks() if not line.startswith(copied or "no line")]
     keep = _gluon(kept(printer, spec.mask))
     keep_reads = list(map(_gluon, printer.blocks()))
-    together = " ".join([text, *reads, keep, *keep_reads])
+    masking = " ".join([keep, *keep_reads])
+    together = " ".join([text, *reads, masking])
     plain = text == "qk" and not reads
     return {
         "any": not plain,
@@ -176,6 +183,9 @@ def _score(printer: Printer, spec: AttentionSpec, shaped: Any) -> dict[str, Any]
         "reads": reads,
         "keep": f"(cols < size_j) & {keep}" if keep else "cols < size_j",
         "keep_reads": keep_reads,
+        "keep_values": any(isinstance(node, Load) and KEY in node.axes for node in spec.mask.walk()),
+        "part": PART,
+        "masking": masking,
         "key_float": not plain and "col_floats" in text,
         "together": together,
         "guarded": any("col_ok" in line for line in reads),
@@ -183,17 +193,18 @@ def _score(printer: Printer, spec: AttentionSpec, shaped: Any) -> dict[str, Any]
     }
 
 
-def _mentioned(names: list[str], score: dict[str, Any]) -> list[str]:
-    words = set(re.findall(r"\w+", score["together"]))
+def _mentioned(names: list[str], text: str) -> list[str]:
+    words = set(re.findall(r"\w+", text))
     return [name for name in names if name in words]
 
 
-def _helpers(printer: Printer, score: dict[str, Any]) -> dict[str, bool]:
+def _helpers(printer: Printer, score: dict[str, Any], bounds: Bounds, found: dict[str, Any] | None) -> dict[str, bool]:
     every = " ".join([score["together"], *printer.prologue])
     return {
         "tanh": printer.uses_tanh,
         "sigmoid": "sigmoid(" in every,
-        "floor_div": printer.uses_floor_div,
+        "floor_div": printer.uses_floor_div or bool(found and found["floor_div"]),
+        "longer": bounds.compares,
         "drowned": printer.uses_drowned,
         "rounded": printer.uses_rounded,
     }
@@ -236,15 +247,6 @@ def _plane_varies(spec: AttentionSpec, axis: Axis) -> bool:
 def _order(spec: AttentionSpec) -> list[Axis]:
     """Batch axes as heads are counted: neighbours read the same planes."""
     return sorted(spec.batch, key=lambda axis: not _plane_varies(spec, axis)) if planes(spec) else list(spec.batch)
-
-
-def _head_number(spec: AttentionSpec) -> str:
-    """The place of a head among all, from its positions."""
-    text = ""
-    for axis in spec.batch:
-        outer = f"({text})" if " " in text else text
-        text = f"{outer} * size_{axis.name} + {axis.name}" if text else axis.name
-    return text or "head"
 
 
 def _gluon(text: str) -> str:

@@ -40,6 +40,7 @@ LAYERS = (
     {"normaliser", "spec", "inequalities", "mask", "naming"},
     {"printer", "work", "formulas", "blockwise", "layout", "simulator"},
     {"boxes", "bounds", "scores", "formulas_hopper"},
+    {"finder"},
     {"portable", "hopper"},
     {"emit", "cost"},
     {"choose", "interpret"},
