@@ -33,6 +33,7 @@ from attngen.interpret import import_file
 SECONDS = 120.0  # one kernel may take to compile
 KERNEL = "attention_forward"
 BACKWARD = ("backward_queries", "backward_keys")
+FINDER = "find_bounds"  # of a kernel that runs before it, where there is one
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,16 @@ class _Recorder:
 
 def launch_of(module: ModuleType, inputs: Sequence[Layout]) -> _Recorder:
     """The kernel call that ``module.launch`` makes for such inputs; nothing runs, and the module is not changed."""
-    recorder = _Recorder()
-    launch = FunctionType(module.launch_anew.__code__, {**vars(module), KERNEL: recorder, "COMPILED": {}, "READY": {}})
+    return calls_of(module, inputs)[KERNEL]
+
+
+def calls_of(module: ModuleType, inputs: Sequence[Layout]) -> dict[str, _Recorder]:
+    """The same for each of its kernels."""
+    recorders = {name: _Recorder() for name in (FINDER, KERNEL) if hasattr(module, name)}
+    known: dict[str, Any] = {"COMPILED": {}, "READY": {}, "FOUND": {}}
+    launch = FunctionType(module.launch_anew.__code__, {**vars(module), **recorders, **known})
     launch(*(layout.meta() for layout in inputs))
-    return recorder
+    return recorders
 
 
 def backward_launches_of(module: ModuleType, inputs: Sequence[Layout]) -> dict[str, _Recorder]:
@@ -129,11 +136,12 @@ def compile_for(job: Job, arch: int) -> Binary:
     try:
         module = import_file(job.source)
         alone = hasattr(module, KERNEL)
-        calls = {KERNEL: launch_of(module, job.inputs)} if alone else backward_launches_of(module, job.inputs)
-        built = [compat.compile_kernel(getattr(module, name), c.args, c.options, arch) for name, c in calls.items()]
+        calls = calls_of(module, job.inputs) if alone else backward_launches_of(module, job.inputs)
+        built = {name: compat.compile_kernel(getattr(module, name), c.args, c.options, arch) for name, c in calls.items()}
     except Exception as error:  # the compiler raises errors of many kinds, from several libraries
         raise VerificationFailed(f"{job.source.name} does not compile for sm_{arch}: {_last_line(error)}") from error
-    return _merged([_binary(compiled, arch) for compiled in built], time.perf_counter() - started)
+    counted = [built[KERNEL]] if alone else list(built.values())  # what finds bounds before it is small
+    return _merged([_binary(compiled, arch) for compiled in counted], time.perf_counter() - started)
 
 
 def _binary(compiled: Any, arch: int) -> Binary:

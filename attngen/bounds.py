@@ -28,7 +28,8 @@ _EXTREMES = {"least": ("tl.min", 2**63 - 1), "most": ("tl.max", -(2**63))}
 class Bounds:
     """``lines`` set the bounds. With ``has_head`` a loop over masked blocks comes before the full ones.
 
-    The last loop goes over masked blocks ``start .. stop``, and from each place of ``jumps`` on adds so many keys.
+    The last loop goes over masked blocks ``start .. stop``, and from each place of ``jumps`` on adds so many keys, which
+    ``jump_lines`` set. ``has_gap``: some of these are keys that matter to no row.
     """
 
     lines: tuple[str, ...]
@@ -37,7 +38,9 @@ class Bounds:
     start: str
     stop: str = "stop"
     jumps: tuple[tuple[str, str], ...] = ()
+    jump_lines: tuple[str, ...] = ()
     compares: bool = False
+    has_gap: bool = False
 
 
 def loop_bounds(printer: Printer, cover: Cover, warps: int) -> Bounds:
@@ -159,17 +162,28 @@ class _Writer:
             self.say(run.low, f"tl.where({run.low} < {run.high}, {run.low}, size_j)")
         self._around(visit, "low", "stop")
         self.say("start", "low // BLOCK_J * BLOCK_J")
-        jumps: list[tuple[str, str]] = []
+        has_gap = 1 < len(visit) <= MAX_RUNS
         if has_full:
             self._longest("full", partial, ["low", *(run.high for run in partial)])
-            jumps.append(("full_start", self.say("full", "full_stop - full_start")))
-        if 1 < len(visit) <= MAX_RUNS:
+        if has_gap:
             self._longest("gap", visit, [run.high for run in visit])
-            jumps.append(("gap_start", self.say("gap", "gap_stop - gap_start")))
-        stop = " - ".join(["stop", *(keys for _, keys in jumps)])
+        lines, self.lines = self.lines, []
+        names = [name for name, there in (("full", has_full), ("gap", has_gap)) if there]
+        jumps = [(f"{name}_start", self.say(name, f"{name}_stop - {name}_start")) for name in names]
+        stop = " - ".join(["stop", *names])
         if len(jumps) > 1:
             jumps = self._in_order(*jumps)
-        return Bounds(tuple(self.lines), False, has_full, "start", stop, tuple(jumps), bool(jumps))
+        return Bounds(
+            tuple(lines),
+            False,
+            has_full,
+            "start",
+            stop,
+            tuple(jumps),
+            tuple(self.lines),
+            compares=bool(names),
+            has_gap=has_gap,
+        )
 
     def _in_order(self, left: tuple[str, str], right: tuple[str, str]) -> list[tuple[str, str]]:
         """Two jumps, the earlier first. At one place there are two only if one of them is over nothing."""

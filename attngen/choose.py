@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 
-from attngen import hopper
+from attngen import boxes, hopper
 from attngen.cost import MIN_DOT, REGISTER_LIMIT, Cost, costs
 from attngen.device import Device
 from attngen.errors import Miss
@@ -26,7 +26,7 @@ TILES = tuple(
     if keys >= 32 or rows <= 32
 )
 HOPPER_TILES = tuple(
-    Tile(hopper.WARPGROUP_ROWS * groups, keys, 4 * groups, stages, HOPPER, persistent)
+    Tile(boxes.WARPGROUP_ROWS * groups, keys, 4 * groups, stages, HOPPER, persistent)
     for groups, keys, stages, persistent in product((2, 3), (64, 128), (2, 3, 4), (False, True))
 )
 

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import sympy as sp
 
+from attngen import boxes, formulas_hopper, hopper
 from attngen import formulas as f
-from attngen import formulas_hopper, hopper
+from attngen.algebra import Expr, Load
 from attngen.device import Device
+from attngen.finder import data_of
 from attngen.index import Axis
 from attngen.layout import UNIT
 from attngen.mask import derive
@@ -92,7 +94,7 @@ def evaluated(spec: AttentionSpec, problem: Problem, device: Device, tiles: Sequ
     """Every symbol of the model, for tiles of one family at once."""
     at = {**of_device(device), **of_spec(spec, problem), **of_tiles(spec, problem, device, tiles)}
     if tiles[0].family == HOPPER:
-        at |= _of_hopper(spec, tiles)
+        at |= _of_hopper(spec, tiles, at[f.masked])
     for formula in FORMULAS[tiles[0].family]:
         at[formula.symbol] = evaluate(formula.expression, at)
     return at
@@ -191,16 +193,27 @@ def of_tiles(spec: AttentionSpec, problem: Problem, device: Device, tiles: Seque
     }
 
 
-def _of_hopper(spec: AttentionSpec, tiles: Sequence[Tile]) -> Values:
-    block_d, block_e = (hopper.padded(n) for n in (spec.head_dim, spec.value_dim))
+def _of_hopper(spec: AttentionSpec, tiles: Sequence[Tile], masked: Any) -> Values:
+    inner, features = boxes.pieces(spec), boxes.results(spec)
     return {
-        f.d_pad: block_d,
-        f.e_pad: block_e,
+        f.d_pad: boxes.held(inner),
+        f.e_pad: boxes.held(features),
+        formulas_hopper.row_vectors: sum(_varies(x, ROW) and not _varies(x, KEY) for x in spec.extras),
+        formulas_hopper.reading: np.maximum(1.0 * _reads_keys(spec.score), masked * _reads_keys(spec.mask)),
+        formulas_hopper.finds: 1.0 * bool(data_of(derive(spec.mask))),
+        formulas_hopper.splits: len(inner) - 1,
+        formulas_hopper.e_splits: len(features) - 1,
+        formulas_hopper.waiting: sum(piece.part for piece in features),
         formulas_hopper.held: np.array([hopper.queries_held(spec, t) for t in tiles]),
         formulas_hopper.softmax: 1.0 * spec.softmax,
         formulas_hopper.sinks: len(spec.sinks),
         formulas_hopper.persistent: np.array([1.0 * t.persistent for t in tiles]),
     }
+
+
+def _reads_keys(expr: Expr) -> bool:
+    """Something of ``expr`` is loaded once per key."""
+    return any(isinstance(node, Load) and KEY in node.axes and ROW not in node.axes for node in expr.walk())
 
 
 _TILE_FIELDS = ("rows", "keys", "warps", "stages")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from dataclasses import dataclass
 from functools import cache
@@ -49,6 +50,8 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     environment.filters["listed"] = _listed
+    environment.filters["joined"] = lambda names, suffix: ", ".join(name + suffix for name in names)
+    environment.filters["quoted"] = json.dumps
     environment.filters["listed_after"] = lambda names: "".join(f", {name}" for name in names)
     environment.filters["listed_before"] = lambda names: "".join(f"{name}, " for name in names)
     return environment

@@ -24,14 +24,23 @@ START_CYCLES = 5550  # of each program: its barriers, first loads, first product
 TILE_CYCLES = 974  # of each further tile of a program that stays
 LOOKUP_CYCLES = 0.173  # per pair and load of it by two warpgroups: addresses, and words that come one by one
 PLANE_CYCLES = 0.032  # per byte that TMA copies for each pair: to shared memory, and from there to the threads of the scores
-VECTOR_CYCLES = 288  # of each step that reads something per key
+VECTOR_CYCLES = 288  # of a step that reads something per key
 AHEAD_CYCLES = 1650  # of each further tile, for each stage below three: the next tile is loaded late
 SCORE_SHARE = 0.25  # of the operations of a score program; the others are folded into fused multiply-adds
 OTHER_REGISTERS = 32  # of a thread, besides results, scores and weights
 LOOKUP_REGISTERS = 0.6  # of a thread, for each key of a block and table: no kernel that was compiled spills where these fit
+PIECE_REGISTERS = 4  # of a thread, for each further piece of queries and keys
+RESULT_SHARE = 0.5  # of the registers of results in pieces, what more they take: no kernel that was compiled spills then
+ROW_REGISTERS = 4  # of a thread, for each input per row: two rows' numbers, in 64 bits
 SINK_REGISTERS = 4  # of a thread, for each sink: what the maximum and the sum of a row become, and the factor between
 
-persistent, held, softmax, sinks, t_soft = sp.symbols("persistent held softmax sinks t_soft", nonnegative=True)
+# Flags, tiles of queries in shared memory, features of a row that wait there to be written, pieces of heads beyond the
+# first (of queries and keys, of values), and what is defined here.
+persistent, held, waiting, softmax, sinks = sp.symbols("persistent held waiting softmax sinks", nonnegative=True)
+splits, e_splits = sp.symbols("splits e_splits", nonnegative=True)
+# Inputs per row; the share of steps that read something per key; whether a kernel that finds bounds in data runs before.
+row_vectors, reading, finds = sp.symbols("row_vectors reading finds", nonnegative=True)
+t_soft = sp.symbols("t_soft", nonnegative=True)
 _SHARED = {formula.symbol: formula for formula in f.FORMULAS}
 _pairs = f.rows * f.keys
 _gathers = f.pair_loads * (1 - sp.Min(1, f.plane_width))  # loads of a table: one address for each pair
@@ -42,7 +51,7 @@ _OWN = (
         f.smem,
         "B",
         "shared memory: queries, keys and values, inputs per pair, results",
-        f.q_width * f.rows * (held * f.d_pad + sp.Min(f.e_pad, 128))
+        f.q_width * f.rows * (held * f.d_pad + waiting)
         + f.kv_width * f.stages * f.keys * (f.d_pad + f.e_pad)
         + f.rows * f.keys * f.plane_width
         + 1024,
@@ -51,10 +60,12 @@ _OWN = (
         f.registers,
         "",
         "per thread that computes: results, scores and weights, inputs per pair, sinks, the rest",
-        f.e_pad / 2
+        f.e_pad / 2 * (1 + RESULT_SHARE * e_splits)
+        + PIECE_REGISTERS * splits
         + 3 * f.keys / 4
         + f.keys * f.plane_width / 8
         + LOOKUP_REGISTERS * f.keys * _gathers
+        + ROW_REGISTERS * row_vectors
         + SINK_REGISTERS * sinks
         + OTHER_REGISTERS,
     ),
@@ -85,10 +96,7 @@ _OWN = (
         f.t_wait,
         "s",
         "what loads beside keys and values cost one step",
-        (
-            _pairs * (LOOKUP_CYCLES * 8 / f.warps * _gathers + PLANE_CYCLES * f.plane_width)
-            + VECTOR_CYCLES * sp.Min(1, f.vector_width)
-        )
+        (_pairs * (LOOKUP_CYCLES * 8 / f.warps * _gathers + PLANE_CYCLES * f.plane_width) + VECTOR_CYCLES * reading)
         / f.clock,
     ),
     Formula(t_soft, "s", "what the warpgroups compute between products", f.t_exp + f.t_alu + f.t_wait),
@@ -109,6 +117,12 @@ _OWN = (
         (START_CYCLES * (1 - persistent) + (TILE_CYCLES + AHEAD_CYCLES * sp.Max(0, 3 - f.stages)) * persistent)
         / f.clock
         / f.resident,
+    ),
+    Formula(
+        f.seconds,
+        "s",
+        "the call, with the one before it that finds bounds",
+        f.launch * (1 + finds) + sp.Max(f.t_grid, f.t_hbm),
     ),
 )
 _BY_SYMBOL = {formula.symbol: formula for formula in _OWN}

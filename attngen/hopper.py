@@ -11,23 +11,21 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import torch
-
-from attngen.algebra import ONE
-from attngen.bounds import Bounds, is_plain, loop_bounds
+from attngen import boxes
+from attngen.algebra import ONE, Load
+from attngen.bounds import Bounds, loop_bounds
+from attngen.boxes import GLUON_DTYPES, PLANE_DTYPES, WARPGROUP_ROWS, dims_of, operands, planes
+from attngen.finder import finder, numbered
 from attngen.index import Axis
 from attngen.layout import base_of, unpacked, used_dims
 from attngen.mask import derive
-from attngen.printer import LOG2E, Places, Printer, Unprintable, bare, fixed_dims
+from attngen.printer import LOG2E, Places, Printer, Unprintable, bare
 from attngen.scores import holes_of_spec, in_units, kept, sink_values
-from attngen.spec import FEATURE, INNER, KEY, ROW, AttentionSpec, Input, Tile
+from attngen.spec import FEATURE, KEY, ROW, AttentionSpec, Input, Tile
 
-WARPGROUP_ROWS = 64
 MAX_SIDE = 256  # of a box that TMA copies, and of a product
 MAX_RANK = 5
-OUT_WIDTH = 128  # features of a row that wait in shared memory to be written
-_GLUON_DTYPES = {torch.float16: "gl.float16", torch.bfloat16: "gl.bfloat16"}
-_PLANE_DTYPES = {**_GLUON_DTYPES, torch.float32: "gl.float32"}
+PART = 32  # columns of a block that are masked together, where the mask is loaded
 _PLACES = Places(row="rows", key="cols", row_beside="", key_beside="", key_float="col_floats")
 
 
@@ -40,25 +38,15 @@ def registers(tile: Tile) -> int:
     return _REGISTERS[tile.rows // WARPGROUP_ROWS][0]
 
 
-def padded(features: int) -> int:
-    """The width at which the template holds so many features: the narrowest that its swizzled buffers have."""
-    return max(WARPGROUP_ROWS, 1 << (features - 1).bit_length())
-
-
 def queries_held(spec: AttentionSpec, tile: Tile) -> int:
     """Tiles of queries in shared memory: a program that stays loads the next one early, if there is room."""
-    return 2 if tile.persistent and padded(spec.head_dim) <= OUT_WIDTH and not planes(spec) else 1
-
-
-def planes(spec: AttentionSpec) -> tuple[Input, ...]:
-    """Inputs of the score that have a number for each pair, which TMA copies block by block."""
-    return tuple(x for x in spec.extras if x.dim_of(KEY) is not None and any(place.has(ROW) for place in x.index))
+    return 2 if tile.persistent and boxes.held(boxes.pieces(spec)) <= 128 and not planes(spec) else 1
 
 
 @lru_cache(maxsize=4096)  # identical sites share it, and what it derives of the mask
 def unsuited(spec: AttentionSpec) -> str | None:
     """Why the template cannot compute ``spec``, if so."""
-    if any(x.dtype not in _GLUON_DTYPES for x in (spec.query, spec.keys, spec.values)) or spec.out_dtype not in _GLUON_DTYPES:
+    if any(x.dtype not in GLUON_DTYPES for x in (spec.query, spec.keys, spec.values)) or spec.out_dtype not in GLUON_DTYPES:
         return "TMA and warpgroups take 16-bit operands"
     if len({x.dtype for x in (spec.query, spec.keys, spec.values)}) > 1 or spec.out_dtype != spec.query.dtype:
         return "its operands are of different types"
@@ -70,44 +58,31 @@ def unsuited(spec: AttentionSpec) -> str | None:
         return "weights are multiplied after softmax"
     if any(sink.axes & {ROW, KEY} for sink in spec.sinks):
         return "its sinks differ from row to row"
-    cover = derive(spec.mask)
-    if not is_plain(cover) or any(interval.data for interval in (*cover.visit, *cover.partial)):
-        return "the keys that matter are known from data, or come in more than one stretch"
     return _unaddressable(spec)
 
 
 def _unaddressable(spec: AttentionSpec) -> str | None:
     if spec.output[-1] != FEATURE:
         return "features of the result are not neighbours"
-    if any(x.dtype not in _PLANE_DTYPES for x in planes(spec)):
+    copied = {x.name for x in planes(spec)}
+    in_mask = any(isinstance(node, Load) and node.source in copied for node in spec.mask.walk())
+    if in_mask or any(x.dtype not in PLANE_DTYPES for x in planes(spec)):
         return "a mask is loaded for each pair"
-    for source, row, feature in _operands(spec):
+    for source, row, feature in operands(spec):
         if source.dim_of(row) is None or source.dim_of(feature) is None:
             return f"{source.name} is read at more than plain positions"
-        if len(_dims(source, row, feature)) > MAX_RANK:
+        if len(dims_of(source, row, feature)) > MAX_RANK:
             return f"{source.name} has more than {MAX_RANK} dimensions"
     return None
 
 
-def _operands(spec: AttentionSpec) -> list[tuple[Input, Any, Any]]:
-    out = Input("out", spec.output, spec.out_dtype)
-    loaded = [(plane, ROW, KEY) for plane in planes(spec)]
-    return [(spec.query, ROW, INNER), (spec.keys, KEY, INNER), (spec.values, KEY, FEATURE), *loaded, (out, ROW, FEATURE)]
-
-
-def _dims(source: Input, row: Any, feature: Any) -> list[int]:
-    """The dimensions of a box: those that are one per program, then rows, then features."""
-    outer = [dim for dim, _ in fixed_dims(source)]
-    return [*outer, source.index.index(row), source.index.index(feature)]
-
-
 def misaligned(spec: AttentionSpec, layouts: Sequence[tuple[Sequence[int], int]]) -> str | None:
     """Why TMA cannot address operands with such (strides, offset), in elements, if so; of all inputs, in order."""
-    copied = {source.name: (source, row, feature) for source, row, feature in _operands(spec)}
+    copied = {source.name: (source, row, feature) for source, row, feature in operands(spec)}
     for each, (strides, offset) in zip(spec.inputs, layouts, strict=True):
         if each.name not in copied:
             continue
-        *outer, last = _dims(*copied[each.name])
+        *outer, last = dims_of(*copied[each.name])
         unit = 16 // each.dtype.itemsize
         if strides[last] != 1:
             return f"elements of {each.name} that belong side by side are not"
@@ -124,21 +99,24 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
     if (reason := unsuited(spec)) is not None:
         raise Unprintable(reason)
     groups = tile.rows // WARPGROUP_ROWS
-    block_d, block_e = padded(spec.head_dim), padded(spec.value_dim)
+    block_d, block_e = (boxes.held(each) for each in (boxes.pieces(spec), boxes.results(spec)))
     printer = Printer(spec, _PLACES)
     cover = derive(spec.mask)
     scale, shaped, natural = in_units(spec)
     score = _score(printer, spec, shaped)
     score["natural"], score["times"] = natural, f" * {scale!r}" if scale != 1 and not natural else ""
     sinks = sink_values(printer, spec.sinks, natural)
-    bounds = loop_bounds(printer, cover, warps=1)
+    bounds, found = finder(spec, cover, tile) or (loop_bounds(printer, cover, warps=1), None)
     common = holes_of_spec(spec, cover, l2_bytes)
+    copied = boxes.holes(spec, tile, printer)
     extras = _extras(spec)
     prologue = [*(base_of(x, printer) for x in _pointed(spec)), *printer.prologue]
     names = [line.split(" = ")[0] for line in prologue]
     outer = [a.name for a in spec.batch]
     blocks = [f"{x.name}_block" for x in planes(spec)]
-    told = _mentioned([*blocks, *names, *outer, *extras["strides"], *(f"size_{name}" for name in outer)], score)
+    passed = [*blocks, *names, *outer, *extras["strides"], *(f"size_{name}" for name in outer)]
+    told = _mentioned(passed, score["together"])
+    score |= {"told": _mentioned(passed, score["masking"]), "rows": _mentioned(["rows", *printer.by_row()], score["masking"])}
     return {
         "tile": tile,
         "groups": groups,
@@ -148,12 +126,13 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "programs": sms,
         "block_d": block_d,
         "block_e": block_e,
-        "helpers": _helpers(printer, score),
+        "helpers": _helpers(printer, score, bounds, found),
+        "finder": found,
         "score": score,
         "sinks": [sink for sink in sinks if sink.isidentifier()],
         "sink_lines": _sink_lines(sinks, f" * {LOG2E!r}" if natural else ""),
         "unpack_head": unpacked(_order(spec)),
-        "head_number": _head_number(spec),
+        "head_number": numbered(list(spec.batch)) or "head",
         "sharing": " * ".join(f"size_{a.name}" for a in _order(spec) if not _plane_varies(spec, a)) or "1",
         "planes": [x.name for x in planes(spec)],
         "widths": {x.name: x.dtype.itemsize for x in planes(spec)},
@@ -163,14 +142,15 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "extras": [*extras["pointers"], *extras["strides"]],
         "extra_strides": extras["call"],
         "extra_names": [x.name for x in _pointed(spec)],
-        "gluon_dtype": _GLUON_DTYPES[spec.query.dtype],
-        "out_parts": max(1, block_e // OUT_WIDTH),
-        **_boxes(spec, tile, printer, block_d, block_e),
+        "gluon_dtype": GLUON_DTYPES[spec.query.dtype],
+        **copied,
+        "accs": [f"acc{e.suffix}" for e in copied["e_pieces"]],
+        "weighted": [f"weighted{e.suffix}" for e in copied["e_pieces"]],
         **common,
         "heads": common["heads_python"],
         "unspecialised": json.dumps([*common["sizes"], "tiles", "heads_per_group"]),
         "partitions": _partitions(groups),
-        "bounds": _bounds(bounds),
+        "bounds": _bounds(bounds, "tl" if found else "gl"),
     }
 
 
@@ -180,10 +160,12 @@ def _partitions(groups: int) -> dict[str, Any]:
     return {"warps": [*[4] * (groups - 1), 1], "registers": [*[computes] * (groups - 1), loads], "limit": limit}
 
 
-def _bounds(bounds: Bounds) -> dict[str, Any]:
-    lines = list(map(_gluon, bounds.lines))
+def _bounds(bounds: Bounds, language: str) -> dict[str, Any]:
+    """``language`` is that of the kernel whose lines they are: one in plain Triton that finds them, or where a tile opens."""
+    lines = list(bounds.lines) if language == "tl" else list(map(_gluon, bounds.lines))
     uses_last = any(re.search(r"\blast\b", line) for line in lines)
-    return {"lines": lines, "has_full": bounds.has_full, "uses_last": uses_last}
+    flags = {"has_full": bounds.has_full, "has_gap": bounds.has_gap, "uses_last": uses_last}
+    return {"lines": lines, "language": language, "words": 16 if bounds.has_gap else 8, **flags}
 
 
 def _score(printer: Printer, spec: AttentionSpec, shaped: Any) -> dict[str, Any]:
@@ -192,7 +174,8 @@ def _score(printer: Printer, spec: AttentionSpec, shaped: Any) -> dict[str, Any]
     reads = [_gluon(line) for line in printer.blocks() if not line.startswith(copied or "no line")]
     keep = _gluon(kept(printer, spec.mask))
     keep_reads = list(map(_gluon, printer.blocks()))
-    together = " ".join([text, *reads, keep, *keep_reads])
+    masking = " ".join([keep, *keep_reads])
+    together = " ".join([text, *reads, masking])
     plain = text == "qk" and not reads
     return {
         "any": not plain,
@@ -200,6 +183,9 @@ def _score(printer: Printer, spec: AttentionSpec, shaped: Any) -> dict[str, Any]
         "reads": reads,
         "keep": f"(cols < size_j) & {keep}" if keep else "cols < size_j",
         "keep_reads": keep_reads,
+        "keep_values": any(isinstance(node, Load) and KEY in node.axes for node in spec.mask.walk()),
+        "part": PART,
+        "masking": masking,
         "key_float": not plain and "col_floats" in text,
         "together": together,
         "guarded": any("col_ok" in line for line in reads),
@@ -207,17 +193,18 @@ def _score(printer: Printer, spec: AttentionSpec, shaped: Any) -> dict[str, Any]
     }
 
 
-def _mentioned(names: list[str], score: dict[str, Any]) -> list[str]:
-    words = set(re.findall(r"\w+", score["together"]))
+def _mentioned(names: list[str], text: str) -> list[str]:
+    words = set(re.findall(r"\w+", text))
     return [name for name in names if name in words]
 
 
-def _helpers(printer: Printer, score: dict[str, Any]) -> dict[str, bool]:
+def _helpers(printer: Printer, score: dict[str, Any], bounds: Bounds, found: dict[str, Any] | None) -> dict[str, bool]:
     every = " ".join([score["together"], *printer.prologue])
     return {
         "tanh": printer.uses_tanh,
         "sigmoid": "sigmoid(" in every,
-        "floor_div": printer.uses_floor_div,
+        "floor_div": printer.uses_floor_div or bool(found and found["floor_div"]),
+        "longer": bounds.compares,
         "drowned": printer.uses_drowned,
         "rounded": printer.uses_rounded,
     }
@@ -260,35 +247,6 @@ def _plane_varies(spec: AttentionSpec, axis: Axis) -> bool:
 def _order(spec: AttentionSpec) -> list[Axis]:
     """Batch axes as heads are counted: neighbours read the same planes."""
     return sorted(spec.batch, key=lambda axis: not _plane_varies(spec, axis)) if planes(spec) else list(spec.batch)
-
-
-def _head_number(spec: AttentionSpec) -> str:
-    """The place of a head among all, from its positions."""
-    text = ""
-    for axis in spec.batch:
-        outer = f"({text})" if " " in text else text
-        text = f"{outer} * size_{axis.name} + {axis.name}" if text else axis.name
-    return text or "head"
-
-
-def _boxes(spec: AttentionSpec, tile: Tile, printer: Printer, block_d: int, block_e: int) -> dict[str, Any]:
-    """What TMA copies for each operand: which dimensions, how much of them, and from where."""
-    shapes = {
-        "q": (WARPGROUP_ROWS, block_d), "k": (tile.keys, block_d), "v": (tile.keys, block_e),
-        **{x.name: (WARPGROUP_ROWS, tile.keys) for x in planes(spec)}, "out": (WARPGROUP_ROWS, min(block_e, OUT_WIDTH)),
-    }  # fmt: skip
-    rows = {"k": "key", "v": "key"}
-    operands = dict(zip(shapes, _operands(spec), strict=True))
-    outer = {name: [printer.index(place) for _, place in fixed_dims(source)] for name, (source, _, _) in operands.items()}
-    ends = {"q": "0", "k": "0", "v": "0", "out": "feature"}
-    boxes = {name: [*[1] * len(outer[name]), *shape] for name, shape in shapes.items()}
-    return {
-        "dims": {operands[name][0].name: _dims(*operands[name]) for name in shapes},
-        "box_of": {operands[name][0].name: box for name, box in boxes.items()},
-        "gluon_dtypes": {operands[name][0].name: _PLANE_DTYPES[operands[name][0].dtype] for name in shapes},
-        "boxes": {name: "".join(f", {side}" for side in box) for name, box in boxes.items()},
-        "places": {name: ", ".join([*outer[name], rows.get(name, "row"), ends.get(name, "key")]) for name in shapes},
-    }
 
 
 def _gluon(text: str) -> str:

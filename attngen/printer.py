@@ -109,6 +109,10 @@ class Printer:
             self.prologue.append(f"{name} = {bare(self._show(expr, False, top=True))}")
         return self._names[expr]
 
+    def by_row(self) -> list[str]:
+        """The variables of the prologue that differ from row to row."""
+        return [name for expr, name in self._names.items() if ROW in expr.axes]
+
     def _show(self, expr: Expr, masked: bool, *, top: bool = False) -> str:
         if expr in self.known:
             return self.known[expr]

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 SECONDS = 10.0  # a thread may wait for a barrier
+MOST_PRODUCTS = 8  # that may be on their way
 _here = threading.local()
 
 
@@ -211,9 +212,10 @@ def _index(places: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(places))
 
 
-def _stored(pointer: Pointer, values: np.ndarray, mask: np.ndarray) -> None:
-    keep = np.asarray(mask)
-    pointer.elements()[_index(pointer.places()[keep])] = torch.from_numpy(np.asarray(values, np.float32)[keep])
+def _stored(pointer: Pointer, values: Any, mask: Any = True) -> None:
+    places, keep, values = np.broadcast_arrays(pointer.places(), mask, np.asarray(values))
+    elements = pointer.elements()
+    elements[_index(places[keep])] = torch.from_numpy(values[keep]).to(elements.dtype)
 
 
 class Descriptor:
@@ -282,13 +284,18 @@ def _mma(a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = Fal
         product = left.astype(np.float32) @ b.data
         return block(product + (acc.get() if isinstance(acc, Promise) else acc) if use_acc else product)
 
-    return Promise(compute)
+    promise = Promise(compute)
+    _here.products = [*_here.products[-MOST_PRODUCTS:], promise]
+    return promise
 
 
-def _mma_wait(pending: int, deps: Sequence[Promise]) -> Block:
+def _mma_wait(pending: int, deps: Sequence[Promise]) -> Any:
+    """Until all products but the last ``pending`` are there: what is asked for must be among them."""
     _jitter()
-    (promise,) = deps
-    return promise.get()
+    if any(promise in _here.products[len(_here.products) - pending :] for promise in deps):
+        raise Stuck("a product is read that was not waited for")
+    found = tuple(promise.get() for promise in deps)
+    return found if len(found) > 1 else found[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ language
@@ -299,7 +306,7 @@ def _specialised(partitions: Sequence[tuple[Any, Any]], warps: Any, registers: A
     program = _here.program
 
     def run(function: Any, arguments: Any) -> None:
-        _here.program, _here.stores, _here.unfenced = program, [], False
+        _here.program, _here.stores, _here.products, _here.unfenced = program, [], [], False
         try:
             with np.errstate(all="ignore"):  # registers hold infinities and NaN without ado
                 function(*arguments)
@@ -333,7 +340,7 @@ def _exp2(values: Any) -> Any:
 
 
 def _reduced(call: Callable[..., Any]) -> Callable[..., Any]:
-    def apply(values: Block, axis: int) -> Any:
+    def apply(values: Block, axis: int | None = None) -> Any:
         found = call(np.asarray(values), axis=axis)
         return block(found) if found.ndim else Scalar(found)
 
@@ -347,7 +354,9 @@ def _asm(text: str, constraints: str, args: Sequence[Any], **_: Any) -> Any:
 
 def _where(condition: Any, yes: Any, no: Any) -> Any:
     found = np.where(condition, yes, no)
-    return block(found.astype(np.float32) if found.dtype.kind == "f" else found) if found.ndim else found[()]
+    if not found.ndim:
+        return Scalar(found) if found.dtype.kind in "iu" else found[()]
+    return block(found.astype(np.float32) if found.dtype.kind == "f" else found)
 
 
 _FUNCTIONS = ("log2", "log", "exp", "abs", "sqrt", "floor", "sin", "cos", "maximum", "minimum")
@@ -366,6 +375,7 @@ def _language() -> types.SimpleNamespace:
         full=lambda shape, value, dtype, layout: block(np.full(shape, value, np.float32 if dtype == "float32" else np.int64)),
         where=_where,
         max=_reduced(np.max),
+        min=_reduced(np.min),
         sum=_reduced(np.sum),
         cdiv=lambda a, b: -(-a // b),
         expand_dims=lambda values, axis: block(np.expand_dims(values, axis)),
@@ -424,7 +434,7 @@ def _jit(function: Any = None, **_: Any) -> Any:
 def simulated(source: str, programs: int = 3) -> types.ModuleType:
     """The module of a kernel's ``source``, whose ``launch`` runs here; persistent kernels on so many multiprocessors."""
     modules = {
-        "triton": types.SimpleNamespace(cdiv=lambda a, b: -(-a // b)),
+        "triton": types.SimpleNamespace(cdiv=lambda a, b: -(-a // b), jit=_jit, language=_language()),
         "triton.experimental": types.SimpleNamespace(gluon=types.SimpleNamespace(jit=_jit)),
         "triton.experimental.gluon": types.SimpleNamespace(language=_language(), jit=_jit),
         "triton.experimental.gluon.language.nvidia.hopper": types.SimpleNamespace(
@@ -436,6 +446,7 @@ def simulated(source: str, programs: int = 3) -> types.ModuleType:
         ),
         "triton.experimental.gluon.nvidia.hopper": types.SimpleNamespace(TensorDescriptor=Descriptor),
     }
+    modules["triton.language"] = modules["triton"].language
     modules["triton.experimental.gluon.language"] = modules["triton.experimental.gluon"].language
     module = types.ModuleType("simulated")
     saved = {name: sys.modules.get(name) for name in modules}
@@ -448,4 +459,3 @@ def simulated(source: str, programs: int = 3) -> types.ModuleType:
     if hasattr(module, "PROGRAMS"):
         vars(module)["PROGRAMS"] = programs
     return module
-

@@ -18,7 +18,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from attngen import blockwise, compat, hopper
+from attngen import blockwise, boxes, compat
 from attngen.algebra import ONE, TRUE
 from attngen.emit import BackwardKernel, Kernel
 from attngen.errors import AttngenError, Unavailable, VerificationFailed
@@ -155,7 +155,7 @@ def samples_for(kernel: Kernel, problem: Problem, *, seed: int = 0, device: torc
     samples = sample_inputs(kernel.spec, problem, seed=seed, device=device)
     if kernel.family == PORTABLE:
         return samples
-    planes = hopper.planes(kernel.spec)
+    planes = boxes.planes(kernel.spec)
     return [_with_padded_rows(x) if source in planes else x for source, x in zip(kernel.spec.inputs, samples, strict=True)]
 
 

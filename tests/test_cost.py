@@ -13,7 +13,7 @@ import torch
 from specs import BOOLEANS, BY_NAME, CAUSAL, PADDING, WORTH_IT, B, H, attention, loaded, plus, scaled, softcap, window
 
 from attngen import aot, compat, formulas
-from attngen.algebra import TRUE, Expr, Int, Op, op
+from attngen.algebra import TRUE, Expr, Int, Op, integer, op
 from attngen.aot import Binary, Job, compile_all
 from attngen.choose import Plan, choose
 from attngen.compat import FloorDiv
@@ -106,13 +106,25 @@ def test_a_mask_that_only_the_data_knows_counts_as_dense_and_masked() -> None:
     assert (blocks.mean, blocks.masked) == (4, 4)
 
 
-@pytest.mark.parametrize("name", ["padding", "lengths", "documents", "padding_causal"])
+@pytest.mark.parametrize("name", ["padding", "lengths", "padding_causal"])
 def test_data_that_a_kernel_looks_at_is_assumed_to_mask_the_last_key(name: str) -> None:
     spec = BY_NAME[name].spec
-    plain = CAUSAL if "causal" in name or name == "documents" else TRUE
+    plain = CAUSAL if "causal" in name else TRUE
     blocks, without = (count_blocks(derive(m), bindings(spec, square(256)), square(256), 64, 64) for m in (spec.mask, plain))
     assert (blocks.mean, blocks.most) == (without.mean, without.most)
     assert blocks.masked == 1
+
+
+def test_of_keys_whose_data_must_agree_half_are_assumed_to_be_looked_at() -> None:
+    """At least one block of a tile; not where another part of the mask lets keys through whatever their data is."""
+    spec, problem = BY_NAME["documents"].spec, square(256)
+    for size, expected in ((256, (1 + 1 + 1.5 + 2) / 4), (64, 1)):
+        problem = square(size)
+        blocks = count_blocks(derive(spec.mask), bindings(spec, problem), problem, 64, 64)
+        assert (blocks.mean, blocks.masked) == (expected, 1)
+    widened = op("or", spec.mask, op("lt", Int(KEY), integer(40)))
+    blocks = count_blocks(derive(widened), bindings(spec, square(256)), square(256), 64, 64)
+    assert blocks.mean == 2.5
 
 
 # --------------------------------------------------------------------------------------------------------- operations

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from specs import CASES, Case
+from test_hopper import PIECED
 
 from attngen import hopper
 from attngen.aot import import_file
@@ -20,7 +21,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="not sm_90"),
 ]
-SUITED = [case for case in CASES if hopper.unsuited(case.spec) is None]
+SUITED = [case for case in (*CASES, *PIECED) if hopper.unsuited(case.spec) is None]
 REPEATS = 5
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from specs import BOTTOM_RIGHT, BY_NAME, CASES, CAUSAL, HALF, ZERO, B, Case, H, 
 from test_blockwise import emptied
 from torch import Tensor
 
-from attngen import hopper, simulator
+from attngen import boxes, hopper, simulator
 from attngen.algebra import Const
 from attngen.emit import Kernel, emit
 from attngen.errors import VerificationFailed
@@ -33,7 +34,7 @@ SUITED = tuple(case for case in CASES if hopper.unsuited(case.spec) is None)
 
 
 def widest(spec: AttentionSpec) -> int:
-    return hopper.padded(max(spec.head_dim, spec.value_dim))
+    return max(boxes.held(boxes.pieces(spec)), boxes.held(boxes.results(spec)))
 
 
 def tiles_for(spec: AttentionSpec) -> list[tuple[Tile, tuple[int, ...]]]:
@@ -84,6 +85,60 @@ def test_every_suited_case_is_among_them() -> None:
     assert len(SUITED) >= 44 and {"causal_bf16", "sinks", "table_cross", "sigmoid", "head_192_value_128"} <= {
         case.name for case in SUITED
     }
+
+
+# ----------------------------------------------------------------------------------------------------- heads in pieces
+
+
+def pieced(name: str, head_dim: int, value_dim: int | None = None, **changes: object) -> Case:
+    spec = attention(head_dim=head_dim, value_dim=value_dim, **changes)  # type: ignore[arg-type]
+    return Case(name, spec, batch=(1, 4))
+
+
+PIECED = (
+    pieced("64_values_96", 64, 96, mask=CAUSAL),
+    pieced("72", 72, mask=CAUSAL, lse=True),
+    pieced("80_in_groups", 80, groups=2, mask=CAUSAL),
+    pieced("96", 96, lse=True),
+    pieced("96_values_64", 96, 64),
+    pieced("96_without_softmax", 96, softmax=False),
+    pieced("112_bottom_right", 112, mask=BOTTOM_RIGHT, lse=True),
+    pieced("160", 160, mask=CAUSAL),
+    pieced("192_values_128", 192, 128, mask=CAUSAL, lse=True),
+    pieced("224", 224, mask=CAUSAL),
+    pieced("240_is_held_as_256", 240, mask=CAUSAL),
+)
+
+
+@pytest.mark.parametrize(
+    ("features", "keys", "values"),
+    [
+        (8, [64], [64]),
+        (64, [64], [64]),
+        (72, [64, 16], [64, 16]),
+        (96, [64, 32], [64, 32]),
+        (112, [64, 32, 16], [128]),
+        (128, [128], [128]),
+        (136, [128, 16], [128, 16]),
+        (208, [128, 64, 16], [256]),
+        (240, [256], [256]),
+    ],
+)
+def test_pieces_are_binary_digits(features: int, keys: list[int], values: list[int]) -> None:
+    spec = attention(head_dim=features)
+    for found, expected in ((boxes.pieces(spec), keys), (boxes.results(spec), values)):
+        assert [piece.width for piece in found] == expected and boxes.held(found) == sum(expected)
+        assert [piece.start for piece in found] == [sum(expected[:k]) for k in range(len(expected))]
+        assert all(piece.part in (0, piece.width, piece.width // 2) for piece in found)
+
+
+@pytest.mark.parametrize("case", PIECED, ids=lambda case: case.name)
+@pytest.mark.parametrize("stays", [True, False])
+def test_heads_in_pieces_are_within_budget(case: Case, stays: bool) -> None:
+    wide = case.spec.head_dim == 192 or widest(case.spec) <= 128
+    tile = replace(PERSISTENT if wide else NARROW, persistent=stays)
+    for problem in (Problem(case.batch, 130, 300), Problem(case.batch, 260, 260)):
+        right(case.spec, tile, samples_for(kernel_of(case.spec, tile), problem))
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts
@@ -144,12 +199,7 @@ def test_rows_and_tiles_without_any_key(tile: Tile, empty: str) -> None:
 
 EMPTY = {name: BY_NAME[name].spec for name in ("dense", "causal", "sinks", "softmax_plus_one", "sigmoid", "bias", "grouped")}
 EMPTY["bias_and_sink"] = replace(BY_NAME["bias"].spec, sinks=(Const(0.5),))
-NOTHING = [
-    (name, axis, lse)
-    for name in EMPTY
-    for axis in (ROW, KEY)
-    for lse in (False, True)
-]
+NOTHING = [(name, axis, lse) for name in EMPTY for axis in (ROW, KEY) for lse in (False, True)]
 
 
 @pytest.mark.parametrize(("name", "axis", "lse"), NOTHING, ids=str)
@@ -223,6 +273,10 @@ DAMAGE = {
         "stuck",
     ),
     "records are not handed back": (lost("mbarrier.arrive(record_empty.index((count & 1)), count=1)"), "stuck"),
+    "scores are read before their product": (
+        instead("warpgroup_mma_wait(1, deps=[product])", "warpgroup_mma_wait(2, deps=[product])"),
+        "stuck",
+    ),
     "too few bytes are expected": (instead("BLOCK_J * BLOCK_E * 2", "BLOCK_J * BLOCK_E"), "stuck"),
     "a load waits for a phase that is not": (instead("phase = 1  #", "phase = 0  #"), "stuck"),
     "the end waits for one block more": (instead(", pred=more)", ")"), "stuck"),
@@ -248,10 +302,11 @@ def outcome(source: str, spec: AttentionSpec, inputs: list[Tensor]) -> str:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products take long, which leaves time to overwrite what they read; nobody waits long for a barrier."""
+    wait = simulator._mma_wait
 
-    def slow(pending: int, deps: list[Promise]) -> simulator.Block:
+    def slow(pending: int, deps: list[Promise]) -> Any:
         time.sleep(0.004)
-        return deps[0].get()
+        return wait(pending, deps)
 
     monkeypatch.setattr(simulator, "SECONDS", 1.0)
     monkeypatch.setattr(simulator, "_mma_wait", slow)

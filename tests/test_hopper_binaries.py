@@ -12,15 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from hopper_sites import BY_HEAD
-from specs import BY_NAME, WORTH_IT
+from specs import (
+    BOOLEANS,
+    BY_NAME,
+    CAUSAL,
+    LENGTHS,
+    PADDING,
+    SAME_DOCUMENT,
+    STREAMING,
+    WORTH_IT,
+    B,
+    attention,
+)
 from test_cost import H200, cost, square
 from test_hopper import kernel_of
 
 from attngen import aot, hopper
+from attngen.algebra import op
 from attngen.aot import Binary, Job
 from attngen.choose import refusal
-from attngen.spec import HOPPER, AttentionSpec, Tile
+from attngen.spec import HOPPER, KEY, ROW, AttentionSpec, Tile
 from attngen.verify import samples_for
 
 pytest.importorskip("triton")
@@ -52,15 +65,36 @@ def able(spec: AttentionSpec, tile: Tile) -> bool:
 
 
 ABLE = [
-    (name, d, tile)
-    for d, tiles in TILES.items()
-    for name, spec in BY_HEAD[d].items()
-    for tile in tiles
-    if able(spec, tile)
+    (name, d, tile) for d, tiles in TILES.items() for name, spec in BY_HEAD[d].items() for tile in tiles if able(spec, tile)
 ]
 PROGRAMS = [
     pytest.param(*each, id=f"d{each[1]}-{each[0]}-{each[2]}", marks=() if each in EVERYWHERE else (pytest.mark.gpu,))
     for each in ABLE
+]
+
+
+PIECED = (  # head and value size; the largest tile that has room
+    pytest.param(192, 128, persistent(128, 128)),
+    pytest.param(96, 64, persistent(128, 128), marks=pytest.mark.gpu),
+    pytest.param(80, 80, persistent(128, 128), marks=pytest.mark.gpu),
+    pytest.param(96, 96, persistent(192, 64), marks=pytest.mark.gpu),
+    pytest.param(112, 112, persistent(128, 128), marks=pytest.mark.gpu),
+    pytest.param(192, 192, persistent(128, 64), marks=pytest.mark.gpu),
+    pytest.param(224, 224, persistent(128, 64), marks=pytest.mark.gpu),
+)
+
+
+DOCUMENTS = {"t0": (torch.int64, (B, ROW)), "t1": (torch.int64, (B, KEY))}
+BOUNDED = {  # by data
+    "documents": (op("and", CAUSAL, SAME_DOCUMENT), DOCUMENTS),
+    "padding": (PADDING, BOOLEANS),
+    "lengths": (BY_NAME["lengths"].spec.mask, LENGTHS),
+    "streaming": (STREAMING, {}),
+}
+BOUNDED_PROGRAMS = [
+    pytest.param(name, d, tile, marks=() if (name, d) == ("documents", 128) else pytest.mark.gpu)
+    for name in BOUNDED
+    for d, tile in ((64, persistent(128, 128)), (128, persistent(128, 128)), (256, persistent(128, 64)))
 ]
 
 
@@ -107,6 +141,27 @@ def test_program_compiles_as_it_should(name: str, head_dim: int, tile: Tile, tmp
     assert made.binary.shared <= predicted.smem_bytes <= made.binary.shared + RESERVE
     assert predicted.registers <= hopper.registers(tile)
     assert made.binary.registers * 32 * 4 * (tile.warps // 4 + 1) <= 65536
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim", "tile"), PIECED)
+def test_heads_in_pieces_neither_spill_nor_wait(head_dim: int, value_dim: int, tile: Tile, tmp_path: Path) -> None:
+    spec = attention(dtype=torch.bfloat16, head_dim=head_dim, value_dim=value_dim, mask=CAUSAL, lse=True)
+    assert able(spec, tile)
+    made = compiled(spec, tile, tmp_path)
+    assert made.binary.hgmma and made.binary.spills == 0
+    assert not any(code in made.complaints for code in SERIALISED)
+    assert made.binary.shared <= cost(spec, square(1024), tile).smem_bytes <= made.binary.shared + RESERVE
+
+
+@pytest.mark.parametrize(("name", "head_dim", "tile"), BOUNDED_PROGRAMS)
+def test_masks_that_load_do_not_spill(name: str, head_dim: int, tile: Tile, tmp_path: Path) -> None:
+    """A few bytes are for the largest heads: the portable kernel, which would take their place, is half as fast."""
+    mask, extras = BOUNDED[name]
+    spec = attention(dtype=torch.bfloat16, head_dim=head_dim, mask=mask, extras=extras)
+    assert able(spec, tile)
+    made = compiled(spec, tile, tmp_path)
+    assert made.binary.hgmma and made.binary.spills <= (WORTH_IT if head_dim == 256 else 0)
+    assert not any(code in made.complaints for code in SERIALISED)
 
 
 def test_one_binary_serves_all_lengths_and_strides(tmp_path: Path) -> None:

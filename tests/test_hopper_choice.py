@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from specs import BY_NAME, CAUSAL, HALF, QK, B, H, attention, loaded
+from specs import BY_NAME, CAUSAL, DENSE, HALF, QK, B, H, attention, loaded
 from test_hopper import GRID, PERSISTENT, fused
 from torch import Tensor, nn
 
 import attngen
 from attngen import capture, hopper, plan, runtime
-from attngen.algebra import Const, where
+from attngen.algebra import Const, op, where
 from attngen.choose import HOPPER_TILES, TILES, Plan, choose
 from attngen.device import DEVICES
 from attngen.emit import Kernel, emit
@@ -43,6 +43,7 @@ FOUR = batch_axes(4)
 KEPT = attention(
     score=where(loaded("t0", B, ROW, KEY, kind="bool"), QK, Const(-8.0)), extras={"t0": (torch.bool, (B, ROW, KEY))}
 )
+BIAS_AS_MASK = attention(mask=op("gt", BY_NAME["bias"].spec.score.args[1], Const(0.0)), extras=DENSE)
 UNSUITED = {
     "float32": (BY_NAME["dense_fp32"].spec, "16-bit operands"),
     "a float32 result": (replace(attention(), out_dtype=torch.float32), "16-bit operands"),
@@ -54,10 +55,8 @@ UNSUITED = {
     "a fill that may show": (BY_NAME["fill_shows"].spec, "fill value"),
     "a gain": (BY_NAME["pair_gain"].spec, "multiplied after softmax"),
     "sinks by query": (BY_NAME["sinks_by_query"].spec, "differ from row to row"),
-    "padding": (BY_NAME["padding"].spec, "known from data"),
-    "documents": (BY_NAME["documents"].spec, "known from data"),
-    "two stretches": (BY_NAME["streaming"].spec, "more than one stretch"),
     "a mask for each pair": (KEPT, "a mask is loaded for each pair"),
+    "a bias that masks": (BIAS_AS_MASK, "a mask is loaded for each pair"),
     "features apart": (attention(output=(B, H, FEATURE, ROW)), "features of the result"),
     "every second query": (
         replace(attention(), query=Input("q", (B, H, 2 * ROW, INNER), HALF)),
@@ -228,7 +227,7 @@ def test_its_tiles_compete_where_warpgroups_multiply(device: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "misaligned", "reason"),
     [
-        (BY_NAME["padding"].spec, None, str(hopper.unsuited(BY_NAME["padding"].spec))),
+        (BY_NAME["pair_gain"].spec, None, str(hopper.unsuited(BY_NAME["pair_gain"].spec))),
         (SPEC, "features of q are not neighbours", "features of q are not neighbours"),
     ],
     ids=["unsuited", "misaligned"],
@@ -255,7 +254,7 @@ def test_a_given_tile_is_taken_where_it_can_run() -> None:
     elsewhere = planned("a100", tile=odd)
     assert elsewhere.source == "model" and elsewhere.tile.family == PORTABLE
     assert {r.tile: r.reason for r in elsewhere.refused}[odd] == "NVIDIA A100 80GB has no warpgroups that multiply"
-    assert planned("h100", BY_NAME["padding"].spec, tile=odd).source == "model"
+    assert planned("h100", BY_NAME["pair_gain"].spec, tile=odd).source == "model"
     assert planned("h100", misaligned="k is crooked", tile=odd).tile.family == PORTABLE
 
 
@@ -308,9 +307,7 @@ def test_a_family_that_is_none_is_refused(tile: dict[str, Any], written: tuple[P
         attngen.load(written[0])
 
 
-@pytest.mark.parametrize(
-    ("target", "tile"), [("a100", {}), ("h200", {"warps": 12})], ids=["another GPU", "another tile"]
-)
+@pytest.mark.parametrize(("target", "tile"), [("a100", {}), ("h200", {"warps": 12})], ids=["another GPU", "another tile"])
 def test_a_choice_that_cannot_run_is_said_and_not_used(
     target: str, tile: dict[str, Any], written: tuple[Path, Kernel], caplog: pytest.LogCaptureFixture
 ) -> None:
