@@ -202,10 +202,14 @@ def mirrored_input(source: Input) -> Input:
 # -------------------------------------------------------------------------------------------------------- what is left
 
 
-def suits(plan: Backward, inputs: Sequence[Tensor]) -> bool:
-    """Whether the kernels can take such inputs: all groups of heads that share keys are of one size."""
+def suits(plan: Backward, inputs: Sequence[Tensor], needed: Sequence[bool]) -> bool:
+    """Whether the kernels can take such inputs: all groups of heads that share keys are of one size, and nobody who wants
+    the same bits each time needs a gradient that several programs add to."""
     sizes = blockwise.sizes_of(plan.spec, inputs)
-    return all(not by or sizes[axis] % by == 0 for axis, by in plan.members)
+    even = all(not by or sizes[axis] % by == 0 for axis, by in plan.members)
+    wanted = {source.name for source, wanted in zip(plan.spec.inputs, needed, strict=True) if wanted}
+    added = any(target.shared and target.source.name in wanted for target in plan.targets)
+    return even and not (added and torch.are_deterministic_algorithms_enabled())
 
 
 def finish(

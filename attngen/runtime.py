@@ -210,7 +210,7 @@ def _gradient_by_kernel(spec: AttentionSpec, kernel: BackwardKernel) -> Gradient
     extras = [spec.inputs.index(target.source) for target in plan.extras]
 
     def run(grad: Tensor, out: Tensor, lse: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
-        if triton_problem() is not None or not gradient.suits(plan, inputs):
+        if triton_problem() is not None or not gradient.suits(plan, inputs, needed):
             return by_block(grad, out, lse, inputs, needed)
         module = import_kernel(kernel_path(kernel))
         here = grad.device.index == torch.cuda.current_device()

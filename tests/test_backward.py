@@ -157,7 +157,21 @@ def test_a_group_of_heads_is_summed_by_one_program() -> None:
     plan = gradient.backward_of(replace(BY_NAME["grouped"].spec, lse=True))
     assert plan.members == ((H, 4),) and plan.keys.direct
     uneven = [torch.zeros(1, heads, 4, 64) for heads in (6, 2, 2)]
-    assert not gradient.suits(plan, uneven) and gradient.suits(plan, [uneven[0][:, :4], *uneven[1:]])
+    needed = [True] * 3
+    assert not gradient.suits(plan, uneven, needed) and gradient.suits(plan, [uneven[0][:, :4], *uneven[1:]], needed)
+
+
+def test_what_several_programs_add_to_is_left_to_others_where_each_run_must_give_the_same_bits() -> None:
+    case = BY_NAME["table_cross"]
+    plan = gradient.backward_of(replace(case.spec, lse=True))
+    inputs = verify_bwd.sample(case.spec, case.problem(20)).inputs
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not gradient.suits(plan, inputs, [True] * 4)
+        assert gradient.suits(plan, inputs, [True, True, True, False])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert gradient.suits(plan, inputs, [True] * 4)
 
 
 def test_keys_and_values_of_different_heads_are_summed_afterwards() -> None:
