@@ -33,16 +33,13 @@ def backward(case: Case, tiles: tuple[Tile, Tile] = TILES) -> BackwardKernel:
     return kernel
 
 
-JOBS = [(case.name, backward(case), case.problem(45)) for case in CASES]
-
-
 @pytest.fixture(scope="module")
 def verdicts() -> dict[str, dict[str, Check] | VerificationFailed]:
-    results = verify_bwd.verify_all_interpreted([(kernel, problem) for _, kernel, problem in JOBS])
-    return dict(zip((name for name, *_ in JOBS), results, strict=True))
+    results = verify_bwd.verify_all_interpreted([(backward(case), case.problem(45)) for case in CASES])
+    return dict(zip(BY_NAME, results, strict=True))
 
 
-@pytest.mark.parametrize("name", [name for name, *_ in JOBS])
+@pytest.mark.parametrize("name", BY_NAME)
 def test_gradients_are_within_budget(name: str, verdicts: dict[str, dict[str, Check] | VerificationFailed]) -> None:
     found = verdicts[name]
     assert isinstance(found, dict), str(found)
