@@ -31,7 +31,10 @@ def describe(mask: Expr) -> str | None:
             others.append(name)
             continue
         for side, offset in bounds:  # type: ignore[misc]
-            low, high = (offset, high) if side == "low" else (low, offset)
+            if side == "low":
+                low = offset if low is None else sp.Max(low, offset)
+            else:
+                high = offset if high is None else sp.Min(high, offset)
     return " & ".join([*_band_names(low, high), *others])
 
 

@@ -241,6 +241,7 @@ def test_a_diagonal_may_lie_beyond_the_keys() -> None:
         (CAUSAL, "causal"),
         (window(40), "causal & window(40)"),
         (op("le", op("abs", Int(ROW - KEY)), integer(24)), "window(±24)"),
+        (op("and", CAUSAL, op("lt", Int(ROW - KEY), integer(9)), op("lt", Int(KEY - ROW), integer(9))), "causal & window(9)"),
         (op("and", CAUSAL, Load("t0", (Int(KEY),), "bool")), "causal & padding"),
         (CHUNKS, "causal & chunks(48)"),
         (LOADED, None),
