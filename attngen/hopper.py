@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from attngen.algebra import ONE
+from attngen.algebra import ONE, Op
 from attngen.bounds import Bounds, is_plain, loop_bounds
 from attngen.index import Axis
 from attngen.layout import base_of, unpacked, used_dims
@@ -66,6 +66,8 @@ def unsuited(spec: AttentionSpec) -> str | None:
         return f"a head size of {spec.head_dim}, {spec.value_dim} for values, is not a multiple of 8 up to {MAX_SIDE}"
     if spec.whole is not None:
         return "rows may have to be computed again with the model's own fill value"
+    if any(isinstance(node, Op) and node.name == "random" for node in spec.gain.walk()):
+        return "weights are dropped at random"
     if spec.gain != ONE:
         return "weights are multiplied after softmax"
     if any(sink.axes & {ROW, KEY} for sink in spec.sinks):
