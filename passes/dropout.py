@@ -7,6 +7,7 @@ that number and of the weight's place. Forward, backward and any tiling then agr
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import sympy as sp
@@ -31,7 +32,7 @@ class Seed:
     whole: fx.Node
 
 
-def factor(seed: Seed, p: float, index: Index, shape: Index) -> Expr:
+def factor(seed: Hashable, p: float, index: Index, shape: Index) -> Expr:
     """What dropout with probability ``p`` multiplies the element at ``index`` of a tensor of ``shape`` by."""
     if p == 1:
         return Const(0.0)
