@@ -193,7 +193,7 @@ LOST = 32.0  # scores are small: added to a number whose neighbours are that far
 
 COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 BOOLEAN = frozenset([*COMPARISONS, "and", "or", "not", "isnan"])
-INTEGER = frozenset(["trunc"])
+INTEGER = frozenset(["trunc", "random"])
 POLYMORPHIC = frozenset(["add", "sub", "mul", "neg", "abs", "min", "max", "floordiv", "mod"])
 
 EXACT = 2**24  # up to there every whole number is a float32

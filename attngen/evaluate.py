@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attngen.algebra import LOST, Const, Dot, Expr, Int, Load, Op, Reduce
 from attngen.compat import FloorDiv
+from attngen.philox import random
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "add": torch.add,
@@ -54,6 +55,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "isnan": torch.isnan,
     "where": torch.where,
     "trunc": lambda x: x.to(torch.int64),
+    "random": random,
 }
 
 

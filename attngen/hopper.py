@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from attngen import boxes
-from attngen.algebra import ONE, Load
+from attngen.algebra import ONE, Load, Op
 from attngen.bounds import Bounds, loop_bounds
 from attngen.boxes import GLUON_DTYPES, PLANE_DTYPES, WARPGROUP_ROWS, dims_of, operands, planes
 from attngen.finder import finder, numbered
@@ -54,6 +54,8 @@ def unsuited(spec: AttentionSpec) -> str | None:
         return f"a head size of {spec.head_dim}, {spec.value_dim} for values, is not a multiple of 8 up to {MAX_SIDE}"
     if spec.whole is not None:
         return "rows may have to be computed again with the model's own fill value"
+    if any(isinstance(node, Op) and node.name == "random" for node in spec.gain.walk()):
+        return "weights are dropped at random"
     if spec.gain != ONE:
         return "weights are multiplied after softmax"
     if any(sink.axes & {ROW, KEY} for sink in spec.sinks):

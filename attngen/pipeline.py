@@ -351,8 +351,10 @@ def _layouts(site: Site, specialised: Specialised, problem: Problem) -> tuple[La
         if isinstance(binding, specialise.Table):
             shape = shape_of(source, extents(spec, problem))
             layouts.append(layout_of(torch.empty(shape, device="meta")))
-        else:
+        elif isinstance(binding, fx.Node):
             layouts.append(layout_of(binding.meta["val"]))
+        else:
+            layouts.append(layout_of(torch.empty((), dtype=source.dtype, device="meta")))
     return tuple(layouts)
 
 

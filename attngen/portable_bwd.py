@@ -143,6 +143,7 @@ def _kernel(side: Side) -> dict[str, Any]:
             "floor_div": printer.uses_floor_div,
             "drowned": printer.uses_drowned,
             "rounded": printer.uses_rounded,
+            "random": printer.uses_random,
             "longer": bounds.compares,
         },
         **_arguments(side),

@@ -41,6 +41,7 @@ _CALLS = {
     "where": "tl.where",
     "drown": "drowned",
     "rounded": "rounded",
+    "random": "random",
 }
 _GUARDS = {True: ["row_ok", "col_ok"], False: ["row_ok"]}  # of a load per pair, in masked and in full blocks
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", **COMPARISONS}
@@ -73,6 +74,7 @@ class Printer:
     uses_tanh: bool = False
     uses_drowned: bool = False
     uses_rounded: bool = False
+    uses_random: bool = False
     _names: dict[Expr, str] = field(default_factory=dict)
     _blocks: dict[str, str] = field(default_factory=dict)
     _keys_end: str = "size_j"
@@ -147,6 +149,7 @@ class Printer:
             raise Unprintable(f"a kernel has no {expr.name}")
         self.uses_tanh |= expr.name == "tanh"
         self.uses_drowned |= expr.name == "drown"
+        self.uses_random |= expr.name == "random"
         if expr.name == "rounded":
             self.uses_rounded = True
             args.append("tl.float16" if number(expr.args[1]) == HALF_LIMIT else "tl.bfloat16")

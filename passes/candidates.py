@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from attngen.passes.dropout import DROPOUTS
 from attngen.passes.effects import updated
 from attngen.passes.pointwise import POINTWISE
 from attngen.passes.semantics import bind, is_tensor, op_name, shape_of
@@ -14,7 +15,7 @@ from attngen.passes.values import is_contraction
 from attngen.passes.views import PARTS, VIEWS
 
 SOFTMAX = frozenset(["softmax", "_softmax", "special_softmax", "_safe_softmax", "log_softmax", "_log_softmax"])
-_ELEMENTWISE = frozenset([*VIEWS, *PARTS, *POINTWISE, "tril", "triu"])
+_ELEMENTWISE = frozenset([*VIEWS, *PARTS, *POINTWISE, *DROPOUTS, "tril", "triu"])
 _JOINS = frozenset(["cat", "amax", "max", "constant_pad_nd", "pad"])
 # What people put between softmax and values, or scores and softmax, and no kernel computes: worth a ``Miss``.
 _CHANGES = frozenset(["layer_norm", "rms_norm", "nan_to_num", "roll", "cumsum", "scatter", "gather", "topk"])
@@ -34,6 +35,10 @@ class Marks:
 
     def highest(self, nodes: list[fx.Node]) -> int:
         return max((self.level.get(n, 0) for n in nodes), default=0)
+
+    def weighs(self, node: fx.Node) -> bool:
+        """Made of attention weights, without leaving their elements."""
+        return self.level.get(node) == 3
 
     def settle(self, output: fx.Node) -> None:
         """``output`` is a proved attention: to what follows, it is a product like any other."""

@@ -21,12 +21,12 @@ from attngen.algebra import Access, Dot, Expr, Load, op, transform
 from attngen.errors import Miss
 from attngen.index import Axis
 from attngen.normaliser import OWN_SUM, Normalised, quotient, softmax, summands, unnormalised
-from attngen.passes import effects, heads, ordinary, results
-from attngen.passes.candidates import ATTENTION, Marks, divided, is_candidate, is_product, weighs_pairs
+from attngen.passes import dropout, effects, heads, ordinary, results
+from attngen.passes.candidates import Marks, divided, is_candidate, is_product, weighs_pairs
 from attngen.passes.decompose import Decomposer
 from attngen.passes.lower import Lowered
 from attngen.passes.operands import Operand, peel
-from attngen.passes.semantics import Reader, TooMuch, bind, dtype_of, op_name
+from attngen.passes.semantics import Reader, TooMuch, dtype_of, op_name
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def run(lowered: Lowered) -> list[Terms | Miss]:
         near = is_candidate(node, marks)
         if not (near or weighs_pairs(node, marks)):
             continue
-        proof = _prove(node, lowered, facts, decompose)
+        proof = _prove(node, lowered, facts, decompose, marks)
         if not isinstance(proof, Miss):
             marks.settle(proof[0].output)
         found.append((proof, near))
@@ -106,21 +106,24 @@ def _undisturbed(found: list[Terms | Miss], facts: effects.Effects) -> list[Term
 # ------------------------------------------------------------------------------------------------------------- proof
 
 _DROPOUT = "the attention weights are dropped at random"
+_DROPPED_SCORES = "the scores are dropped at random"
 _TOO_MUCH = "more is computed between the two products than a proof follows"
 _FROM_SCORES = "an operand is computed from the scores"
 
 
-def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: Decomposer) -> Terms | Miss:
+def _prove(
+    node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: Decomposer, marks: Marks
+) -> Terms | Miss:
     try:
-        return _proof(node, lowered, facts, decompose)
+        return _proof(node, lowered, facts, decompose, marks)
     except (TooMuch, RecursionError):
         return Miss(_TOO_MUCH, node.name, depth=1)
 
 
-def _proof(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: Decomposer) -> Terms | Miss:
-    if op_name(node) == ATTENTION and bind(node)["dropout_p"]:
-        return Miss(_DROPOUT, node.name, depth=1)
-    reader = Reader(lowered.graph, facts.stale, decompose, lambda n: facts.overwritten(n, node))
+def _proof(
+    node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: Decomposer, marks: Marks
+) -> Terms | Miss:
+    reader = Reader(lowered.graph, facts.stale, decompose, lambda n: facts.overwritten(n, node), marks.weighs)
     misses: list[Miss] = []
     for end in filter(None, (divided(node), node)):
         if any(miss.reason == OWN_SUM for miss in misses):  # the weights are read by that sum
@@ -131,7 +134,7 @@ def _proof(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: D
                 misses.append(proof)
                 continue
             if any(_fix_head_sizes(site) for site in proof):
-                return _proof(node, lowered, facts, decompose)
+                return _proof(node, lowered, facts, decompose, marks)
             inside = proof[0].interior - {site.dot.node for site in proof}
             mixed = heads.mixed(reader, end) if any(map(heads.may_mix, inside)) else None
             if mixed is None:
@@ -194,7 +197,7 @@ def _fix_head_sizes(site: Site) -> bool:
 
 def _drops(expr: Expr) -> bool:
     """Some of ``expr`` is set to zero at random."""
-    return any(isinstance(n, Load) and op_name(n.source) == "dropout" for n in expr.walk())  # type: ignore[arg-type]
+    return any(isinstance(n, Load) and isinstance(n.source, fx.Node) and dropout.drops(n.source) for n in expr.walk())
 
 
 def _prove_sides(reader: Reader, sides: _Sides, outside: Expr) -> Terms | Miss:
@@ -270,6 +273,10 @@ def _prove_scores(reader: Reader, sides: _Sides, normalised: Normalised, dot: Do
     interior = effects.between(dot.node, sides.node)  # type: ignore[arg-type]
     if any(operand.node in interior for operand in operands):
         return Miss(_FROM_SCORES, sides.node.name, depth=5)
+    if dropout.seeds(score, *normalised.sinks):
+        return Miss(_DROPPED_SCORES, sides.node.name, depth=5)
+    if any(seed.whole not in (*interior, sides.node) for seed in dropout.seeds(gain)):
+        return Miss(_DROPOUT, sides.node.name, depth=5)
     batch = tuple(a for a in axes if a not in (row, feature))
     return Site(
         sides.output, sides.node, axes, batch, row, key, dot.axis, feature, q, k, v, dot, score,
@@ -299,7 +306,7 @@ def _score_dots(reader: Reader, normalised: Normalised, key: Axis) -> list[Dot] 
         reason = "the softmax is not over a product of queries and keys"
         if any(isinstance(n, Load) and reader.is_stale(n.source) for n in normalised.score.walk()):  # type: ignore[arg-type]
             reason = "the scores are put together in place, piece by piece"
-        return Miss(_DROPOUT if _drops(normalised.score) else reason, depth=2)
+        return Miss(_DROPPED_SCORES if _drops(normalised.score) else reason, depth=2)
     if len(dots) > 1 and not normalised.softmax:
         return Miss(f"the weights are made of {len(dots)} products", str(dots[1].node), depth=3)
     return sorted(dots, key=lambda e: -int(e.axis.extent) if e.axis.extent.is_Integer else 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from attngen.errors import Miss
+from attngen.passes.dropout import drops
 from attngen.passes.memory import storage
 from attngen.passes.semantics import op_name
 from attngen.passes.views import FREE, PARTS, VIEWS
@@ -119,15 +120,31 @@ def _cut(graph: fx.Graph) -> frozenset[fx.Node]:
 
 
 def undisturbed(site: Site, sites: Sequence[Site], facts: Effects) -> Miss | None:
-    """None if the site may be replaced together with all ``sites``, else what stands in the way."""
+    """None if the site may be replaced together with all ``sites``, else what stands in the way.
+
+    Weights that are dropped at random are for the site alone: another one might stay as it was, with other random numbers.
+    """
+    dropped = _from(filter(drops, site.interior), site.interior)
     for node in site.interior:
+        others = () if node in dropped else sites
         for user in node.users:
-            if user in facts.live and not any(_goes_with(each, node, user) for each in (site, *sites)):
+            if user in facts.live and not any(_goes_with(each, node, user) for each in (site, *others)):
                 return Miss(_read_elsewhere(node, user), node.name, depth=6)
         outside = [w for w in facts.writes.get(storage(node), ()) if w not in site.interior] if _is_tensor(node) else []
         if outside:
             return Miss("a value between the two products is written in place", outside[0].name, depth=6)
     return None
+
+
+def _from(nodes: Iterable[fx.Node], inside: frozenset[fx.Node]) -> set[fx.Node]:
+    """``nodes`` and what is made of them ``inside``."""
+    stack, found = list(nodes), set[fx.Node]()
+    while stack:
+        node = stack.pop()
+        if node in inside and node not in found:
+            found.add(node)
+            stack.extend(node.users)
+    return found
 
 
 def _goes_with(site: Site, node: fx.Node, user: fx.Node) -> bool:

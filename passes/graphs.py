@@ -17,10 +17,11 @@ from attngen import compat
 from attngen.algebra import Load
 from attngen.evaluate import Evaluator
 from attngen.index import Axis
+from attngen.passes.dropout import SEEDS, Seed, draws
 from attngen.passes.effects import updated
 from attngen.passes.lower import Lowered
 from attngen.passes.memory import values
-from attngen.passes.semantics import bind, shape_of
+from attngen.passes.semantics import shape_of
 from attngen.passes.specialise import Table
 
 
@@ -29,10 +30,14 @@ class NotHere(Exception):
 
 
 class Writer:
-    """Writes before ``anchor``, a node of the captured graph. ``written`` lists the new nodes, for taking them back."""
+    """Writes before ``anchor``, a node of the captured graph. ``written`` lists the new nodes, for taking them back.
 
-    def __init__(self, lowered: Lowered, anchor: fx.Node) -> None:
+    Random numbers are drawn here only if these are ``moved`` nodes, which are drawn nowhere else.
+    """
+
+    def __init__(self, lowered: Lowered, anchor: fx.Node, moved: frozenset[fx.Node] = frozenset()) -> None:
         self._lowered = lowered
+        self._moved = moved
         self._anchor = anchor
         self._before = _nodes_before(anchor)
         self._copies: dict[fx.Node, fx.Node] = {}
@@ -84,6 +89,16 @@ class Writer:
         self._lowered.tables[table] = self._inlined(graph, inner)
         return self._lowered.tables[table]
 
+    def seed(self, seed: Seed, like: fx.Node) -> fx.Node:
+        """A number drawn at random, on the device of the lowered node ``like``: one for all that ``seed`` is of."""
+        known = self._lowered.tables.get(seed)
+        if known in self._before or known in self.written:
+            return known  # type: ignore[return-value]
+        drawn = self.call(torch.ops.aten.randint.low, (0, SEEDS, []))
+        drawn.kwargs = {"dtype": torch.int64, "device": like.meta["val"].device}
+        self._lowered.tables[seed] = drawn
+        return drawn
+
     def take_back(self) -> None:
         for node in reversed(self.written):
             self._anchor.graph.erase_node(node)
@@ -92,10 +107,13 @@ class Writer:
                 del self._lowered.tables[table]
         self.written.clear()
 
+    def _may_move(self, node: fx.Node) -> bool:
+        return node in self._moved and not node.target._schema.is_mutable  # type: ignore[union-attr]
+
     def _copied(self, node: fx.Node) -> fx.Node:
         if node.op != "call_function":
             raise NotHere(f"{node.name} is not passed into the part of the graph that needs it")
-        if isinstance(node.target, torch._ops.OpOverload) and not is_pure(node):
+        if isinstance(node.target, torch._ops.OpOverload) and not (is_pure(node) or self._may_move(node)):
             raise NotHere(f"{node.name} writes memory or draws random numbers, and exists only inside another call")
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value)  # type: ignore[misc]
         # A copy that had nothing to do was not traced, so a view may count on memory that now lies in another order.
@@ -124,7 +142,7 @@ def opened(call: fx.Node, lowered: Lowered) -> None:
     For calls that do more than one thing, of which a site is a part (``F.multi_head_attention_forward``). Raises
     ``NotHere``, leaving the graph alone, where an operator is not pure.
     """
-    writer = Writer(lowered, call)
+    writer = Writer(lowered, call, moved=frozenset(lowered.emitted[call]))
     held = {captured: node for node, origins in lowered.origins.items() for captured in origins}
     try:
         copies = {node: writer.value(node) for node in lowered.emitted[call]}
@@ -147,16 +165,7 @@ def is_pure(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return True
-    return not target._schema.is_mutable and not _draws(node)
-
-
-def _draws(node: fx.Node) -> bool:
-    """Takes random numbers: tagged as able to, and not told to keep everything."""
-    if torch.Tag.nondeterministic_seeded not in node.target.tags:  # type: ignore[union-attr]
-        return False
-    arguments = bind(node)
-    keeps_all = arguments.get("dropout_p", arguments.get("p")) == 0 or arguments.get("train") is False
-    return not keeps_all
+    return not target._schema.is_mutable and not draws(node)
 
 
 def _nodes_before(anchor: fx.Node) -> frozenset[fx.Node]:

@@ -29,7 +29,7 @@ class Lowered:
     ``origins`` lists for each lowered node the captured nodes that hold exactly its value, in program order.
     ``emitted`` lists for each captured node the lowered nodes it was traced into.
     ``parameters`` are the placeholders that stand for weights of the model.
-    ``tables`` are those that replaced sites needed, each with the captured node that holds it now.
+    ``tables`` are those that replaced sites needed (and their seeds), each with the captured node that holds it now.
     """
 
     graph: fx.Graph

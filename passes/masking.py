@@ -17,6 +17,7 @@ from attngen.index import Axis
 from attngen.mask import no_row_is_empty
 from attngen.passes.candidates import SOFTMAX
 from attngen.passes.detect import Site
+from attngen.passes.dropout import is_random
 from attngen.passes.rounding import HALF, drowns, is_rounded, opened, quick, without_idle
 from attngen.passes.semantics import dtype_of, op_name
 
@@ -97,7 +98,7 @@ def _without_zeros(weight: Expr) -> tuple[Expr, Expr]:
         left, kept = _without_zeros(weight.args[0])
         right, also = _without_zeros(weight.args[1]) if weight.name == "mul" else (weight.args[1], TRUE)
         return op(weight.name, left, right), op("and", kept, also)
-    if isinstance(weight, Op) and weight.name == "where":
+    if isinstance(weight, Op) and weight.name == "where" and not is_random(weight.args[0]):  # dropout multiplies NaN too
         condition, yes, no = weight.args
         for keep, kept, zero in ((condition, yes, no), (negate(condition), no, yes)):
             if number(zero) == 0:

@@ -17,6 +17,7 @@ from torch import fx
 from attngen.errors import Miss
 from attngen.passes import effects
 from attngen.passes.detect import Site
+from attngen.passes.dropout import Seed
 from attngen.passes.graphs import NotHere, Writer, is_pure, opened, sizes_of
 from attngen.passes.lower import Lowered
 from attngen.passes.semantics import dtype_of
@@ -49,7 +50,7 @@ def place(
         return Miss("no captured node computes the attention", site.output.name, depth=8)
     inputs = [site.query.node, site.keys.node, site.values.node]
     for binding in specialised.bindings:
-        inputs += _sources(binding) if isinstance(binding, Table) else [binding]
+        inputs += [binding] if isinstance(binding, fx.Node) else _sources(binding)
     for node in inputs:
         disturbed = effects.written_between([node], node, site.output, facts)
         if disturbed is not None:
@@ -77,8 +78,11 @@ def _asked_for(node: fx.Node, lowered: Lowered) -> bool:
     return bool(getattr(value, "requires_grad", True))
 
 
-def _sources(table: Table) -> list[fx.Node]:
-    return [node.source for node in table.expr.walk() if hasattr(node, "source")]  # type: ignore[misc]
+def _sources(made: Table | Seed) -> list[fx.Node]:
+    """What the graph makes it of."""
+    if isinstance(made, Seed):
+        return []
+    return [node.source for node in made.expr.walk() if hasattr(node, "source")]  # type: ignore[misc]
 
 
 def run(terms: Sequence[Placed], lowered: Lowered, targets: Sequence[Any]) -> Miss | None:
@@ -113,7 +117,8 @@ def run(terms: Sequence[Placed], lowered: Lowered, targets: Sequence[Any]) -> Mi
     call.meta = dict(anchor.meta)
     anchor.replace_all_uses_with(call, propagate_meta=False)
     lowered.origins[site.output].insert(0, call)  # where a later site finds it
-    _erase(anchor, lowered)
+    bindings = [binding for placed in terms for binding in placed.specialised.bindings]
+    _erase(anchor, lowered, {binding.whole for binding in bindings if isinstance(binding, Seed)})
     return None
 
 
@@ -132,13 +137,18 @@ def _arguments(placed: Placed, writer: Writer) -> list[fx.Node]:
     for binding in placed.specialised.bindings:
         if isinstance(binding, Table):
             arguments.append(writer.table(binding, sizes, like=site.query.node))
+        elif isinstance(binding, Seed):
+            arguments.append(writer.seed(binding, like=site.query.node))
         else:
             arguments.append(writer.value(binding))
     return arguments
 
 
-def _erase(node: fx.Node, lowered: Lowered) -> None:
-    """Erase ``node`` and all that only it needed, as far as that has no effect but its value."""
+def _erase(node: fx.Node, lowered: Lowered, redrawn: set[fx.Node]) -> None:
+    """Erase ``node`` and all that only it needed, as far as that has no effect but its value.
+
+    ``redrawn`` are lowered nodes whose random numbers somebody else draws now.
+    """
     held = {captured for origins in lowered.origins.values() for captured in origins}
     stack, erased = [node], set[fx.Node]()
     while stack:
@@ -147,7 +157,8 @@ def _erase(node: fx.Node, lowered: Lowered) -> None:
             continue
         if any(user.target is not _CHECK for user in node.users):
             continue
-        if node.op != "get_attr" and not (_has_value(node, held) and all(map(is_pure, lowered.emitted[node]))):
+        idle = all(is_pure(each) or each in redrawn for each in lowered.emitted[node])
+        if node.op != "get_attr" and not (_has_value(node, held) and idle):
             continue
         below = node.all_input_nodes
         for check in list(node.users):

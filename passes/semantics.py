@@ -103,7 +103,7 @@ def _clumsiness(node: fx.Node, index: Index) -> tuple[bool, bool]:
 
 class Reader:
     """Reads elements of one lowered graph; ``stale`` nodes changed in place later and are only ever loaded, and what is
-    ``overwritten`` before a site can read it is no place to load a value from.
+    ``overwritten`` before a site can read it is no place to load a value from. What ``weighs`` is made of attention weights.
 
     Each site has a reader of its own, so that equal sites are read over the very same axes; readers of one graph share
     ``decompose``. Reading raises ``TooMuch`` beyond the limits, so that no proof takes longer than a fixed time.
@@ -115,11 +115,13 @@ class Reader:
         stale: frozenset[fx.Node] = frozenset(),
         decompose: Decomposer | None = None,
         overwritten: Callable[[fx.Node], bool] = lambda _: False,
+        weighs: Callable[[fx.Node], bool] = lambda _: False,
     ) -> None:
         self.graph = graph
         self._decompose = decompose or Decomposer()
         self._stale = stale
         self._overwritten = overwritten
+        self._weighs = weighs
         self._memo: dict[tuple[fx.Node, Index], Expr] = {}
         self._depth = 0
         self._inlined: dict[fx.Node, fx.Node | None] = {}
@@ -170,6 +172,10 @@ class Reader:
 
     def is_stale(self, node: fx.Node) -> bool:
         return node in self._stale
+
+    def weighs(self, node: fx.Node) -> bool:
+        """``node`` makes attention weights of others; so does what operators do inside, for all that reads it."""
+        return node.graph is not self.graph or self._weighs(node)
 
     def resolve(self, node: fx.Node) -> fx.Node:
         """The node of the graph itself that a placeholder inside a decomposition stands for."""

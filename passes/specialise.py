@@ -23,6 +23,7 @@ from attngen.errors import Miss
 from attngen.index import Axis, always_less, never_negative, numbered
 from attngen.passes import masking
 from attngen.passes.detect import Site
+from attngen.passes.dropout import Seed
 from attngen.passes.masking import CHEAP
 from attngen.passes.operands import Operand
 from attngen.passes.semantics import Index, dtype_of, is_inside, shape_of
@@ -42,7 +43,7 @@ class Table:
     diagonal: Axis
 
 
-Binding = fx.Node | Table
+Binding = fx.Node | Table | Seed
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _unmeasured(axis: Axis, name: sp.Expr, spec: AttentionSpec, tensors: list[Bi
     for source, tensor in zip(spec.inputs, tensors, strict=True):
         dim = source.dim_of(name)  # type: ignore[arg-type]
         if dim is not None:
-            whole = isinstance(tensor, Table) or sp.expand(shape_of(tensor)[dim] - axis.extent) == 0
+            whole = not isinstance(tensor, fx.Node) or sp.expand(shape_of(tensor)[dim] - axis.extent) == 0
             return "" if whole else "only a part of a tensor has one dimension of the result"
     return "every operand is broadcast along one dimension of the result"
 
@@ -152,7 +153,7 @@ class _Loads:
 
     def _rule(self, expr: Expr) -> Expr | None:
         """What ``expr`` becomes, or None to look at its parts."""
-        if isinstance(expr, (Int, Const)) or expr == self._site.dot:
+        if isinstance(expr, (Int, Const)) or expr == self._site.dot or (isinstance(expr, Op) and expr.name == "random"):
             return expr
         if isinstance(expr, Load):
             if isinstance(expr.source, Table):
@@ -189,7 +190,9 @@ class _Loads:
         return any(node == self._site.dot for node in expr.walk())
 
     def _plain(self, load: Load) -> bool:
-        """Read at positions that are plain index arithmetic and provably inside the tensor."""
+        """Read at positions that are plain index arithmetic and provably inside the tensor; a seed is."""
+        if isinstance(load.source, Seed):
+            return True
         if not isinstance(load.source, fx.Node) or not all(isinstance(place, Int) for place in load.index):
             return False
         return is_inside(load.source, tuple(place.value for place in load.index))  # type: ignore[attr-defined]
@@ -307,6 +310,8 @@ def _input(name: str, operand: Operand, names: Names) -> Input:
 
 def _extra(load: Load, slots: dict[Load, str], names: Names) -> Input:
     index = tuple(place.value for place in _places(load, names))  # type: ignore[attr-defined]
+    if isinstance(load.source, Seed):
+        return Input(slots[load], index, torch.int64)
     dtype = torch.float32 if isinstance(load.source, Table) else dtype_of(load.source)  # type: ignore[arg-type]
     return Input(slots[load], index, dtype)
 

@@ -11,6 +11,7 @@ from torch import fx
 
 from attngen.algebra import Const, Expr, Int, Load, Reduce, integer, op, to_float, where
 from attngen.index import ZERO, Axis, never_negative
+from attngen.passes import dropout
 from attngen.passes.semantics import (
     Bound,
     Index,
@@ -258,8 +259,16 @@ def _symbols(index: Index) -> set[sp.Basic]:
 
 
 def _dropout(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
-    """Dropout that drops: not looked into, so that it can be told by its name."""
-    raise Unknown("random numbers")
+    """Dropout that drops: looked into only if it drops attention weights. Others are there, as tensors."""
+    p = args["p"] if dropout.draws(node) else 0.0
+    if not reader.weighs(node) or not isinstance(p, (int, float)):
+        raise Unknown("random numbers")
+    source = args["input" if "input" in args else "self"]
+    value = reader.at(source, index)
+    if p == 0:
+        return value
+    seed = dropout.Seed(node, reader.whole(node))
+    return op("mul", value, dropout.factor(seed, float(p), index, shape_of(source)))
 
 
 def _max(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
@@ -328,7 +337,7 @@ VALUES: dict[str, Row] = {
     "linear": _linear,
 }
 
-PART_VALUES: dict[tuple[str, int], Row] = {("max", 0): _max}
+PART_VALUES: dict[tuple[str, int], Row] = {("max", 0): _max, ("native_dropout", 0): _dropout}
 
 CONTRACTIONS = frozenset(["matmul", "bmm", "mm", "baddbmm", "addmm", "linear", "sum", "einsum"])
 CONTRACTIONS |= frozenset(["scaled_dot_product_attention"])

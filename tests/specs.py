@@ -14,6 +14,7 @@ import torch
 from attngen.algebra import Const, Expr, Int, Load, integer, op, to_float, where
 from attngen.compat import FloorDiv
 from attngen.index import Axis
+from attngen.passes import dropout
 from attngen.spec import FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input, Problem, Tile, batch_axes
 
 B, H = batch_axes(2)
@@ -95,10 +96,16 @@ def loaded(name: str, *index: sp.Expr, kind: str = "float") -> Load:
     return Load(name, tuple(Int(sp.sympify(place)) for place in index), kind)
 
 
+def dropped(p: float, *outer: sp.Expr) -> Expr:
+    """Dropout with the seed ``t0`` of weights ``[*outer, i, j]``."""
+    return dropout.factor("t0", p, (*outer, ROW, KEY), tuple(axis.extent for axis in (*outer, ROW, KEY)))  # type: ignore[attr-defined]
+
+
 QK = scaled(0.125)
 SLOPE, BIAS = loaded("t0", H), loaded("t0", ZERO, H, ROW, KEY)
 DIAGONAL = KEY - ROW + ROW.extent - 1
 PADDING = loaded("t0", B, KEY, kind="bool")
+SEED = {"t0": (torch.int64, ())}
 SLOPES = {"t0": (torch.float32, (H,))}
 DENSE = {"t0": (HALF, (ZERO, H, ROW, KEY))}
 TABLE = {"t0": (torch.float32, (H, DIAGONAL))}
@@ -204,6 +211,14 @@ CASES = (
     Case("head_gain", attention(gain=SLOPE, extras=SLOPES)),
     Case("pair_gain", attention(gain=loaded("t0", ZERO, H, ROW, KEY), extras=DENSE, mask=CAUSAL, lse=True)),
     Case("signed", attention(score=op("abs", QK), gain=where(op("gt", QK, Const(0.0)), Const(1.0), Const(-1.0)))),
+    Case("dropped", attention(gain=dropped(0.3, B, H), extras=SEED, lse=True)),
+    Case("dropped_causal", attention(gain=dropped(0.1, B, H), extras=SEED, mask=CAUSAL, groups=2), batch=(1, 4)),
+    Case("dropped_one_batch", attention(gain=dropped(0.5, B), extras=SEED, batch=(B,), wide=True), batch=(3,)),
+    Case(
+        "dropped_fill_shows",
+        attention(**_filled(QK, STRICTLY_CAUSAL, -10000.0), gain=dropped(0.2, B, H), extras=SEED),
+        tile=Tile(64, 64, 8, 2),
+    ),
     Case("multi_query", attention(batch=(H,), keys=Input("k", (KEY, INNER), HALF), mask=CAUSAL), batch=(3,)),
     Case(
         "one_query",
