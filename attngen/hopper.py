@@ -15,6 +15,7 @@ import torch
 
 from attngen.algebra import ONE
 from attngen.bounds import Bounds, is_plain, loop_bounds
+from attngen.gluon import DTYPES, box_dims, gluon, helpers_of
 from attngen.index import Axis
 from attngen.layout import base_of, unpacked, used_dims
 from attngen.mask import derive
@@ -26,8 +27,7 @@ WARPGROUP_ROWS = 64
 MAX_SIDE = 256  # of a box that TMA copies, and of a product
 MAX_RANK = 5
 OUT_WIDTH = 128  # features of a row that wait in shared memory to be written
-_GLUON_DTYPES = {torch.float16: "gl.float16", torch.bfloat16: "gl.bfloat16"}
-_PLANE_DTYPES = {**_GLUON_DTYPES, torch.float32: "gl.float32"}
+_PLANE_DTYPES = {**DTYPES, torch.float32: "gl.float32"}
 _PLACES = Places(row="rows", key="cols", row_beside="", key_beside="", key_float="col_floats")
 
 
@@ -58,7 +58,7 @@ def planes(spec: AttentionSpec) -> tuple[Input, ...]:
 @lru_cache(maxsize=4096)  # identical sites share it, and what it derives of the mask
 def unsuited(spec: AttentionSpec) -> str | None:
     """Why the template cannot compute ``spec``, if so."""
-    if any(x.dtype not in _GLUON_DTYPES for x in (spec.query, spec.keys, spec.values)) or spec.out_dtype not in _GLUON_DTYPES:
+    if any(x.dtype not in DTYPES for x in (spec.query, spec.keys, spec.values)) or spec.out_dtype not in DTYPES:
         return "TMA and warpgroups take 16-bit operands"
     if len({x.dtype for x in (spec.query, spec.keys, spec.values)}) > 1 or spec.out_dtype != spec.query.dtype:
         return "its operands are of different types"
@@ -84,7 +84,7 @@ def _unaddressable(spec: AttentionSpec) -> str | None:
     for source, row, feature in _operands(spec):
         if source.dim_of(row) is None or source.dim_of(feature) is None:
             return f"{source.name} is read at more than plain positions"
-        if len(_dims(source, row, feature)) > MAX_RANK:
+        if len(box_dims(source, row, feature)) > MAX_RANK:
             return f"{source.name} has more than {MAX_RANK} dimensions"
     return None
 
@@ -95,19 +95,13 @@ def _operands(spec: AttentionSpec) -> list[tuple[Input, Any, Any]]:
     return [(spec.query, ROW, INNER), (spec.keys, KEY, INNER), (spec.values, KEY, FEATURE), *loaded, (out, ROW, FEATURE)]
 
 
-def _dims(source: Input, row: Any, feature: Any) -> list[int]:
-    """The dimensions of a box: those that are one per program, then rows, then features."""
-    outer = [dim for dim, _ in fixed_dims(source)]
-    return [*outer, source.index.index(row), source.index.index(feature)]
-
-
 def misaligned(spec: AttentionSpec, layouts: Sequence[tuple[Sequence[int], int]]) -> str | None:
     """Why TMA cannot address operands with such (strides, offset), in elements, if so; of all inputs, in order."""
     copied = {source.name: (source, row, feature) for source, row, feature in _operands(spec)}
     for each, (strides, offset) in zip(spec.inputs, layouts, strict=True):
         if each.name not in copied:
             continue
-        *outer, last = _dims(*copied[each.name])
+        *outer, last = box_dims(*copied[each.name])
         unit = 16 // each.dtype.itemsize
         if strides[last] != 1:
             return f"elements of {each.name} that belong side by side are not"
@@ -148,7 +142,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "programs": sms,
         "block_d": block_d,
         "block_e": block_e,
-        "helpers": _helpers(printer, score),
+        "helpers": helpers_of(printer, score["together"]),
         "score": score,
         "sinks": [sink for sink in sinks if sink.isidentifier()],
         "sink_lines": _sink_lines(sinks, f" * {LOG2E!r}" if natural else ""),
@@ -157,13 +151,13 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "sharing": " * ".join(f"size_{a.name}" for a in _order(spec) if not _plane_varies(spec, a)) or "1",
         "planes": [x.name for x in planes(spec)],
         "widths": {x.name: x.dtype.itemsize for x in planes(spec)},
-        "prologue": list(map(_gluon, prologue)),
+        "prologue": list(map(gluon, prologue)),
         "unpacks": bool(prologue) or not set(told).isdisjoint(outer),
         "values": told,
         "extras": [*extras["pointers"], *extras["strides"]],
         "extra_strides": extras["call"],
         "extra_names": [x.name for x in _pointed(spec)],
-        "gluon_dtype": _GLUON_DTYPES[spec.query.dtype],
+        "gluon_dtype": DTYPES[spec.query.dtype],
         "out_parts": max(1, block_e // OUT_WIDTH),
         **_boxes(spec, tile, printer, block_d, block_e),
         **common,
@@ -181,17 +175,17 @@ def _partitions(groups: int) -> dict[str, Any]:
 
 
 def _bounds(bounds: Bounds) -> dict[str, Any]:
-    lines = list(map(_gluon, bounds.lines))
+    lines = list(map(gluon, bounds.lines))
     uses_last = any(re.search(r"\blast\b", line) for line in lines)
     return {"lines": lines, "has_full": bounds.has_full, "uses_last": uses_last}
 
 
 def _score(printer: Printer, spec: AttentionSpec, shaped: Any) -> dict[str, Any]:
-    text = _gluon(bare(printer.value(shaped, masked=True)))
+    text = gluon(bare(printer.value(shaped, masked=True)))
     copied = tuple(f"{x.name}_block = " for x in planes(spec))
-    reads = [_gluon(line) for line in printer.blocks() if not line.startswith(copied or "no line")]
-    keep = _gluon(kept(printer, spec.mask))
-    keep_reads = list(map(_gluon, printer.blocks()))
+    reads = [gluon(line) for line in printer.blocks() if not line.startswith(copied or "no line")]
+    keep = gluon(kept(printer, spec.mask))
+    keep_reads = list(map(gluon, printer.blocks()))
     together = " ".join([text, *reads, keep, *keep_reads])
     plain = text == "qk" and not reads
     return {
@@ -210,17 +204,6 @@ def _score(printer: Printer, spec: AttentionSpec, shaped: Any) -> dict[str, Any]
 def _mentioned(names: list[str], score: dict[str, Any]) -> list[str]:
     words = set(re.findall(r"\w+", score["together"]))
     return [name for name in names if name in words]
-
-
-def _helpers(printer: Printer, score: dict[str, Any]) -> dict[str, bool]:
-    every = " ".join([score["together"], *printer.prologue])
-    return {
-        "tanh": printer.uses_tanh,
-        "sigmoid": "sigmoid(" in every,
-        "floor_div": printer.uses_floor_div,
-        "drowned": printer.uses_drowned,
-        "rounded": printer.uses_rounded,
-    }
 
 
 def _sink_lines(sinks: list[str], times: str) -> list[str]:
@@ -283,14 +266,9 @@ def _boxes(spec: AttentionSpec, tile: Tile, printer: Printer, block_d: int, bloc
     ends = {"q": "0", "k": "0", "v": "0", "out": "feature"}
     boxes = {name: [*[1] * len(outer[name]), *shape] for name, shape in shapes.items()}
     return {
-        "dims": {operands[name][0].name: _dims(*operands[name]) for name in shapes},
+        "dims": {operands[name][0].name: box_dims(*operands[name]) for name in shapes},
         "box_of": {operands[name][0].name: box for name, box in boxes.items()},
         "gluon_dtypes": {operands[name][0].name: _PLANE_DTYPES[operands[name][0].dtype] for name in shapes},
         "boxes": {name: "".join(f", {side}" for side in box) for name, box in boxes.items()},
         "places": {name: ", ".join([*outer[name], rows.get(name, "row"), ends.get(name, "key")]) for name in shapes},
     }
-
-
-def _gluon(text: str) -> str:
-    """Gluon has Triton's operations under its own name, except one."""
-    return re.sub(r"\btl\.", "gl.", text.replace("tl.sigmoid(", "sigmoid("))
