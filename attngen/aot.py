@@ -32,7 +32,7 @@ from attngen.interpret import import_file
 
 SECONDS = 120.0  # one kernel may take to compile
 KERNEL = "attention_forward"
-BACKWARD = ("backward_queries", "backward_keys")
+BACKWARD = ("backward_prepare", "backward_queries", "backward_keys", "backward_finish")  # those that a family has
 FINDER = "find_bounds"  # of a kernel that runs before it, where there is one
 
 
@@ -119,10 +119,17 @@ def calls_of(module: ModuleType, inputs: Sequence[Layout]) -> dict[str, _Recorde
 
 def backward_launches_of(module: ModuleType, inputs: Sequence[Layout]) -> dict[str, _Recorder]:
     """The kernel calls that ``launch`` of a backward module makes for such inputs, by kernel."""
-    recorders = {name: _Recorder() for name in BACKWARD}
+    recorders = {name: _Recorder() for name in BACKWARD if hasattr(module, name)}
     launch = FunctionType(module.launch.__code__, {**vars(module), **recorders}, argdefs=module.launch.__defaults__)
-    launch(*(layout.meta() for layout in inputs))
+    tensors = [layout.meta() for layout in inputs]
+    if launch(*tensors) is None:  # it makes no gradients but those of the operands
+        launch(*tensors, **dict.fromkeys(_needs(launch), False))
     return recorders
+
+
+def _needs(launch: FunctionType) -> list[str]:
+    names = launch.__code__.co_varnames[: launch.__code__.co_argcount]
+    return [name for name in names if name.startswith("need_")]
 
 
 def compile_for(job: Job, arch: int) -> Binary:
@@ -165,7 +172,7 @@ def _merged(binaries: Sequence[Binary], seconds: float) -> Binary:
     """Of several kernels of one file, the most of each."""
     names = ("registers", "spills", "shared", "warps", "stages", "ptx_bytes", "cubin_bytes")
     most = {name: max(getattr(binary, name) for binary in binaries) for name in names}
-    return Binary(arch=binaries[0].arch, hgmma=all(b.hgmma for b in binaries), seconds=seconds, **most)
+    return Binary(arch=binaries[0].arch, hgmma=any(b.hgmma for b in binaries), seconds=seconds, **most)
 
 
 def _last_line(error: Exception) -> str:

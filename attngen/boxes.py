@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from attngen.gluon import DTYPES, box_dims
 from attngen.printer import Printer, fixed_dims
 from attngen.spec import FEATURE, INNER, KEY, ROW, AttentionSpec, Input, Tile
 
@@ -22,8 +23,7 @@ DEPTH = 16  # of one instruction that multiplies: pieces are multiples of it
 # and products then wait for each other (Triton 3.9). A head of more pieces is held in the next size that has so few.
 MAX_PIECES, MAX_RESULTS = 3, 2
 OUT_WIDTH = 128  # features of a row that wait in shared memory to be written; half of that for heads in pieces
-GLUON_DTYPES = {torch.float16: "gl.float16", torch.bfloat16: "gl.bfloat16"}
-PLANE_DTYPES = {**GLUON_DTYPES, torch.float32: "gl.float32"}
+PLANE_DTYPES = {**DTYPES, torch.float32: "gl.float32"}
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,6 @@ def operands(spec: AttentionSpec) -> list[tuple[Input, Any, Any]]:
     return [(spec.query, ROW, INNER), (spec.keys, KEY, INNER), (spec.values, KEY, FEATURE), *loaded, (out, ROW, FEATURE)]
 
 
-def dims_of(source: Input, row: Any, feature: Any) -> list[int]:
-    """The dimensions of a box: those that are one per program, then rows, then features."""
-    outer = [dim for dim, _ in fixed_dims(source)]
-    return [*outer, source.index.index(row), source.index.index(feature)]
-
-
 def holes(spec: AttentionSpec, tile: Tile, printer: Printer) -> dict[str, Any]:
     """What TMA copies for each operand: which dimensions, how much of them, and from where."""
     inner, features = pieces(spec), results(spec)
@@ -98,7 +92,7 @@ def holes(spec: AttentionSpec, tile: Tile, printer: Printer) -> dict[str, Any]:
     for (role, (rows, wide)), operand in zip(shapes.items(), operands(spec), strict=True):
         source, row, _ = operand
         outer = [printer.index(place) for _, place in fixed_dims(source)]
-        dims[source.name] = dims_of(*operand)
+        dims[source.name] = box_dims(*operand)
         places[role] = ", ".join([*outer, "key" if row == KEY else "row"])
         boxes += [
             {

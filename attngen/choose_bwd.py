@@ -1,7 +1,8 @@
-"""The tiles of the two backward kernels: each on its own, by the formulas of ``attngen.formulas_bwd``."""
+"""The tiles of a backward: of the two portable kernels each on its own, or the one of the hopper family, if it is faster."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -9,7 +10,7 @@ from itertools import product
 import numpy as np
 
 from attngen import formulas as f
-from attngen import formulas_bwd
+from attngen import formulas_bwd, formulas_hopper_bwd, hopper_bwd
 from attngen.cost import Values, of_device, of_spec, of_tiles
 from attngen.device import Device
 from attngen.errors import Miss
@@ -29,10 +30,16 @@ TILES = tuple(
 
 @dataclass(frozen=True)
 class BackwardPlan:
-    """The tiles of the kernel that holds queries and of the one that holds keys, and what both are predicted to take."""
+    """The tiles of the kernel that holds queries and of the one that holds keys, or the tile of the one kernel of the
+    hopper family; and what all is predicted to take. ``otherwise``: the portable tiles, for gradients that it does not make.
+    """
 
-    tiles: tuple[Tile, Tile]
+    tiles: tuple[Tile, ...]
     seconds: float
+    otherwise: tuple[Tile, ...] = ()
+
+    def __str__(self) -> str:
+        return "queries {}, keys {}".format(*self.tiles) if len(self.tiles) == 2 else str(self.tiles[0])
 
 
 @lru_cache(maxsize=4096)
@@ -45,9 +52,14 @@ def choose_backward(spec: AttentionSpec, problem: Problem, device: Device) -> Ba
     except Unprintable as reason:
         return Miss(str(reason))
     queries, keys = (_best(_times(*side, device), device) for side in _sides(plan, problem))
-    if queries is None or keys is None:
-        return Miss(f"no tile of a backward kernel fits {device.label}")
-    return BackwardPlan((queries[0], keys[0]), queries[1] + keys[1])
+    portable = None
+    if queries is not None and keys is not None:
+        portable = BackwardPlan((queries[0], keys[0]), queries[1] + keys[1])
+    if device.wgmma and hopper_bwd.unsuited(spec) is None:
+        one = BackwardPlan((hopper_bwd.tile_of(spec),), hopper_seconds(plan, problem, device))
+        if portable is None or one.seconds < portable.seconds:
+            return replace(one, otherwise=portable.tiles if portable else ())
+    return portable or Miss(f"no tile of a backward kernel fits {device.label}")
 
 
 def _sides(plan: Backward, problem: Problem) -> list[tuple[AttentionSpec, Problem, int, float]]:
@@ -74,12 +86,30 @@ Times = dict[Tile, tuple[float, float, float]]
 
 def _times(spec: AttentionSpec, problem: Problem, members: int, second: float, device: Device) -> Times:
     """Seconds, shared memory and registers of each tile."""
-    at: Values = {**of_device(device), **of_spec(spec, problem), **of_tiles(spec, problem, device, TILES)}
-    at |= {formulas_bwd.members: members, formulas_bwd.second: second, f.heads: problem.heads / members}
+    at = _values(spec, problem, members, device, TILES)
+    at[formulas_bwd.second] = second
     for formula in formulas_bwd.FORMULAS:
         at[formula.symbol] = evaluate(formula.expression, at)
     columns = [np.broadcast_to(at[s], len(TILES)).tolist() for s in (f.seconds, f.smem, f.registers)]
     return dict(zip(TILES, zip(*columns, strict=True), strict=True))
+
+
+def _values(spec: AttentionSpec, problem: Problem, members: int, device: Device, tiles: Sequence[Tile]) -> Values:
+    at: Values = {**of_device(device), **of_spec(spec, problem), **of_tiles(spec, problem, device, tiles)}
+    return {**at, formulas_bwd.members: members, f.heads: problem.heads / members}
+
+
+def hopper_seconds(plan: Backward, problem: Problem, device: Device) -> float:
+    """What the kernels of the hopper family are predicted to take."""
+    _, (spec, turned, members, _) = _sides(plan, problem)
+    width = hopper_bwd.padded(plan.spec)
+    at = _values(spec, turned, members, device, [hopper_bwd.tile_of(plan.spec)])
+    values = 2 * plan.spec.value_dim * plan.spec.out_dtype.itemsize  # of the result and its gradient
+    row = values + 8 * width + plan.spec.head_dim * plan.spec.query.dtype.itemsize  # and of the sums, twice
+    at |= {f.d_pad: width, f.e_pad: width, formulas_hopper_bwd.row_bytes: problem.heads * problem.rows * row}
+    for formula in formulas_hopper_bwd.FORMULAS:
+        at[formula.symbol] = evaluate(formula.expression, at)
+    return float(np.ravel(at[f.seconds])[0])
 
 
 def _best(times: Times, device: Device) -> tuple[Tile, float] | None:

@@ -63,8 +63,7 @@ def _planned(plan: Plan, device: Device) -> SiteReport:
         refused=tuple(f"{r.tile}: {r.reason}" for r in plan.refused),
     )
     if isinstance(gradients, BackwardPlan):
-        tiles = "queries {}, keys {}".format(*gradients.tiles)
-        return replace(report, backward=tiles, backward_ms=gradients.seconds * 1e3)
+        return replace(report, backward=str(gradients), backward_ms=gradients.seconds * 1e3)
     return report if gradients is None else replace(report, backward=f"block by block: {gradients.reason}")
 
 

@@ -11,13 +11,17 @@ from importlib.resources import files
 import jinja2
 
 import attngen
-from attngen import hopper, portable, portable_bwd
+from attngen import hopper, hopper_bwd, portable, portable_bwd
 from attngen.errors import Miss
 from attngen.printer import Unprintable
 from attngen.spec import HOPPER, PORTABLE, AttentionSpec, Tile, digest
 
 TEMPLATES = {PORTABLE: "portable_fwd.py.jinja", HOPPER: "hopper_fwd.py.jinja"}
-BACKWARD = "portable_bwd.py.jinja"
+BACKWARDS = {PORTABLE: "portable_bwd.py.jinja", HOPPER: "hopper_bwd.py.jinja"}
+_SHARE = {
+    PORTABLE: "one kernel for the queries' gradient, one for those of keys and values",
+    HOPPER: "one kernel for all products, one before and one after it",
+}
 SHARED = "recorded.py.jinja"  # which both include
 _HOLES = {PORTABLE: portable.holes, HOPPER: hopper.holes}
 
@@ -89,32 +93,44 @@ def emit(
 @dataclass(frozen=True)
 class BackwardKernel:
     """The text of one generated module for the gradients of ``spec``; ``tiles`` are those of its two kernels, the one that
-    holds queries and the one that holds keys."""
+    holds queries and the one that holds keys, or of the one kernel that makes all gradients.
+
+    ``otherwise`` is launched instead where gradients are needed that its own ``launch`` does not make.
+    """
 
     spec: AttentionSpec
-    tiles: tuple[Tile, Tile]
+    tiles: tuple[Tile, ...]
     source: str
     name: str
-    family: str = PORTABLE
+    otherwise: BackwardKernel | None = None
+
+    @property
+    def family(self) -> str:
+        return self.tiles[0].family
 
 
 def emit_backward(
-    spec: AttentionSpec, tiles: tuple[Tile, Tile], *, notes: tuple[str, ...] = (), l2_bytes: int = 50 << 20
+    spec: AttentionSpec, tiles: tuple[Tile, ...], *, notes: tuple[str, ...] = (), l2_bytes: int = 50 << 20
 ) -> BackwardKernel | Miss:
     """The module that computes the gradients of ``spec``, or a ``Miss`` if the template cannot express them."""
+    family = tiles[0].family
     try:
-        holes = portable_bwd.holes(spec, tiles, l2_bytes)
+        if family == HOPPER:
+            holes = hopper_bwd.holes(spec, tiles[0], l2_bytes)
+        else:
+            holes = portable_bwd.holes(spec, (tiles[0], tiles[1]), l2_bytes)
     except Unprintable as problem:
         return Miss(str(problem))
-    template = _environment().get_template(BACKWARD)
+    file = BACKWARDS[family]
+    template = _environment().get_template(file)
     name = f"bwd_{digest(template.render(holes, header=''))}"
     lines = [
-        "Attention, backward: one kernel for the queries' gradient, one for those of keys and values.",
+        f"Attention, backward: {_SHARE[family]}.",
         "",
         *(f"    {line}" for line in spec.text.splitlines()),
         "",
         *notes,
-        f"Written by attngen {attngen.__version__} from {BACKWARD} ({template_digest(BACKWARD)}).",
+        f"Written by attngen {attngen.__version__} from {file} ({template_digest(file)}).",
     ]
     return BackwardKernel(spec, tiles, template.render(holes, header="\n".join(lines) + "\n"), name)
 

@@ -14,8 +14,9 @@ from typing import Any
 from attngen import boxes
 from attngen.algebra import ONE, Load, Op
 from attngen.bounds import Bounds, loop_bounds
-from attngen.boxes import GLUON_DTYPES, PLANE_DTYPES, WARPGROUP_ROWS, dims_of, operands, planes
+from attngen.boxes import PLANE_DTYPES, WARPGROUP_ROWS, operands, planes
 from attngen.finder import finder, numbered
+from attngen.gluon import DTYPES, box_dims, gluon, helpers_of
 from attngen.index import Axis
 from attngen.layout import base_of, unpacked, used_dims
 from attngen.mask import derive
@@ -46,7 +47,7 @@ def queries_held(spec: AttentionSpec, tile: Tile) -> int:
 @lru_cache(maxsize=4096)  # identical sites share it, and what it derives of the mask
 def unsuited(spec: AttentionSpec) -> str | None:
     """Why the template cannot compute ``spec``, if so."""
-    if any(x.dtype not in GLUON_DTYPES for x in (spec.query, spec.keys, spec.values)) or spec.out_dtype not in GLUON_DTYPES:
+    if any(x.dtype not in DTYPES for x in (spec.query, spec.keys, spec.values)) or spec.out_dtype not in DTYPES:
         return "TMA and warpgroups take 16-bit operands"
     if len({x.dtype for x in (spec.query, spec.keys, spec.values)}) > 1 or spec.out_dtype != spec.query.dtype:
         return "its operands are of different types"
@@ -73,7 +74,7 @@ def _unaddressable(spec: AttentionSpec) -> str | None:
     for source, row, feature in operands(spec):
         if source.dim_of(row) is None or source.dim_of(feature) is None:
             return f"{source.name} is read at more than plain positions"
-        if len(dims_of(source, row, feature)) > MAX_RANK:
+        if len(box_dims(source, row, feature)) > MAX_RANK:
             return f"{source.name} has more than {MAX_RANK} dimensions"
     return None
 
@@ -84,7 +85,7 @@ def misaligned(spec: AttentionSpec, layouts: Sequence[tuple[Sequence[int], int]]
     for each, (strides, offset) in zip(spec.inputs, layouts, strict=True):
         if each.name not in copied:
             continue
-        *outer, last = dims_of(*copied[each.name])
+        *outer, last = box_dims(*copied[each.name])
         unit = 16 // each.dtype.itemsize
         if strides[last] != 1:
             return f"elements of {each.name} that belong side by side are not"
@@ -138,13 +139,13 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "sharing": " * ".join(f"size_{a.name}" for a in _order(spec) if not _plane_varies(spec, a)) or "1",
         "planes": [x.name for x in planes(spec)],
         "widths": {x.name: x.dtype.itemsize for x in planes(spec)},
-        "prologue": list(map(_gluon, prologue)),
+        "prologue": list(map(gluon, prologue)),
         "unpacks": bool(prologue) or not set(told).isdisjoint(outer),
         "values": told,
         "extras": [*extras["pointers"], *extras["strides"]],
         "extra_strides": extras["call"],
         "extra_names": [x.name for x in _pointed(spec)],
-        "gluon_dtype": GLUON_DTYPES[spec.query.dtype],
+        "gluon_dtype": DTYPES[spec.query.dtype],
         **copied,
         "accs": [f"acc{e.suffix}" for e in copied["e_pieces"]],
         "weighted": [f"weighted{e.suffix}" for e in copied["e_pieces"]],
@@ -164,18 +165,18 @@ def _partitions(groups: int) -> dict[str, Any]:
 
 def _bounds(bounds: Bounds, language: str) -> dict[str, Any]:
     """``language`` is that of the kernel whose lines they are: one in plain Triton that finds them, or where a tile opens."""
-    lines = list(bounds.lines) if language == "tl" else list(map(_gluon, bounds.lines))
+    lines = list(bounds.lines) if language == "tl" else list(map(gluon, bounds.lines))
     uses_last = any(re.search(r"\blast\b", line) for line in lines)
     flags = {"has_full": bounds.has_full, "has_gap": bounds.has_gap, "uses_last": uses_last}
     return {"lines": lines, "language": language, "words": 16 if bounds.has_gap else 8, **flags}
 
 
 def _score(printer: Printer, spec: AttentionSpec, shaped: Any) -> dict[str, Any]:
-    text = _gluon(bare(printer.value(shaped, masked=True)))
+    text = gluon(bare(printer.value(shaped, masked=True)))
     copied = tuple(f"{x.name}_block = " for x in planes(spec))
-    reads = [_gluon(line) for line in printer.blocks() if not line.startswith(copied or "no line")]
-    keep = _gluon(kept(printer, spec.mask))
-    keep_reads = list(map(_gluon, printer.blocks()))
+    reads = [gluon(line) for line in printer.blocks() if not line.startswith(copied or "no line")]
+    keep = gluon(kept(printer, spec.mask))
+    keep_reads = list(map(gluon, printer.blocks()))
     masking = " ".join([keep, *keep_reads])
     together = " ".join([text, *reads, masking])
     plain = text == "qk" and not reads
@@ -201,15 +202,9 @@ def _mentioned(names: list[str], text: str) -> list[str]:
 
 
 def _helpers(printer: Printer, score: dict[str, Any], bounds: Bounds, found: dict[str, Any] | None) -> dict[str, bool]:
-    every = " ".join([score["together"], *printer.prologue])
-    return {
-        "tanh": printer.uses_tanh,
-        "sigmoid": "sigmoid(" in every,
-        "floor_div": printer.uses_floor_div or bool(found and found["floor_div"]),
-        "longer": bounds.compares,
-        "drowned": printer.uses_drowned,
-        "rounded": printer.uses_rounded,
-    }
+    made = helpers_of(printer, score["together"])
+    divides = made["floor_div"] or bool(found and found["floor_div"])
+    return {**made, "floor_div": divides, "longer": bounds.compares}
 
 
 def _sink_lines(sinks: list[str], times: str) -> list[str]:
@@ -249,8 +244,3 @@ def _plane_varies(spec: AttentionSpec, axis: Axis) -> bool:
 def _order(spec: AttentionSpec) -> list[Axis]:
     """Batch axes as heads are counted: neighbours read the same planes."""
     return sorted(spec.batch, key=lambda axis: not _plane_varies(spec, axis)) if planes(spec) else list(spec.batch)
-
-
-def _gluon(text: str) -> str:
-    """Gluon has Triton's operations under its own name, except one."""
-    return re.sub(r"\btl\.", "gl.", text.replace("tl.sigmoid(", "sigmoid("))

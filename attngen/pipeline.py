@@ -332,7 +332,11 @@ def _backward(each: Found, device: Device) -> BackwardKernel | None:
             f"Predicted for {device.name}: {plan.seconds * 1e3:.3f} ms at {_sizes(each.problem)}.",
             f"First needed by {each.where}.",
         )
-        _BACKWARDS[key] = emit_backward(spec, plan.tiles, notes=lines, l2_bytes=device.l2_bytes)
+        kernel = emit_backward(spec, plan.tiles, notes=lines, l2_bytes=device.l2_bytes)
+        if isinstance(kernel, BackwardKernel) and plan.otherwise:
+            other = emit_backward(spec, plan.otherwise, l2_bytes=device.l2_bytes)
+            kernel = replace(kernel, otherwise=other if isinstance(other, BackwardKernel) else None)
+        _BACKWARDS[key] = kernel
     kernel = _BACKWARDS[key]
     return None if isinstance(kernel, Miss) else kernel
 

@@ -7,38 +7,22 @@ queries in the other, for which the whole score program is mirrored: there ``i``
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
 from typing import Any
 
-import sympy as sp
-
 from attngen.adjoint import SCORE_GRAD, WEIGHT_GRAD
-from attngen.algebra import ONE, Const, Expr, Op, number, op
+from attngen.algebra import ONE, Const, Expr, op
 from attngen.bounds import loop_bounds
-from attngen.gradient import DIAGONAL, HEAD, KEYS, ROWS, Backward, Target, adjoints, backward_of, mirrored
+from attngen.gradient import DIAGONAL, HEAD, KEYS, ROWS, Target, adjoints, backward_of, mirrored
 from attngen.gradient import mirrored_input as turned
-from attngen.index import Axis
-from attngen.layout import base_of, extent_of, memory_order, stride_of, tuple_of, unpacked, used_dims
-from attngen.mask import FIRST, LAST, Cover, derive
+from attngen.layout import base_of, stride_of, used_dims
+from attngen.mask import derive
 from attngen.portable import MIN_DOT, sink_lines
 from attngen.printer import LOG2E, Printer, bare
 from attngen.scores import gain_of, in_units, score_lines, sink_values, tanh_of
+from attngen.sides import Side, called_with, heads_of, launch_of, leading, mirrored_side, order_of
 from attngen.spec import FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input, Tile
 
 NAMES: dict[Expr, str] = {SCORE: "qk", SCORE_GRAD: "ds", WEIGHT_GRAD: "dp"}
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two kernels: ``rows`` are what its programs hold, ``keys`` what they go over, in the words of ``spec``."""
-
-    name: str
-    spec: AttentionSpec  # its score program, mirrored where rows are keys
-    held: tuple[Input, Input]  # what makes the scores, and what makes the gradients of the weights
-    stepped: tuple[Input, Input]
-    plan: Backward
-    tile: Tile
-    queries: bool
 
 
 def holes(spec: AttentionSpec, tiles: tuple[Tile, Tile], l2_bytes: int) -> dict[str, Any]:
@@ -48,7 +32,7 @@ def holes(spec: AttentionSpec, tiles: tuple[Tile, Tile], l2_bytes: int) -> dict[
     grad = Input("grad", spec.output, spec.out_dtype)
     sides = (
         Side("queries", spec, (spec.query, grad), (spec.keys, spec.values), plan, tiles[0], True),
-        _mirror(spec, Side("keys", spec, (spec.keys, spec.values), (spec.query, grad), plan, tiles[1], False)),
+        mirrored_side(spec, Side("keys", spec, (spec.keys, spec.values), (spec.query, grad), plan, tiles[1], False)),
     )
     kernels = [_kernel(side) for side in sides]
     block_d, block_e = (max(MIN_DOT, 1 << (n - 1).bit_length()) for n in (spec.head_dim, spec.value_dim))
@@ -69,21 +53,8 @@ def holes(spec: AttentionSpec, tiles: tuple[Tile, Tile], l2_bytes: int) -> dict[
         "e_ragged": block_e != spec.value_dim,
         "precision": "" if spec.query.dtype.itemsize < 4 else f', input_precision="{"tf32" if spec.tf32 else "ieee"}"',
         "l2_half": l2_bytes // 2,
-        **_launch(spec, plan),
+        **launch_of(spec, plan),
     }
-
-
-def _mirror(spec: AttentionSpec, side: Side) -> Side:
-    """``side`` in its own words: rows are keys there."""
-    turned_spec = replace(
-        spec,
-        score=mirrored(spec.score),
-        mask=mirrored(spec.mask),
-        gain=mirrored(spec.gain),
-        extras=tuple(map(turned, spec.extras)),
-    )
-    (a, b), (c, d) = side.held, side.stepped
-    return replace(side, spec=turned_spec, held=(turned(a), turned(b)), stepped=(turned(c), turned(d)))
 
 
 # ------------------------------------------------------------------------------------------------------------ a kernel
@@ -98,7 +69,7 @@ def _kernel(side: Side) -> dict[str, Any]:
     else:
         sinks = []
     score = score_lines(printer, spec, scale, shaped, natural)
-    factor, _ = _leading(dict(adjoints(spec, spec.score)).get(SCORE, Const(0.0)))
+    factor, _ = leading(dict(adjoints(spec, spec.score)).get(SCORE, Const(0.0)))
     bodies = {
         "full": _body(printer, side, spec.score, factor, masked=False),
         "masked": _body(printer, side, spec.score, factor, masked=True),
@@ -135,8 +106,8 @@ def _kernel(side: Side) -> dict[str, Any]:
         "targets": targets,
         "corrected": [t for t in targets if t["kind"] in (ROWS, HEAD) and spec.softmax],
         "results": _results(side, printer),
-        "heads": _heads(side, printer),
-        "order": _order(cover),
+        "heads": heads_of(side),
+        "order": order_of(cover),
         "wide": ".to(tl.int64)" if spec.wide else "",
         "helpers": {
             "tanh": tanh_of(spec) if printer.uses_tanh else "",
@@ -155,7 +126,7 @@ def _body(printer: Printer, side: Side, score: Expr, factor: float, *, masked: b
     weights in place of the gradients of scores: they are linear in these."""
     found = {load.source: grad for load, grad in adjoints(side.spec, score)}
     own = found.pop(SCORE.source, Const(0.0))
-    lead, rest = _leading(own)
+    lead, rest = leading(own)
     own = rest if lead == factor else op("mul", own, Const(1 / factor))
     texts = {
         target.source.name: bare(printer.value(found[target.source.name], masked=masked))
@@ -169,26 +140,9 @@ def _body(printer: Printer, side: Side, score: Expr, factor: float, *, masked: b
     return {**body, "weighs": side.spec.gain != ONE, "reads": printer.blocks()}
 
 
-def _leading(grad: Expr) -> tuple[float, Expr]:
-    """A constant factor of the gradient, which is applied once, to the sum; and what is left."""
-    if isinstance(grad, Op) and grad.name == "mul":
-        left, right = grad.args
-        value = number(right)
-        if value is not None and value != 0:
-            factor, rest = _leading(left)
-            return factor * value, rest
-    return 1.0, grad
-
-
 def _by_queries(target: Target) -> bool:
     """Whether the kernel that holds queries makes it."""
     return target.kind != KEYS
-
-
-def _order(cover: Cover) -> str:
-    """Which tiles go first: those that have most to do."""
-    descending = any(i.high.has(FIRST, LAST) for i in cover.visit)
-    return "tiles - 1 - within // peers" if descending else "within // peers"
 
 
 # ----------------------------------------------------------------------------------------------------------- addresses
@@ -232,46 +186,6 @@ def _target(side: Side, printer: Printer, target: Target) -> dict[str, Any]:
     return {**found, **moved}
 
 
-def _heads(side: Side, printer: Printer) -> dict[str, Any]:
-    """How the number of a program becomes positions along the batch axes; programs that hold keys go over the queries
-    of all heads that read them."""
-    batch, shared = side.spec.batch, {} if side.queries else dict(side.plan.members)
-    if not shared:
-        return {"unpack": unpacked(batch), "each": [], "count": _product([f"size_{a.name}" for a in batch]), "members": ""}
-    outer = [a for a in batch if shared.get(a, 1)]
-    extents = {a: f"sources_{a.name}" if a in shared else f"size_{a.name}" for a in outer}
-    lines, rest = [], "source"
-    for axis in reversed(outer):
-        first = axis is outer[0]
-        lines.append(f"{_source(axis, shared)} = {rest if first else f'{rest} % {extents[axis]}'}")
-        rest = f"{rest} // {extents[axis]}"
-    each, rest = [], "member"
-    counts = {axis: str(by) if by else f"size_{axis.name}" for axis, by in shared.items()}
-    for axis in reversed(list(shared)):
-        step = rest if axis is next(iter(shared)) else f"{rest} % {counts[axis]}"
-        base = f"{_source(axis, shared)} * {counts[axis]} + " if shared[axis] else ""
-        each.append(f"{axis.name} = {base}{step}")
-        rest = f"{rest} // {counts[axis]}"
-    number = ""
-    for axis in batch:
-        number = f"({number}) * size_{axis.name} + {axis.name}" if number else axis.name
-    lines += [f"{a.name} = {_source(a, shared)} * {by}" for a, by in shared.items() if by]
-    return {
-        "unpack": lines,
-        "each": [*each, f"head = {number}"],
-        "count": _product(list(extents.values())),
-        "members": _product(list(counts.values())),
-    }
-
-
-def _source(axis: Axis, shared: dict[Axis, int]) -> str:
-    return f"{axis.name}_source" if axis in shared else axis.name
-
-
-def _product(names: list[str]) -> str:
-    return " * ".join(names) if names else "1"
-
-
 # ----------------------------------------------------------------------------------------------------------- arguments
 
 
@@ -294,7 +208,7 @@ def _arguments(side: Side) -> dict[str, Any]:
         "tensors": [f"{name}_ptr" for name in tensors],
         "call_tensors": tensors,
         "stride_names": strides,
-        "call_strides": [_called(name) for name in strides],
+        "call_strides": [called_with(name) for name in strides],
         "sizes": [*sizes, *more],
         "call_sizes": [*called, *more],
         "needs": needs,
@@ -303,45 +217,3 @@ def _arguments(side: Side) -> dict[str, Any]:
         "cols_name": called[-1],
         "step_bytes": sum(x.dtype.itemsize * n for x, n in zip(side.stepped, (spec.head_dim, spec.value_dim), strict=True)),
     }
-
-
-def _called(stride: str) -> str:
-    name, dim = stride.rsplit("_stride_", 1)
-    return f"{name}.stride({dim})"
-
-
-def _launch(spec: AttentionSpec, plan: Backward) -> dict[str, Any]:
-    axes = [*spec.batch, ROW, KEY]
-    shape = {**{a: f"size_{a.name}" for a in axes}, INNER: str(spec.head_dim), FEATURE: str(spec.value_dim)}
-    return {
-        "arguments": [x.name for x in spec.inputs],
-        "size_lines": [f"size_{a.name} = {extent_of(spec, a)}" for a in axes],
-        "source_lines": [f"sources_{a.name} = size_{a.name} // {by}" for a, by in plan.members if by],
-        "rows_shape": tuple_of([f"size_{a.name}" for a in (*spec.batch, ROW)]),
-        "heads": _product([f"size_{a.name}" for a in spec.batch]),
-        "buffers": [_buffer(spec, target, shape) for target in plan.targets],
-        "needs": [target.source.name for target in plan.extras],
-    }
-
-
-def _buffer(spec: AttentionSpec, target: Target, shape: dict[Axis, str]) -> dict[str, str]:
-    """How ``launch`` allocates a gradient, and what it gives back of it."""
-    name, source = target.place.name, target.source.name
-    single = "dtype=torch.float32, device=q.device"
-    if target.shared:
-        return {"name": name, "make": f"torch.zeros({source}.shape, {single})", "give": name}
-    if not target.direct:
-        sizes = [shape[place] for place in target.place.index]  # type: ignore[index]
-        parts, give = ([*sizes, "tiles"], f"{name}.sum(-1)") if target.kind == HEAD else (sizes, name)
-        return {"name": name, "make": f"torch.empty({tuple_of(parts)}, {single})", "give": give}
-    order = tuple(memory_order(spec, target.source))
-    read = tuple_of([_extent(place, f"{source}.shape[{d}]", shape) for d, place in enumerate(target.place.index)])
-    whole = f"{source}.shape == {read}" if target.dense else "False"
-    return {"name": name, "make": f"gradient_of({source}, {order}, {whole})", "give": name}
-
-
-def _extent(place: sp.Expr, whole: str, shape: dict[Axis, str]) -> str:
-    """How much of a dimension is read."""
-    if isinstance(place, Axis):
-        return shape[place]
-    return "1" if place.is_Integer else whole

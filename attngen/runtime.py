@@ -212,13 +212,21 @@ def _gradient_by_kernel(spec: AttentionSpec, kernel: BackwardKernel) -> Gradient
     def run(grad: Tensor, out: Tensor, lse: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
         if triton_problem() is not None or not gradient.suits(plan, inputs, needed):
             return by_block(grad, out, lse, inputs, needed)
-        module = import_kernel(kernel_path(kernel))
         here = grad.device.index == torch.cuda.current_device()
         with nullcontext() if here else torch.cuda.device(grad.device):
-            *buffers, delta = module.launch(grad, out, lse, *inputs, *(needed[k] for k in extras))
+            made = _launched(kernel, grad, out, lse, *inputs, *(needed[k] for k in extras))
+            if made is None:
+                return by_block(grad, out, lse, inputs, needed)
+            *buffers, delta = made
             return _laid_out(spec, inputs, gradient.finish(plan, inputs, needed, buffers, lse, delta))
 
     return run
+
+
+def _launched(kernel: BackwardKernel, *args: Any) -> Sequence[Tensor] | None:
+    """What ``launch`` of a backward gives, or that of its other kernel; None if neither makes what is needed."""
+    made: Sequence[Tensor] | None = import_kernel(kernel_path(kernel)).launch(*args)
+    return _launched(kernel.otherwise, *args) if made is None and kernel.otherwise else made
 
 
 def _dense(spec: AttentionSpec, source: Input, x: Tensor, device: str = "") -> Tensor:

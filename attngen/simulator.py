@@ -77,7 +77,7 @@ def _arrive(barrier: Barrier, count: int = 1, pred: Any = True) -> None:
     _jitter()
     if pred:
         if _here.unfenced:
-            raise Stuck("a thread that has read what TMA copied hands it back without a fence: the next copy may come sooner")
+            raise Stuck("a thread that has read or written what TMA copies or products read hands it on without a fence")
         barrier.step(count, 0)
 
 
@@ -104,7 +104,7 @@ class Block(np.ndarray):
     type = types.SimpleNamespace(layout=None)
 
     def to(self, dtype: Any, bitcast: bool = False) -> Block:
-        return block(_rounded(self, dtype))
+        return block(_reinterpreted(self, dtype) if bitcast else _rounded(self, dtype))
 
     def permute(self, order: Sequence[int]) -> Block:
         return block(self.transpose(order))
@@ -138,6 +138,13 @@ def block(values: Any) -> Block:
     return np.asarray(values).view(Block)
 
 
+def _reinterpreted(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Bits as floats, which are in 32 bits here."""
+    if dtype == "bfloat16":
+        return (np.asarray(values, np.int32) << 16).view(np.float32)
+    return np.ascontiguousarray(values).view(dtype).astype(np.float32)
+
+
 def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
     if dtype in ("float16", "bfloat16"):  # products of 16-bit numbers are exact in 32 bits
         return torch.from_numpy(np.asarray(values, np.float32)).to(getattr(torch, dtype)).float().numpy()
@@ -159,11 +166,16 @@ class Shared:
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.data.transpose(order))
 
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        place = [slice(None)] * dim + [slice(int(start), int(start) + length)]
+        return Shared(self.data[tuple(place)])
+
     def store(self, values: np.ndarray) -> None:
+        _here.unfenced |= self.data.dtype.kind == "f"
         self.data[...] = values
 
     def load(self, layout: Any) -> Block:
-        _here.unfenced |= self.data.dtype.kind == "f"  # the record of a tile, in integers, is written by threads
+        _here.unfenced |= self.data.dtype.kind == "f"  # the record of a tile, in integers, is for threads alone
         return block(self.data.copy())
 
 
@@ -177,7 +189,7 @@ class Barriers:
 
 def _allocated(dtype: str, shape: Sequence[int], layout: Any = None) -> Any:
     if dtype == "int64":
-        return Barriers(shape[0])
+        return Barriers(shape[0]) if len(shape) > 1 else Barrier()
     return Shared(np.full(shape, 0 if dtype == "int32" else np.nan, np.int64 if dtype == "int32" else np.float32))
 
 
@@ -231,7 +243,7 @@ class Descriptor:
 
     def window(self, place: Sequence[Any]) -> torch.Tensor:
         """What of the box at ``place`` lies within the tensor."""
-        assert 2 <= len(self.shape) == len(self.strides) == len(self.block_shape) == len(place) <= 5
+        assert 1 <= len(self.shape) == len(self.strides) == len(self.block_shape) == len(place) <= 5
         assert self.strides[-1] == 1 and all(stride * self.base.element_size() % 16 == 0 for stride in self.strides[:-1])
         cut = self.base.as_strided(self.shape, self.strides, self.base.storage_offset())
         for dim, (start, size) in enumerate(zip(map(int, place), self.block_shape, strict=True)):
@@ -249,17 +261,23 @@ def _load_tile(descriptor: Descriptor, place: Sequence[Any], barrier: Barrier, s
 
 
 def _store_tile(descriptor: Descriptor, place: Sequence[Any], shared: Shared) -> None:
-    _here.stores.append((descriptor, [int(p) for p in place], shared))
+    _here.stores.append((torch.Tensor.copy_, descriptor, [int(p) for p in place], shared))
+
+
+def _add_tile(descriptor: Descriptor, place: Sequence[Any], shared: Shared) -> None:
+    _here.stores.append((torch.Tensor.add_, descriptor, [int(p) for p in place], shared))
 
 
 def _store_wait(pending: int) -> None:
-    for descriptor, place, shared in _here.stores:
+    for write, descriptor, place, shared in _here.stores:
         cut = descriptor.window(place)
-        cut.copy_(torch.from_numpy(shared.data[tuple(slice(0, size) for size in cut.shape)].copy()))
+        write(cut, torch.from_numpy(shared.data[tuple(slice(0, size) for size in cut.shape)].copy()))
     _here.stores = []
 
 
-_tma = types.SimpleNamespace(async_load=_load_tile, async_store=_store_tile, store_wait=_store_wait)
+_tma = types.SimpleNamespace(
+    async_load=_load_tile, async_store=_store_tile, async_atomic_add=_add_tile, store_wait=_store_wait
+)
 
 
 # ------------------------------------------------------------------------------------------------------------ products
@@ -348,8 +366,18 @@ def _reduced(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _asm(text: str, constraints: str, args: Sequence[Any], **_: Any) -> Any:
+    if text.startswith("cvt.rn."):
+        low, high = (_bits(each, "bfloat16" if "bf16" in text else "float16") for each in args)
+        return block(low | high << 16)
     (value,) = args
     return block(np.tanh(value)) if text.startswith("tanh") else value
+
+
+def _bits(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Those of 16-bit floats, from below in 32."""
+    kind = getattr(torch, dtype)
+    found = torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(kind).view(torch.int16)
+    return found.numpy().astype(np.int32) & 0xFFFF
 
 
 def _where(condition: Any, yes: Any, no: Any) -> Any:
@@ -362,10 +390,19 @@ def _where(condition: Any, yes: Any, no: Any) -> Any:
 _FUNCTIONS = ("log2", "log", "exp", "abs", "sqrt", "floor", "sin", "cos", "maximum", "minimum")
 
 
+class _SharedLayout:
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    @staticmethod
+    def get_default_for(box: Sequence[int], dtype: str) -> None:
+        return None
+
+
 def _language() -> types.SimpleNamespace:
     shapeless = ("NVMMADistributedLayout", "SliceLayout", "DotOperandLayout", "BlockedLayout", "SwizzledSharedLayout")
     names: dict[str, Any] = {name: lambda *_, **__: types.SimpleNamespace(value=None) for name in shapeless}
-    names |= {name: name for name in ("float16", "bfloat16", "float32", "int32", "int64")}
+    names |= {name: name for name in ("float16", "bfloat16", "float32", "int16", "int32", "int64")}
     names |= {name: _numeric(getattr(np, name)) for name in _FUNCTIONS}
     return types.SimpleNamespace(
         **names,
@@ -390,7 +427,7 @@ def _language() -> types.SimpleNamespace:
         store=_stored,
         atomic_add=_drawn,
         atomic_xchg=_exchanged,
-        NVMMASharedLayout=types.SimpleNamespace(get_default_for=lambda box, dtype: None),
+        NVMMASharedLayout=_SharedLayout,
         warp_specialize=_specialised,
     )
 

@@ -19,22 +19,24 @@ SLACK = 3.0
 
 @dataclass(frozen=True)
 class Sample:
-    """One call of a backward: inputs, the result and its log-sum-exp, and a gradient of the result."""
+    """One call of a backward: inputs, the result and its log-sum-exp, and a gradient of the result; ``extras`` says whether
+    what else is loaded needs its gradient too."""
 
     spec: AttentionSpec
     inputs: tuple[Tensor, ...]
     out: Tensor
     lse: Tensor
     grad: Tensor
+    extras: bool = True
 
     @property
-    def arguments(self) -> tuple[Tensor, ...]:
+    def arguments(self) -> tuple[Tensor | bool, ...]:
         """What ``launch`` of a backward takes."""
-        return self.grad, self.out, self.lse, *self.inputs
+        return self.grad, self.out, self.lse, *self.inputs, *[self.extras] * len(gradient.backward_of(self.spec).extras)
 
     @property
     def needed(self) -> list[bool]:
-        return [x.is_floating_point() for x in self.inputs]
+        return [x.is_floating_point() and (k < 3 or self.extras) for k, x in enumerate(self.inputs)]
 
 
 def sample(spec: AttentionSpec, problem: Problem, *, seed: int = 0, device: torch.device | str = "cpu") -> Sample:
@@ -73,8 +75,15 @@ def _eager(at: Sample) -> list[Tensor | None]:
     return [next(found) if needed else None for needed in at.needed]
 
 
+def _sample_for(kernel: BackwardKernel, problem: Problem) -> Sample:
+    """What ``kernel`` is checked on: in the interpreter bfloat16 as float16, else without gradients that it does not make."""
+    if verify.in_interpreter(kernel):
+        return sample(verify.in_half(kernel.spec), problem)
+    return replace(sample(kernel.spec, problem), extras=False)
+
+
 def verify_all_interpreted(jobs: Sequence[tuple[BackwardKernel, Problem]]) -> list[dict[str, Check] | VerificationFailed]:
-    """Check each kernel at its problem's size in Triton's interpreter, all in one child process; bfloat16 as float16."""
-    samples = [sample(verify.in_half(kernel.spec), problem) for kernel, problem in jobs]
+    """Check each kernel at its problem's size without a GPU, all in one child process."""
+    samples = [_sample_for(kernel, problem) for kernel, problem in jobs]
     results = verify.run_interpreted([(kernel, at.arguments) for (kernel, _), at in zip(jobs, samples, strict=True)])
     return [r if isinstance(r, VerificationFailed) else check(r, at) for r, at in zip(results, samples, strict=True)]

@@ -1,0 +1,209 @@
+"""The holes of ``hopper_bwd.py.jinja``: the gradients of a spec by Gluon, for sm_90, in one pass over the pairs.
+
+A program holds keys and goes over queries, in the words of a mirrored spec: there ``i`` counts keys and ``j`` queries. What
+the template cannot express is refused here with a reason; the portable family takes all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import lru_cache
+from typing import Any
+
+from attngen import boxes, hopper
+from attngen.adjoint import SCORE_GRAD
+from attngen.algebra import Const
+from attngen.bounds import is_plain, loop_bounds
+from attngen.gluon import DTYPES, box_dims, gluon, helpers_of
+from attngen.gradient import Backward, adjoints, backward_of, mirrored
+from attngen.layout import base_of, stride_of, unpacked, used_dims
+from attngen.mask import Cover, derive
+from attngen.printer import LOG2E, Places, Printer, Unprintable, bare, fixed_dims
+from attngen.scores import in_units, kept
+from attngen.sides import Side, called_with, heads_of, launch_of, leading, mirrored_side, order_of
+from attngen.spec import FEATURE, HOPPER, INNER, KEY, ROW, SCORE, AttentionSpec, Input, Tile
+
+HELD = 128  # keys of a program: two warpgroups of 64
+STEPS = {64: 128, 128: 64}  # queries of a step, by the width of a head
+STAGES = 2
+# Of a thread of the warpgroups that compute, of the warps that load and write, and as the kernel is launched.
+REGISTERS, OTHER_REGISTERS, LIMIT = 240, 24, 168
+
+_PLACES = Places(row="rows", key="cols", row_beside="", key_beside="")
+
+
+@lru_cache(maxsize=4096)
+def unsuited(spec: AttentionSpec) -> str | None:
+    """Why the template cannot compute the gradients of ``spec``, if so."""
+    if (reason := hopper.unsuited(spec)) is not None:
+        return reason
+    if not spec.softmax:
+        return "nothing normalises its weights"
+    if padded(spec) not in STEPS or _width(spec.value_dim) != padded(spec):
+        return f"heads of {spec.head_dim}, {spec.value_dim} for values, are no pair of one width up to {max(STEPS)}"
+    if any(x.dim_of(KEY) is not None and any(p.has(ROW) for p in x.index) for x in spec.extras):
+        return "something is loaded for each pair"
+    return _unsuited_plan(backward_of(spec))
+
+
+def _unsuited_plan(plan: Backward) -> str | None:
+    if plan.redo is not None:
+        return "scores may be so low that rows have to be computed again"
+    if not all(target.direct for target in (plan.query, plan.keys, plan.values)):
+        return "keys and values are shared in different ways"
+    cover = derive(mirrored(plan.spec.mask))
+    if not is_plain(cover) or any(interval.data for interval in (*cover.visit, *cover.partial)):
+        return "the queries that matter come in more than one stretch"
+    return None
+
+
+def padded(spec: AttentionSpec) -> int:
+    """The width at which the template holds a head."""
+    return _width(spec.head_dim)
+
+
+def _width(features: int) -> int:
+    return max(boxes.NARROWEST, 1 << (features - 1).bit_length())
+
+
+def tile_of(spec: AttentionSpec) -> Tile:
+    """The one tile that there is for heads of this size."""
+    return Tile(HELD, STEPS[padded(spec)], 8, STAGES, HOPPER)
+
+
+def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
+    """What fills the template. Raises ``Unprintable``."""
+    if (reason := unsuited(spec)) is not None:
+        raise Unprintable(reason)
+    plan = backward_of(spec)
+    grad = Input("grad", spec.output, spec.out_dtype)
+    side = Side("keys", spec, (spec.keys, spec.values), (spec.query, grad), plan, tile, False)
+    side = mirrored_side(spec, side)
+    printer = Printer(side.spec, _PLACES)
+    score = _score(printer, side)
+    cover = derive(side.spec.mask)
+    bounds = _bounds(printer, spec, cover)
+    heads = heads_of(side)
+    launch = launch_of(spec, plan)
+    prologue = [gluon(line) for line in (*(base_of(x, printer) for x in side.spec.extras), *printer.prologue)]
+    kind = DTYPES[spec.query.dtype]
+    return {
+        "tile": tile,
+        "block": padded(spec),
+        "head_dim": spec.head_dim,
+        "value_dim": spec.value_dim,
+        "dtype": kind,
+        "short": {"gl.bfloat16": "bf16", "gl.float16": "f16"}[kind],
+        "helpers": helpers_of(printer, " ".join(score.values())),
+        **score,
+        "reads_columns": bool(re.search(r"\bcols\b", score["score"] + score["chain"])),
+        "mentioned": bool(prologue) or _mentions(" ".join(score.values()), spec),
+        "prologue": prologue,
+        "bounds": bounds,
+        "order": order_of(cover),
+        "head": "source" if heads["members"] else "head",
+        "group": heads,
+        "unpack_head": unpacked(spec.batch),
+        "lost": plan.may_be_lost,
+        "may_be_empty": plan.may_be_lost or spec.empty == "zero",
+        "log2e": repr(LOG2E),
+        "registers": [REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
+        "limit": LIMIT,
+        "l2_half": l2_bytes // 2,
+        "step_bytes": 4 * padded(spec) + 4 * padded(spec),  # queries, gradients and sums
+        **_boxes(spec, tile),
+        **_rows(spec, plan),
+        **_arguments(side),
+        **launch,
+    }
+
+
+def _score(printer: Printer, side: Side) -> dict[str, str]:
+    """``score``, as scaled by ``times`` it is in base 2; ``keep``; and ``chain``, what the gradient of the products is, but
+    for what they are scaled by when all is added up, where the gradient of the score is ``p``; empty if that is ``p``."""
+    scale, shaped, _ = in_units(side.spec)
+    keep = kept(printer, side.spec.mask)
+    factor, rest = leading(dict(adjoints(side.spec, side.spec.score)).get(SCORE, Const(0.0)))
+    score = gluon(bare(printer.value(shaped, masked=True)))
+    printer.known[SCORE_GRAD] = "p"
+    return {
+        "score": score,
+        "keep": "(rows < size_i) & (cols < size_j)" + (f" & {gluon(keep)}" if keep else ""),
+        "chain": "" if rest == SCORE_GRAD else gluon(bare(printer.value(rest, masked=True))),
+        "times": f" * {scale!r}" if scale != 1 else "",
+        "result_times": f" * {factor!r}" if factor != 1 else "",
+    }
+
+
+def _bounds(printer: Printer, spec: AttentionSpec, cover: Cover) -> dict[str, Any]:
+    bounds = loop_bounds(printer, cover, warps=1)
+    lines = [gluon(line) for line in bounds.lines]
+    if _mentions(" ".join(lines), spec):
+        raise Unprintable("the queries that matter differ from head to head")
+    return {"lines": lines, "has_full": bounds.has_full, "uses_last": any(re.search(r"\blast\b", line) for line in lines)}
+
+
+def _mentions(text: str, spec: AttentionSpec) -> bool:
+    """Whether ``text`` speaks of a position along a batch axis."""
+    return not {axis.name for axis in spec.batch}.isdisjoint(re.findall(r"\w+", text))
+
+
+def _boxes(spec: AttentionSpec, tile: Tile) -> dict[str, Any]:
+    """What TMA copies of each operand: which dimensions, how much of them, and from where."""
+    printer = Printer(spec)
+    grad = Input("grad", spec.output, spec.out_dtype)
+    operands = (
+        (spec.query, ROW, INNER, tile.keys, "row"), (spec.keys, KEY, INNER, HELD // 2, "key"),
+        (spec.values, KEY, FEATURE, HELD // 2, "key"), (grad, ROW, FEATURE, tile.keys, "row"),
+    )  # fmt: skip
+    boxes, places, dims = {}, {}, {}
+    for source, row, feature, count, place in operands:
+        outer = [printer.index(at) for _, at in fixed_dims(source)]
+        boxes[source.name] = [*[1] * len(outer), count, padded(spec)]
+        places[source.name] = ", ".join([*outer, place, "0"])
+        dims[source.name] = box_dims(source, row, feature)
+    return {
+        "dims": dims,
+        "box_of": boxes,
+        "boxes": {name: "".join(f", {side}" for side in box) for name, box in boxes.items()},
+        "places": {**places, "dk": places["k"], "dv": places["v"]},
+    }
+
+
+def _rows(spec: AttentionSpec, plan: Backward) -> dict[str, Any]:
+    """Addresses of what is done row by row, before and after the products."""
+    printer = Printer(spec)
+    out, grad = (Input(name, spec.output, spec.out_dtype) for name in ("out", "grad"))
+    query = plan.query.place
+    sizes = [f"size_{axis.name}" for axis in (*spec.batch, ROW)]
+    strides = [f"{name}_stride_{dim}" for name in ("out", "grad") for dim in range(len(spec.output))]
+    query_strides = [f"{query.name}_stride_{dim}" for dim in used_dims(query)]
+    return {
+        "at": {
+            x.name: {"base": gluon(base_of(x, printer)), "row": stride_of(x, ROW), "inner": stride_of(x, inner)}
+            for x, inner in ((out, FEATURE), (grad, FEATURE), (query, INNER))
+        },
+        "row_strides": strides,
+        "row_strides_call": [called_with(name) for name in strides],
+        "query_strides": query_strides,
+        "query_strides_call": [called_with(name) for name in query_strides],
+        "row_sizes": sizes,
+        "unspecialised_rows": json.dumps(sizes),
+    }
+
+
+def _arguments(side: Side) -> dict[str, Any]:
+    """What the kernel of the products is called with, beside tensors that TMA copies."""
+    spec, extras = side.plan.spec, side.spec.extras
+    strides = [f"{x.name}_stride_{dim}" for x in extras for dim in used_dims(x)]
+    outer = [f"size_{axis.name}" for axis in spec.batch]
+    sources = [f"sources_{axis.name}" for axis, by in side.plan.members if by]
+    sizes = [*outer, "size_i", "size_j", *sources]
+    return {
+        "extras": [*(f"{x.name}_ptr" for x in extras), *strides],
+        "extras_call": [*(x.name for x in extras), *map(called_with, strides)],
+        "sizes": sizes,
+        "sizes_call": [*outer, "size_j", "size_i", *sources],
+        "unspecialised": json.dumps([*sizes, "heads_per_group"]),
+    }

@@ -1,0 +1,131 @@
+"""Gradients by both families of kernels on a GPU, against float64. Run with ``pytest -m gpu``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from specs import BOTTOM_RIGHT, CASES, CAUSAL, Case, attention, scaled, softcap, window
+from test_hopper_backward import SUITED, kernel_of
+
+from attngen import hopper_bwd, runtime, verify_bwd
+from attngen.blockwise import forward
+from attngen.choose_bwd import BackwardPlan, choose_backward
+from attngen.device import probe
+from attngen.emit import BackwardKernel, emit_backward
+from attngen.interpret import import_file
+from attngen.spec import HOPPER, PORTABLE, AttentionSpec, Problem, Tile
+from attngen.verify_bwd import Sample
+
+pytestmark = pytest.mark.gpu
+
+PORTABLE_TILES = (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
+SIZES = {"even": (1024, 1024), "ragged": (1000, 777), "short": (77, 130), "long": (300, 3000)}
+
+
+def programs(head_dim: int, dtype: torch.dtype) -> dict[str, AttentionSpec]:
+    qk = scaled(head_dim**-0.5)
+    made = {
+        "dense": attention(dtype=dtype, head_dim=head_dim),
+        "causal": attention(dtype=dtype, head_dim=head_dim, mask=CAUSAL),
+        "aligned at the end": attention(dtype=dtype, head_dim=head_dim, mask=BOTTOM_RIGHT),
+        "window": attention(dtype=dtype, head_dim=head_dim, mask=window(200)),
+        "grouped": attention(dtype=dtype, head_dim=head_dim, groups=4),
+        "grouped, causal": attention(dtype=dtype, head_dim=head_dim, groups=4, mask=CAUSAL),
+        "softcap": attention(dtype=dtype, head_dim=head_dim, score=softcap(20.0, qk), mask=CAUSAL),
+    }
+    return {name: replace(spec, lse=True) for name, spec in made.items()}
+
+
+PROGRAMS = {
+    f"{name}, d={head_dim}, {dtype}": spec
+    for head_dim in (64, 128)
+    for dtype in (torch.bfloat16, torch.float16)
+    for name, spec in programs(head_dim, dtype).items()
+}
+
+
+def portable(spec: AttentionSpec) -> BackwardKernel:
+    kernel = emit_backward(spec, PORTABLE_TILES)
+    assert isinstance(kernel, BackwardKernel), kernel
+    return kernel
+
+
+def checked(kernel: BackwardKernel, at: Sample, folder: Path) -> None:
+    """The gradients are within budget, and a second run, on memory that was used before, gives them again."""
+    path = folder / f"{kernel.name}.py"
+    path.write_text(kernel.source)
+    launch = import_file(path).launch
+    for _ in range(2):
+        found = verify_bwd.check(launch(*at.arguments), at)
+        assert all(verdict.ok for verdict in found.values()), {of: str(verdict) for of, verdict in found.items()}
+
+
+def sampled(spec: AttentionSpec, problem: Problem) -> Sample:
+    return replace(verify_bwd.sample(replace(spec, lse=True), problem, device="cuda"), extras=False)
+
+
+@pytest.fixture
+def wgmma() -> None:
+    if not probe().wgmma:
+        pytest.skip("no warpgroups that multiply")
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.usefixtures("wgmma")
+def test_hopper_gradients(name: str, sizes: str, tmp_path: Path) -> None:
+    spec = PROGRAMS[name]
+    checked(kernel_of(spec), sampled(spec, Problem((2, 8), *SIZES[sizes])), tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if "bfloat16" in name])
+def test_portable_gradients(name: str, tmp_path: Path) -> None:
+    spec = PROGRAMS[name]
+    checked(portable(spec), sampled(spec, Problem((2, 8), *SIZES["ragged"])), tmp_path)
+
+
+@pytest.mark.parametrize("case", SUITED, ids=lambda case: case.name)
+@pytest.mark.usefixtures("wgmma")
+def test_every_suited_case(case: Case, tmp_path: Path) -> None:
+    checked(kernel_of(case.spec), sampled(case.spec, case.problem(500)), tmp_path)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_by_portable_kernels(case: Case, tmp_path: Path) -> None:
+    at = verify_bwd.sample(replace(case.spec, lse=True), case.problem(200), device="cuda")
+    checked(portable(at.spec), at, tmp_path)
+
+
+@pytest.mark.usefixtures("wgmma")
+def test_gradients_of_a_view_and_of_an_expanded_gradient(tmp_path: Path) -> None:
+    """What TMA cannot address is copied: rows that begin anywhere, and one number for all of the result."""
+    spec = PROGRAMS["causal, d=64, torch.bfloat16"]
+    at = sampled(spec, Problem((2, 4), 300, 300))
+    wide = torch.zeros(2, 4, 300, 65, dtype=torch.bfloat16, device="cuda")
+    wide[..., 1:] = at.inputs[0]
+    ones = torch.ones_like(at.grad[:1, :1, :1, :1]).expand_as(at.grad)
+    moved = replace(at, inputs=(wide[..., 1:], *at.inputs[1:]), grad=ones)
+    out, lse = forward(spec, moved.inputs)
+    checked(kernel_of(spec), replace(moved, out=out, lse=lse.float().contiguous()), tmp_path)
+
+
+def test_the_operator_takes_the_plan_that_was_chosen() -> None:
+    spec, problem = PROGRAMS["grouped, causal, d=128, torch.bfloat16"], Problem((2, 8), 1024, 1024)
+    device = probe()
+    plan = choose_backward(spec, problem, device)
+    assert isinstance(plan, BackwardPlan)
+    kernel = emit_backward(spec, plan.tiles)
+    assert isinstance(kernel, BackwardKernel) and kernel.family == (HOPPER if device.wgmma else PORTABLE)
+    at = sampled(spec, problem)
+    leaves = [x.detach().requires_grad_() for x in at.inputs]
+    out, _ = runtime.operator(spec, None, kernel)(*leaves)
+    grads = torch.autograd.grad(out, leaves, at.grad)
+    for ours, exact in zip(grads, verify_bwd.reference(at), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=0.05, atol=0.05)
+
+
+def test_there_is_a_tile_for_both_widths() -> None:
+    assert {hopper_bwd.padded(spec) for spec in PROGRAMS.values()} == set(hopper_bwd.STEPS)

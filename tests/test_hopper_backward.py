@@ -1,0 +1,205 @@
+"""The backward kernel of the hopper family in the simulator, at ragged sizes, against float64; and that damage is noticed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from itertools import cycle
+
+import pytest
+import torch
+from specs import ALIBI, BOTTOM_RIGHT, BY_NAME, CASES, CAUSAL, QK, SLOPES, Case, attention, softcap, window
+from test_hopper import instead, lost, swapped
+
+from attngen import hopper_bwd, simulator, verify_bwd
+from attngen.algebra import Expr
+from attngen.emit import BackwardKernel, emit_backward
+from attngen.errors import Miss
+from attngen.simulator import Promise, Stuck, simulated
+from attngen.spec import AttentionSpec, Problem
+from attngen.verify import Check
+from attngen.verify_bwd import Sample
+
+BF16 = torch.bfloat16
+SUITED = tuple(case for case in CASES if hopper_bwd.unsuited(case.spec) is None)
+
+
+def kernel_of(spec: AttentionSpec) -> BackwardKernel:
+    spec = replace(spec, lse=True)
+    kernel = emit_backward(spec, (hopper_bwd.tile_of(spec),))
+    assert isinstance(kernel, BackwardKernel), kernel
+    return kernel
+
+
+def sample(spec: AttentionSpec, problem: Problem) -> Sample:
+    return replace(verify_bwd.sample(replace(spec, lse=True), problem), extras=False)
+
+
+def verdicts(source: str, at: Sample) -> dict[str, Check]:
+    return verify_bwd.check(simulated(source).launch(*at.arguments), at)
+
+
+def right(spec: AttentionSpec, problem: Problem) -> None:
+    at = sample(spec, problem)
+    found = verdicts(kernel_of(spec).source, at)
+    assert {"q", "k", "v"} == found.keys()
+    assert all(verdict.ok for verdict in found.values()), {of: str(verdict) for of, verdict in found.items()}
+
+
+@pytest.mark.parametrize("rows", [40, 300])
+@pytest.mark.parametrize("case", SUITED, ids=lambda case: case.name)
+def test_gradients_are_within_budget(case: Case, rows: int) -> None:
+    right(case.spec, case.problem(rows))
+
+
+def test_every_suited_case_is_among_them() -> None:
+    """The cases that the template refuses are few and known."""
+    assert len(SUITED) >= 32 and {"causal_bf16", "grouped", "window", "sinks", "alibi", "softcap_window", "temperature"} <= {
+        case.name for case in SUITED
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ lengths and heads
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("rows", "keys"), [(5, 300), (260, 3), (129, 130)])
+def test_lengths_that_fill_no_block(head_dim: int, rows: int, keys: int) -> None:
+    right(attention(dtype=BF16, head_dim=head_dim), Problem((1, 2), rows, keys))
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, BOTTOM_RIGHT, window(70)], ids=["causal", "aligned at the end", "window"])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_masks_and_groups_of_heads(groups: int, mask: Expr) -> None:
+    """Where keys outnumber queries and the other way round: tiles that see nothing, rows that see nothing."""
+    spec = attention(dtype=BF16, head_dim=128, groups=groups, mask=mask)
+    right(spec, Problem((1, 3), 150, 400))
+    right(spec, Problem((1, 3), 280, 70))
+
+
+def test_programs_of_scores_in_bfloat16() -> None:
+    spec = attention(dtype=BF16, score=softcap(20.0, QK), mask=CAUSAL, groups=2)
+    right(spec, Problem((1, 4), 200, 200))
+    right(attention(dtype=BF16, score=ALIBI, extras=SLOPES, mask=CAUSAL, groups=2), Problem((1, 4), 200, 200))
+
+
+def test_what_lies_behind_the_last_row_is_never_read() -> None:
+    spec = attention(dtype=BF16, mask=CAUSAL, lse=True)
+    at = sample(spec, Problem((2, 2), 140, 140))
+
+    def followed(x: torch.Tensor) -> torch.Tensor:
+        whole = torch.full((2, 2, 200, 64), torch.nan, dtype=x.dtype)
+        whole[:, :, : x.shape[2]] = x
+        return whole[:, :, : x.shape[2]]
+
+    at = replace(at, inputs=tuple(map(followed, at.inputs)), grad=followed(at.grad), out=followed(at.out))
+    assert all(verdict.ok for verdict in verdicts(kernel_of(spec).source, at).values())
+
+
+def test_what_tma_cannot_address_is_copied() -> None:
+    spec = attention(dtype=BF16, lse=True)
+    at = sample(spec, Problem((1, 2), 100, 100))
+    apart = torch.zeros(1, 2, 100, 65, dtype=BF16)
+    apart[..., 1:] = at.inputs[1]
+    ones = torch.ones(1, 1, 1, 1, dtype=BF16).expand(1, 2, 100, 64)
+    at = replace(at, inputs=(at.inputs[0], apart[..., 1:], at.inputs[2]), grad=ones)
+    assert all(verdict.ok for verdict in verdicts(kernel_of(spec).source, at).values())
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(0, 40), (40, 0)])
+def test_nothing_has_no_gradient(rows: int, keys: int) -> None:
+    spec = attention(dtype=BF16, lse=True)
+    q, k = torch.ones(1, 2, rows, 64, dtype=BF16), torch.ones(1, 2, keys, 64, dtype=BF16)
+    *grads, delta = simulated(kernel_of(spec).source).launch(q, q, torch.zeros(1, 2, rows), q, k, k)
+    assert [x.shape for x in grads] == [q.shape, k.shape, k.shape] and not any(x.any() for x in grads)
+    assert delta.shape == (1, 2, rows)
+
+
+# --------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_what_is_refused_says_why() -> None:
+    assert "softmax" not in str(hopper_bwd.unsuited(BY_NAME["causal"].spec))
+    for name, reason in {
+        "head_256": "no pair of one width",
+        "bias": "for each pair",
+        "no_softmax": "nothing normalises",
+        "prefix": "more than one stretch",
+        "multi_query": "shared in different ways",
+    }.items():
+        spec = BY_NAME[name].spec
+        assert reason in str(hopper_bwd.unsuited(spec)), name
+        refused = emit_backward(replace(spec, lse=True), (replace(hopper_bwd.tile_of(BY_NAME["causal"].spec)),))
+        assert isinstance(refused, Miss) and reason in refused.reason
+
+
+def test_gradients_of_what_is_loaded_are_left_to_others() -> None:
+    spec = BY_NAME["alibi"].spec
+    module = simulated(kernel_of(spec).source)
+    at = sample(spec, Problem((1, 2), 40, 40))
+    assert module.launch(*at.arguments) is not None
+    assert module.launch(*replace(at, extras=True).arguments) is None
+
+
+# ----------------------------------------------------------------------------------------------------------------- damage
+
+# Gradients that are handed back before their product would go unnoticed: the next ones are loaded after queries that wait.
+DAMAGE = {
+    "queries are not handed back": (lost("mbarrier.arrive(q_empty.index(stage), count=1)"), "stuck"),
+    "gradients are not handed back": (lost("mbarrier.arrive(grad_empty.index(stage), count=1)"), "stuck"),
+    "sums are not handed on": (lost("mbarrier.arrive(dq_full, count=1)"), "stuck"),
+    "sums are not handed back": (lost("mbarrier.arrive(dq_empty, count=1)"), "stuck"),
+    "one warpgroup is enough": (instead("mbarrier.init(ds_full, count=2)", "mbarrier.init(ds_full, count=1)"), "stuck"),
+    "too few bytes are expected": (instead("BLOCK_J * BLOCK_D * 2 + BLOCK_J * 8", "BLOCK_J * BLOCK_D * 2"), "stuck"),
+    "the other's gradients are not waited for": (lost("mbarrier.wait(ds_full, step & 1)"), "wrong"),
+    "one buffer for the exchange": (instead("slot = (step & 1) * 2", "slot = 0"), "wrong"),
+    "the exchange is not fenced": (
+        instead("store(ds)\n        fence_async_shared()", "store(ds)"),
+        "stuck",
+    ),
+    "sums are overwritten before they are added": (lost("mbarrier.wait(dq_empty, (step & 1) ^ 1)"), "wrong"),
+    "queries are handed back before their product": (swapped("dk = warpgroup_mma_wait(3", "arrive(q_empty"), "wrong"),
+    "keys are overwritten while the other reads them": (lost("mbarrier.wait(keys_read, 0)"), "wrong"),
+    "sums are written before they are complete": (instead("tma.store_wait(0)\n        mbarrier", "mbarrier"), "stuck"),
+}
+
+
+def outcome(source: str, at: Sample) -> str:
+    try:
+        found = verdicts(source, at)
+    except (Stuck, AssertionError):
+        return "stuck"
+    return "right" if all(verdict.ok for verdict in found.values()) else "wrong"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products take long, one warpgroup's longer than the other's, and sums too; nobody waits long for a barrier."""
+    paces, own = cycle([0.012, 0.001]), threading.local()
+    wait = simulator._tma.store_wait
+
+    def slow(pending: int, deps: list[Promise]) -> simulator.Block:
+        own.pace = getattr(own, "pace", None) or next(paces)
+        time.sleep(own.pace)
+        return deps[0].get()
+
+    def slow_store(pending: int) -> None:
+        time.sleep(0.03)
+        wait(pending)
+
+    monkeypatch.setattr(simulator, "SECONDS", 1.5)
+    monkeypatch.setattr(simulator, "_mma_wait", slow)
+    monkeypatch.setattr(simulator._tma, "store_wait", slow_store)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("name", [None, *DAMAGE], ids=str)
+def test_damage_is_noticed(name: str | None) -> None:
+    spec = attention(dtype=BF16, head_dim=128, lse=True)
+    at = sample(spec, Problem((1, 1), 400, 200))
+    source = kernel_of(spec).source
+    damage, expected = DAMAGE[name] if name else (str, "right")
+    damaged = damage(source)
+    assert (damaged != source) == bool(name)
+    assert outcome(damaged, at) == expected
