@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import random
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -23,11 +26,13 @@ from specs import (
     plus,
 )
 from test_hopper import GRID, NARROW, PERSISTENT, THREE_GROUPS, kernel_of, right, run, written
+from test_mask_random import compound
 from torch import Tensor
 
 from attngen import simulator
-from attngen.algebra import Expr, Int, integer, op
-from attngen.simulator import Scalar, simulated
+from attngen.algebra import Expr, Int, integer, negate, op
+from attngen.evaluate import Evaluator
+from attngen.simulator import Pointer, Scalar, simulated
 from attngen.spec import KEY, ROW, AttentionSpec, Problem, Tile
 from attngen.verify import check, sample_inputs
 
@@ -137,6 +142,13 @@ def test_two_stretches(mask: Expr, tile: Tile) -> None:
     right(spec, tile, sample_inputs(spec, Problem((1, 2), 520, 520)))
 
 
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_a_second_stretch_that_ends_before_the_last_tile(tile: Tile) -> None:
+    """Nothing lies behind the gap of the last tiles, which reaches to the last block."""
+    spec = attention(mask=op("or", op("lt", Int(KEY), integer(10)), op("ge", Int(KEY - ROW), integer(60))), lse=True)
+    right(spec, tile, sample_inputs(spec, Problem((1, 2), 384, 256)))
+
+
 def test_blocks_between_two_stretches_are_left_out() -> None:
     module = simulated(written(attention(mask=STREAMING), GRID))
     simulator._here.program = (0, 1)
@@ -192,3 +204,68 @@ def test_what_is_loaded_for_all_keys_is_looked_at_once_for_all_heads() -> None:
     assert "places = triton.cdiv(size_i, 128) * size_b * size_h\n" in launch
     launch = written(attention(mask=SAME, extras=UNBATCHED), PERSISTENT).split("def launch")[1]
     assert "places = triton.cdiv(size_i, 128)\n" in launch
+
+
+# --------------------------------------------------------------------------------------------------------- random masks
+
+DATA = {"t0": (LONG, (B, ROW)), "t1": (LONG, (B, KEY)), "t2": (torch.bool, (B, KEY)), "t3": (LONG, (B,))}
+LEAVES = (
+    SAME_DOCUMENT,
+    loaded("t2", B, KEY, kind="bool"),
+    op("lt", Int(KEY), loaded("t3", B, kind="int")),
+    op("le", loaded("t1", B, KEY, kind="int"), loaded("t0", B, ROW, kind="int")),
+)
+ROWS = 200
+
+
+def drawn(r: random.Random) -> Expr:
+    """A mask of two to four parts, one or two of which are data in half of the cases."""
+    mask = compound(r.randint(2, 3))(r)
+    for _ in range(r.choice([0, 0, 1, 2])):
+        mask = op(r.choice(["and", "and", "or"]), mask, r.choice(LEAVES))
+        mask = negate(mask) if r.random() < 0.2 else mask
+    return mask
+
+
+def opened(module: ModuleType, keys: int, data: dict[str, Tensor]) -> list[tuple[int, ...]]:
+    """What ``open_tile`` says of each tile: its first row, top block, blocks below that, full blocks, and the gap."""
+    sizes = [*map(Scalar, (1, 1, ROWS, keys))]
+    simulator._here.program = (Scalar(0), Scalar(1))
+    tiles = -(-ROWS // 128)
+    bounds = []
+    if hasattr(module, "find_bounds"):
+        parameters = list(inspect.signature(module.find_bounds.function).parameters)[1:-4]
+        tensors = [data[name.removesuffix("_ptr")] for name in parameters if name.endswith("_ptr")]
+        strides = [data[name.split("_")[0]].stride(int(name[-1])) for name in parameters if not name.endswith("_ptr")]
+        found = torch.full((tiles, 6), -1, dtype=torch.int32)
+        module.find_bounds[tiles, 1, 1](found, *tensors, *strides, *sizes)
+        simulator._here.program = (Scalar(0), Scalar(1))
+        bounds = [Pointer(found)]
+    return [tuple(map(int, module.open_tile(Scalar(tile), *bounds, *sizes, Scalar(1))))[1:] for tile in range(tiles)]
+
+
+@pytest.mark.parametrize("first", range(0, 240, 40))
+def test_tiles_of_random_masks_visit_what_matters(first: int) -> None:
+    """Every block that matters to some row is visited, and no block that needs a mask goes without."""
+    for seed in range(first, first + 40):
+        r = random.Random(seed)
+        spec = attention(mask=drawn(r), extras=DATA, empty="zero")
+        generator = torch.Generator().manual_seed(seed)
+        keys = r.choice([256, 300])
+        ids = torch.randint(0, 6, (1, keys), generator=generator)
+        ids = ids.sort().values if r.random() < 0.7 else ids
+        kept = torch.rand(1, keys, generator=generator) < r.choice([0.1, 0.5, 0.9, 1.1])
+        data = {"t0": ids[:, :ROWS], "t1": ids, "t2": kept, "t3": torch.tensor([r.randint(-5, keys + 50)])}
+        positions = {
+            B: torch.tensor(0), ROW: torch.arange(ROWS)[:, None], KEY: torch.arange(keys), ROW.extent: ROWS, KEY.extent: keys
+        }  # fmt: skip
+        table = torch.broadcast_to(Evaluator(positions, data.__getitem__)(spec.mask), (ROWS, keys))
+        for row, top, left, low, high, *gap in opened(simulated(written(spec, NARROW)), keys, data):
+            beyond, missing = gap or (0, 0)
+            visited = [top]
+            for _ in range(left):
+                visited.append(visited[-1] - 1 - missing * (visited[-1] == beyond))
+            for k in range(-(-keys // 64)):
+                block = table[row : row + 128, 64 * k : 64 * k + 64]
+                assert k in visited or not block.any(), (seed, row, k)
+                assert not low <= k < high or k not in visited or (block.all() and block.shape[1] == 64), (seed, row, k)
