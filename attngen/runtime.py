@@ -213,8 +213,11 @@ def _gradient_by_kernel(spec: AttentionSpec, kernel: BackwardKernel) -> Gradient
         if triton_problem() is not None or not gradient.suits(plan, inputs, needed):
             return by_block(grad, out, lse, inputs, needed)
         here = grad.device.index == torch.cuda.current_device()
+        chosen = kernel
+        if kernel.otherwise is not None and torch.are_deterministic_algorithms_enabled():  # it adds up in any order
+            chosen = kernel.otherwise
         with nullcontext() if here else torch.cuda.device(grad.device):
-            made = _launched(kernel, grad, out, lse, *inputs, *(needed[k] for k in extras))
+            made = _launched(chosen, grad, out, lse, *inputs, *(needed[k] for k in extras))
             if made is None:
                 return by_block(grad, out, lse, inputs, needed)
             *buffers, delta = made

@@ -1,4 +1,4 @@
-"""Gradients on a GPU: the kernels of every spec, and whole modules through ``torch.compile``. Run with ``pytest -m gpu``."""
+"""Gradients on a GPU: the portable kernels of every spec, and whole modules through ``torch.compile``. Run with ``pytest -m gpu``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _checked(case: Case, rows: int, folder: Path) -> None:
     plan = choose_backward(spec, problem, probe())
     if not isinstance(plan, BackwardPlan):
         pytest.skip(plan.reason)
-    kernel = emit_backward(spec, plan.tiles)
+    kernel = emit_backward(spec, plan.otherwise or plan.tiles)
     assert isinstance(kernel, BackwardKernel)
     path = folder / "kernel.py"
     path.write_text(kernel.source)
@@ -66,7 +66,7 @@ def test_gradients_come_out_bit_equal(tmp_path: Path) -> None:
     spec, problem = replace(LARGE[2].spec, lse=True), Problem((1, 8), 700, 700)
     plan = choose_backward(spec, problem, probe())
     assert isinstance(plan, BackwardPlan)
-    kernel = emit_backward(spec, plan.tiles)
+    kernel = emit_backward(spec, plan.otherwise or plan.tiles)
     assert isinstance(kernel, BackwardKernel)
     path = tmp_path / "kernel.py"
     path.write_text(kernel.source)
@@ -108,7 +108,7 @@ def test_a_compiled_module_has_the_gradients_of_eager(attend: Callable[..., Tens
     with attngen.record() as reports:
         found = torch.autograd.grad(compiled(*leaves), leaves, grad)
     (site,) = [site for report in reports for site in report.sites]
-    assert site.status == "replaced" and site.backward.startswith("queries"), site
+    assert site.status == "replaced" and "x" in site.backward, site
     eager = torch.autograd.grad(attend(*leaves), leaves, grad)
     doubled = [x.detach().double().requires_grad_() for x in leaves]
     exact = torch.autograd.grad(attend(*doubled), doubled, grad.double())
