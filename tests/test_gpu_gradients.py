@@ -1,4 +1,4 @@
-"""Gradients on a GPU: the portable kernels of every spec, and whole modules through ``torch.compile``. Run with ``pytest -m gpu``."""
+"""Gradients on a GPU: the portable kernels of every spec, and whole modules compiled. Run with ``pytest -m gpu``."""
 
 from __future__ import annotations
 
