@@ -80,7 +80,6 @@ def _kernel(side: Side) -> dict[str, Any]:
             "score": bare(printer.value(again, masked=True)),
             **_body(printer, side, again, factor, masked=True),
         }
-        bodies["again"]["reads"] = printer.blocks()
     for name in ("full", "masked"):
         bodies[name]["reads"] = list(dict.fromkeys([*score[f"{name}_reads"], *bodies[name]["reads"]]))
     cover = derive(spec.mask)
