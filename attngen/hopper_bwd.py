@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -27,6 +28,7 @@ from attngen.spec import FEATURE, HOPPER, INNER, KEY, ROW, SCORE, AttentionSpec,
 HELD = 128  # keys of a program: two warpgroups of 64
 STEPS = {64: 128, 128: 64}  # queries of a step, by the width of a head
 STAGES = 2
+L2_SHARE = Fraction(16, 25)  # of the cache, for what programs that run together go over; all heads at once are far slower
 # Of a thread of the warpgroups that compute, of the warps that load and write, and as the kernel is launched.
 REGISTERS, OTHER_REGISTERS, LIMIT = 240, 24, 168
 
@@ -106,8 +108,8 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "log2e": repr(LOG2E),
         "registers": [REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
         "limit": LIMIT,
-        "l2_half": l2_bytes // 2,
-        "step_bytes": 4 * padded(spec) + 4 * padded(spec),  # queries, gradients and sums
+        "l2_share": l2_bytes * L2_SHARE.numerator // L2_SHARE.denominator,
+        "step_bytes": 2 * (spec.head_dim + spec.value_dim) + 4 * padded(spec),  # queries, gradients and sums
         **_boxes(spec, tile),
         **_rows(spec, plan),
         **_arguments(side),

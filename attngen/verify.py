@@ -228,7 +228,7 @@ def _verdict(
 
 
 def run_interpreted(
-    jobs: Sequence[tuple[Kernel | BackwardKernel, Sequence[Tensor]]], timeout: float = INTERPRETER_SECONDS
+    jobs: Sequence[tuple[Kernel | BackwardKernel, Sequence[Tensor | bool]]], timeout: float = INTERPRETER_SECONDS
 ) -> list[list[Tensor] | VerificationFailed]:
     """What each kernel returns for its inputs, or why it returned nothing; the interpreter takes no bfloat16 inputs."""
     if problem := compat.interpreter_problem():
