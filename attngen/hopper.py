@@ -58,12 +58,8 @@ def planes(spec: AttentionSpec) -> tuple[Input, ...]:
 @lru_cache(maxsize=4096)  # identical sites share it, and what it derives of the mask
 def unsuited(spec: AttentionSpec) -> str | None:
     """Why the template cannot compute ``spec``, if so."""
-    if any(x.dtype not in DTYPES for x in (spec.query, spec.keys, spec.values)) or spec.out_dtype not in DTYPES:
-        return "TMA and warpgroups take 16-bit operands"
-    if len({x.dtype for x in (spec.query, spec.keys, spec.values)}) > 1 or spec.out_dtype != spec.query.dtype:
-        return "its operands are of different types"
-    if spec.head_dim % 8 or spec.value_dim % 8 or max(spec.head_dim, spec.value_dim) > MAX_SIDE:
-        return f"a head size of {spec.head_dim}, {spec.value_dim} for values, is not a multiple of 8 up to {MAX_SIDE}"
+    if (reason := unfit(spec)) is not None:
+        return reason
     if spec.whole is not None:
         return "rows may have to be computed again with the model's own fill value"
     if spec.gain != ONE:
@@ -73,6 +69,17 @@ def unsuited(spec: AttentionSpec) -> str | None:
     cover = derive(spec.mask)
     if not is_plain(cover) or any(interval.data for interval in (*cover.visit, *cover.partial)):
         return "the keys that matter are known from data, or come in more than one stretch"
+    return None
+
+
+def unfit(spec: AttentionSpec) -> str | None:
+    """Why TMA and warpgroups cannot take its operands, if so."""
+    if any(x.dtype not in DTYPES for x in (spec.query, spec.keys, spec.values)) or spec.out_dtype not in DTYPES:
+        return "TMA and warpgroups take 16-bit operands"
+    if len({x.dtype for x in (spec.query, spec.keys, spec.values)}) > 1 or spec.out_dtype != spec.query.dtype:
+        return "its operands are of different types"
+    if spec.head_dim % 8 or spec.value_dim % 8 or max(spec.head_dim, spec.value_dim) > MAX_SIDE:
+        return f"a head size of {spec.head_dim}, {spec.value_dim} for values, is not a multiple of 8 up to {MAX_SIDE}"
     return _unaddressable(spec)
 
 
