@@ -95,7 +95,8 @@ class BackwardKernel:
     """The text of one generated module for the gradients of ``spec``; ``tiles`` are those of its two kernels, the one that
     holds queries and the one that holds keys, or of the one kernel that makes all gradients.
 
-    ``otherwise`` is launched instead where gradients are needed that its own ``launch`` does not make.
+    ``otherwise`` is launched instead for gradients that its own ``launch`` does not make, or that must not change from run to
+    run.
     """
 
     spec: AttentionSpec

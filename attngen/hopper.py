@@ -47,12 +47,8 @@ def queries_held(spec: AttentionSpec, tile: Tile) -> int:
 @lru_cache(maxsize=4096)  # identical sites share it, and what it derives of the mask
 def unsuited(spec: AttentionSpec) -> str | None:
     """Why the template cannot compute ``spec``, if so."""
-    if any(x.dtype not in DTYPES for x in (spec.query, spec.keys, spec.values)) or spec.out_dtype not in DTYPES:
-        return "TMA and warpgroups take 16-bit operands"
-    if len({x.dtype for x in (spec.query, spec.keys, spec.values)}) > 1 or spec.out_dtype != spec.query.dtype:
-        return "its operands are of different types"
-    if spec.head_dim % 8 or spec.value_dim % 8 or max(spec.head_dim, spec.value_dim) > MAX_SIDE:
-        return f"a head size of {spec.head_dim}, {spec.value_dim} for values, is not a multiple of 8 up to {MAX_SIDE}"
+    if (reason := unfit(spec)) is not None:
+        return reason
     if spec.whole is not None:
         return "rows may have to be computed again with the model's own fill value"
     if any(isinstance(node, Op) and node.name == "random" for node in spec.gain.walk()):
@@ -61,6 +57,17 @@ def unsuited(spec: AttentionSpec) -> str | None:
         return "weights are multiplied after softmax"
     if any(sink.axes & {ROW, KEY} for sink in spec.sinks):
         return "its sinks differ from row to row"
+    return None
+
+
+def unfit(spec: AttentionSpec) -> str | None:
+    """Why TMA and warpgroups cannot take its operands, if so."""
+    if any(x.dtype not in DTYPES for x in (spec.query, spec.keys, spec.values)) or spec.out_dtype not in DTYPES:
+        return "TMA and warpgroups take 16-bit operands"
+    if len({x.dtype for x in (spec.query, spec.keys, spec.values)}) > 1 or spec.out_dtype != spec.query.dtype:
+        return "its operands are of different types"
+    if spec.head_dim % 8 or spec.value_dim % 8 or max(spec.head_dim, spec.value_dim) > MAX_SIDE:
+        return f"a head size of {spec.head_dim}, {spec.value_dim} for values, is not a multiple of 8 up to {MAX_SIDE}"
     return _unaddressable(spec)
 
 

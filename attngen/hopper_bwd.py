@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import re
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 from attngen import boxes, hopper
 from attngen.adjoint import SCORE_GRAD
-from attngen.algebra import Const
+from attngen.algebra import ONE, Const, Load
 from attngen.bounds import is_plain, loop_bounds
 from attngen.gluon import DTYPES, box_dims, gluon, helpers_of
 from attngen.gradient import Backward, adjoints, backward_of, mirrored
 from attngen.layout import base_of, stride_of, unpacked, used_dims
-from attngen.mask import Cover, derive
+from attngen.mask import Cover, by_position, derive
 from attngen.printer import LOG2E, Places, Printer, Unprintable, bare, fixed_dims
 from attngen.scores import in_units, kept
 from attngen.sides import Side, called_with, heads_of, launch_of, leading, mirrored_side, order_of
@@ -27,6 +28,7 @@ from attngen.spec import FEATURE, HOPPER, INNER, KEY, ROW, SCORE, AttentionSpec,
 HELD = 128  # keys of a program: two warpgroups of 64
 STEPS = {64: 128, 128: 64}  # queries of a step, by the width of a head
 STAGES = 2
+L2_SHARE = Fraction(16, 25)  # of the cache, for what programs that run together go over; all heads at once are far slower
 # Of a thread of the warpgroups that compute, of the warps that load and write, and as the kernel is launched.
 REGISTERS, OTHER_REGISTERS, LIMIT = 240, 24, 168
 
@@ -36,8 +38,10 @@ _PLACES = Places(row="rows", key="cols", row_beside="", key_beside="")
 @lru_cache(maxsize=4096)
 def unsuited(spec: AttentionSpec) -> str | None:
     """Why the template cannot compute the gradients of ``spec``, if so."""
-    if (reason := hopper.unsuited(spec)) is not None:
+    if (reason := hopper.unfit(spec)) is not None:
         return reason
+    if spec.gain != ONE:
+        return "weights are multiplied after softmax"
     if not spec.softmax:
         return "nothing normalises its weights"
     if padded(spec) not in STEPS or _width(spec.value_dim) != padded(spec):
@@ -52,10 +56,22 @@ def _unsuited_plan(plan: Backward) -> str | None:
         return "scores may be so low that rows have to be computed again"
     if not all(target.direct for target in (plan.query, plan.keys, plan.values)):
         return "keys and values are shared in different ways"
-    cover = derive(mirrored(plan.spec.mask))
-    if not is_plain(cover) or any(interval.data for interval in (*cover.visit, *cover.partial)):
+    if not is_plain(cover_of(plan.spec)):
         return "the queries that matter come in more than one stretch"
+    if any(isinstance(node, Load) and ROW in node.axes for node in plan.spec.mask.walk()):
+        return "which keys matter is loaded for each query"
     return None
+
+
+def cover_of(spec: AttentionSpec) -> Cover:
+    """Which queries keys matter to, mirrored, as far as that is known without data: no queries are passed over for it."""
+    cover = derive(mirrored(spec.mask))
+    return Cover(tuple(map(by_position, cover.visit)), tuple(map(by_position, cover.partial)), False)
+
+
+def reads_mask(spec: AttentionSpec) -> bool:
+    """Whether every block is masked, for some of the mask is loaded."""
+    return any(isinstance(node, Load) for node in spec.mask.walk())
 
 
 def padded(spec: AttentionSpec) -> int:
@@ -82,7 +98,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     side = mirrored_side(spec, side)
     printer = Printer(side.spec, _PLACES)
     score = _score(printer, side)
-    cover = derive(side.spec.mask)
+    cover = cover_of(spec)
     bounds = _bounds(printer, spec, cover)
     heads = heads_of(side)
     launch = launch_of(spec, plan)
@@ -110,8 +126,8 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "log2e": repr(LOG2E),
         "registers": [REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
         "limit": LIMIT,
-        "l2_half": l2_bytes // 2,
-        "step_bytes": 4 * padded(spec) + 4 * padded(spec),  # queries, gradients and sums
+        "l2_share": l2_bytes * L2_SHARE.numerator // L2_SHARE.denominator,
+        "step_bytes": 2 * (spec.head_dim + spec.value_dim) + 4 * padded(spec),  # queries, gradients and sums
         **_boxes(spec, tile),
         **_rows(spec, plan),
         **_arguments(side),

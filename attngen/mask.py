@@ -71,6 +71,17 @@ def derive(mask: Expr) -> Cover:
     return Cover(visit, partial, visit_exact and partial_exact)
 
 
+def by_position(interval: Interval) -> Interval:
+    """The interval as far as positions alone bound it."""
+    low, high = (_without_data(e) for e in (interval.low, interval.high))
+    return Interval(low, high, tuple(e for e in interval.when if not e.atoms(Datum)))
+
+
+def _without_data(bound: sp.Expr) -> sp.Expr:
+    """``Max`` or ``Min`` over those of its arguments that are known."""
+    return bound.func(*(a for a in bound.args if not a.atoms(Datum))) if bound.atoms(Datum) else bound
+
+
 def grouped(intervals: tuple[Interval, ...]) -> list[tuple[Interval, ...]]:
     """Intervals that overlap or are empty, together: those from the first key on, those up to the last key; others alone."""
     heads = tuple(i for i in intervals if i.low == 0 and not i.among)

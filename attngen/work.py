@@ -14,7 +14,7 @@ from attngen.algebra import TRUE, Expr, Int, Load, Op, number
 from attngen.compat import FloorDiv
 from attngen.index import Axis
 from attngen.inequalities import Datum
-from attngen.mask import EVERYTHING, FIRST, LAST, MAX_RUNS, Cover, Interval, grouped, may_be_full
+from attngen.mask import EVERYTHING, FIRST, LAST, MAX_RUNS, Cover, Interval, by_position, grouped, may_be_full
 from attngen.printer import apart
 from attngen.spec import FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input, Problem
 
@@ -231,7 +231,7 @@ def loops_of(cover: Cover, at: Mapping[sp.Symbol, int], queries: int, rows: int,
     it could have masked the last one shows it."""
     first = np.arange(0, queries, rows)
     here = {**at, FIRST: first, LAST: np.minimum(first + rows, queries) - 1}
-    visit = _runs(tuple(_unmasked(i) for i in cover.visit), here)
+    visit = _runs(tuple(by_position(i) for i in cover.visit), here)
     partial = _runs(tuple(_barely_masked(i) for i in cover.partial), here) if may_be_full(cover) else []
     size = at[KEY.extent] + 0 * first
     low = reduce(np.minimum, [low for low, _ in visit], size)
@@ -272,19 +272,8 @@ def _run(group: tuple[Interval, ...], at: Mapping[sp.Symbol, Value]) -> tuple[Va
     return low, high
 
 
-def _unmasked(interval: Interval) -> Interval:
-    """The interval as far as positions alone bound it."""
-    low, high = (_without_data(e) for e in (interval.low, interval.high))
-    return Interval(low, high, tuple(e for e in interval.when if not e.atoms(Datum)))
-
-
 def _barely_masked(interval: Interval) -> Interval:
     if not interval.data:
         return interval
-    known = _unmasked(interval)
+    known = by_position(interval)
     return Interval(sp.Max(0, known.high - 1), known.high, known.when)
-
-
-def _without_data(bound: sp.Expr) -> sp.Expr:
-    """``Max`` or ``Min`` over those of its arguments that are known."""
-    return bound.func(*(a for a in bound.args if not a.atoms(Datum))) if bound.atoms(Datum) else bound

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from dataclasses import replace
@@ -78,6 +79,21 @@ def test_masks_and_groups_of_heads(groups: int, mask: Expr) -> None:
     right(spec, Problem((1, 3), 280, 70))
 
 
+def test_one_head_of_keys_for_all_queries() -> None:
+    spec = attention(dtype=BF16, mask=CAUSAL)
+    (batch, _, *place), (_, _, *values) = spec.keys.index, spec.values.index
+    spec = replace(spec, keys=replace(spec.keys, index=(batch, *place)), values=replace(spec.values, index=(batch, *values)))
+    right(spec, Problem((2, 3), 140, 140))
+
+
+def test_verification_runs_it_in_the_simulator_in_its_own_type() -> None:
+    kernel = kernel_of(BY_NAME["causal_bf16"].spec)
+    broken = replace(kernel, source=re.sub(r"dp - gl.expand_dims\(delta, 0\)", "dp", kernel.source))
+    good, wrong = verify_bwd.verify_all_interpreted([(each, Problem((1, 2), 100, 100)) for each in (kernel, broken)])
+    assert isinstance(good, dict) and all(verdict.ok for verdict in good.values())
+    assert isinstance(wrong, dict) and not wrong["q"].ok and not wrong["k"].ok and wrong["v"].ok
+
+
 def test_programs_of_scores_in_bfloat16() -> None:
     spec = attention(dtype=BF16, score=softcap(20.0, QK), mask=CAUSAL, groups=2)
     right(spec, Problem((1, 4), 200, 200))
@@ -127,6 +143,8 @@ def test_what_is_refused_says_why() -> None:
         "no_softmax": "nothing normalises",
         "prefix": "more than one stretch",
         "multi_query": "shared in different ways",
+        "documents": "loaded for each query",
+        "head_gain": "after softmax",
     }.items():
         spec = BY_NAME[name].spec
         assert reason in str(hopper_bwd.unsuited(spec)), name
@@ -140,6 +158,13 @@ def test_gradients_of_what_is_loaded_are_left_to_others() -> None:
     at = sample(spec, Problem((1, 2), 40, 40))
     assert module.launch(*at.arguments) is not None
     assert module.launch(*replace(at, extras=True).arguments) is None
+
+
+def test_gradients_that_must_be_the_same_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    at = sample(BY_NAME["dense"].spec, Problem((1, 2), 40, 40))
+    module = simulated(kernel_of(at.spec).source)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert module.launch(*at.arguments) is None
 
 
 # ----------------------------------------------------------------------------------------------------------------- damage

@@ -1,0 +1,90 @@
+"""Which kernels are chosen for gradients, and what becomes of those that they do not make."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hopper_sites import BY_HEAD
+from specs import BY_NAME, attention
+
+from attngen import choose_bwd, gradient, hopper_bwd, runtime
+from attngen.choose_bwd import BackwardPlan, choose_backward
+from attngen.device import DEVICES, H200
+from attngen.emit import BackwardKernel, emit_backward
+from attngen.spec import HOPPER, PORTABLE, AttentionSpec, Problem
+
+# TFLOP/s of a prototype of the kernel on an H200: bf16, 16,384 tokens, all that is done before and after it included.
+MEASURED = {
+    (64, "full"): {16384: 488, 4096: 456, 1024: 374},
+    (64, "causal"): {16384: 481, 4096: 414, 1024: 277},
+    (128, "full"): {16384: 562, 4096: 516, 1024: 420},
+    (128, "causal"): {16384: 527, 4096: 469, 1024: 323},
+}
+RATES = [(*kind, length, rate) for kind, rates in MEASURED.items() for length, rate in rates.items()]
+
+
+def chosen(spec: AttentionSpec, problem: Problem) -> BackwardPlan:
+    plan = choose_backward(replace(spec, lse=True), problem, H200)
+    assert isinstance(plan, BackwardPlan), plan
+    return plan
+
+
+@pytest.mark.parametrize(("head_dim", "mask", "length", "rate"), RATES)
+def test_predictions_are_near_what_was_measured(head_dim: int, mask: str, length: int, rate: float) -> None:
+    spec, problem = BY_HEAD[head_dim][mask], Problem((16384 // length, 2048 // head_dim), length, length)
+    seconds = choose_bwd.hopper_seconds(gradient.backward_of(spec), problem, H200)
+    pairs = problem.heads * length**2 / (2 if mask == "causal" else 1)
+    assert 10 * pairs * head_dim / seconds / 1e12 == pytest.approx(rate, rel=0.05)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", ["full", "causal", "alibi", "softcap", "window", "grouped"])
+def test_one_kernel_is_chosen_where_warpgroups_multiply(name: str, head_dim: int) -> None:
+    spec, problem = BY_HEAD[head_dim][name], Problem((4, 16), 4096, 4096)
+    plan = chosen(spec, problem)
+    assert [tile.family for tile in plan.tiles] == [HOPPER] and str(plan).endswith("hopper")
+    assert [tile.family for tile in plan.otherwise] == [PORTABLE] * 2
+    elsewhere = choose_backward(replace(spec, lse=True), problem, DEVICES["a100"])
+    assert isinstance(elsewhere, BackwardPlan) and [tile.family for tile in elsewhere.tiles] == [PORTABLE] * 2
+
+
+@pytest.mark.parametrize("spec", [BY_HEAD[256]["causal"], BY_HEAD[128]["bias"], BY_NAME["dense_fp32"].spec], ids=str)
+def test_what_it_cannot_express_is_left_to_portable_kernels(spec: AttentionSpec) -> None:
+    plan = chosen(spec, Problem((4, 16), 1024, 1024))
+    assert [tile.family for tile in plan.tiles] == [PORTABLE] * 2 and str(plan).startswith("queries ") and not plan.otherwise
+
+
+# ------------------------------------------------------------------------------------------------- another kernel instead
+
+
+def _kernel(spec: AttentionSpec, problem: Problem) -> BackwardKernel:
+    plan = chosen(spec, problem)
+    kernel, other = emit_backward(spec, plan.tiles), emit_backward(spec, plan.otherwise)
+    assert isinstance(kernel, BackwardKernel) and isinstance(other, BackwardKernel)
+    return replace(kernel, otherwise=other)
+
+
+def test_another_kernel_is_launched_for_gradients_that_the_first_does_not_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = _kernel(replace(BY_HEAD[64]["alibi"], lse=True), Problem((4, 16), 1024, 1024))
+
+    def module(path: Path) -> types.SimpleNamespace:
+        launches: dict[str, Callable[[bool], list[str] | None]] = {
+            kernel.name: lambda need: None if need else ["one"],
+            kernel.otherwise.name: lambda need: ["two"],  # type: ignore[union-attr]
+        }
+        return types.SimpleNamespace(launch=launches[path.stem])
+
+    monkeypatch.setattr(runtime, "import_kernel", module)
+    assert runtime._launched(kernel, False) == ["one"]  # type: ignore[arg-type]
+    assert runtime._launched(kernel, True) == ["two"]  # type: ignore[arg-type]
+    assert runtime._launched(replace(kernel, otherwise=None), True) is None  # type: ignore[arg-type]
+
+
+def test_tiles_of_both_widths_fit() -> None:
+    assert str(hopper_bwd.tile_of(attention(head_dim=128, dtype=torch.bfloat16))) == "128x64 w8 s2 hopper"
+    assert str(hopper_bwd.tile_of(attention(head_dim=40, dtype=torch.bfloat16))) == "128x128 w8 s2 hopper"

@@ -1,0 +1,58 @@
+"""The backward kernel of the hopper family compiled for sm_90: nothing spills, and products do not wait in vain."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hopper_sites import BY_HEAD
+from specs import WORTH_IT
+from test_cost import H200, square
+from test_hopper_backward import kernel_of
+from test_hopper_binaries import SERIALISED, from_nothing
+
+from attngen import aot, hopper_bwd, verify_bwd
+from attngen.aot import Binary, Job
+
+pytest.importorskip("triton")
+
+__all__ = ["from_nothing"]  # a fixture
+
+COMPLAINTS = (*SERIALISED, "C7514", "C7517")
+EVERYWHERE = {(64, "causal"), (128, "full"), (128, "grouped"), (128, "softcap")}
+ABLE = [(d, name) for d in (64, 96, 128) for name, spec in BY_HEAD[d].items() if hopper_bwd.unsuited(spec) is None]
+PROGRAMS = [
+    pytest.param(*each, id=f"d{each[0]}-{each[1]}", marks=() if each in EVERYWHERE else (pytest.mark.gpu,))
+    for each in ABLE
+]
+
+
+def compiled(head_dim: int, name: str, folder: Path) -> tuple[Binary, str]:
+    """What came out, and the complaints of the assembler."""
+    kernel = kernel_of(BY_HEAD[head_dim][name])
+    path = folder / f"{kernel.name}.py"
+    path.write_text(kernel.source)
+    at = replace(verify_bwd.sample(kernel.spec, square(64)))
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        binary = aot.compile_for(Job.of(path, [at.grad, at.out, at.lse, *at.inputs]), 90)
+    assert "registers" in said.getvalue(), "the assembler's words did not come through"
+    return binary, said.getvalue()
+
+
+def test_what_is_compiled_everywhere_is_among_them() -> None:
+    assert set(ABLE) >= EVERYWHERE
+
+
+@pytest.mark.parametrize(("head_dim", "name"), PROGRAMS)
+def test_program_compiles_as_it_should(head_dim: int, name: str, tmp_path: Path) -> None:
+    binary, complaints = compiled(head_dim, name, tmp_path)
+    assert binary.spills <= (WORTH_IT if name == "softcap" else 0)
+    assert binary.hgmma and not any(code in complaints for code in COMPLAINTS)
+    assert binary.shared <= H200.smem_block and binary.registers <= hopper_bwd.LIMIT
+    # Three times four warps: those that compute, and those that load and write with the ones that fill up.
+    given = 2 * hopper_bwd.REGISTERS + hopper_bwd.OTHER_REGISTERS
+    assert given * 128 <= 65536 and 3 * binary.registers * 128 <= 65536
