@@ -20,6 +20,7 @@ from attngen.gradient import mirrored_input as turned
 from attngen.index import Axis
 from attngen.layout import base_of, extent_of, memory_order, stride_of, tuple_of, unpacked, used_dims
 from attngen.mask import FIRST, LAST, Cover, derive
+from attngen.philox import ROUNDS
 from attngen.portable import MIN_DOT, sink_lines
 from attngen.printer import LOG2E, Printer, bare
 from attngen.scores import gain_of, in_units, score_lines, sink_values, tanh_of
@@ -143,7 +144,7 @@ def _kernel(side: Side) -> dict[str, Any]:
             "floor_div": printer.uses_floor_div,
             "drowned": printer.uses_drowned,
             "rounded": printer.uses_rounded,
-            "random": printer.uses_random,
+            "random": ROUNDS if printer.uses_random else "",
             "longer": bounds.compares,
         },
         **_arguments(side),

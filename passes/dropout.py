@@ -55,8 +55,8 @@ def _counter(index: Index, shape: Index) -> tuple[Expr, ...]:
 
 def seeds(*exprs: Expr) -> list[Seed]:
     """The seeds that the expressions depend on, in order."""
-    found = {node.source: None for e in exprs for node in e.walk() if isinstance(node, Load) and isinstance(node.source, Seed)}
-    return list(found)  # type: ignore[arg-type]
+    sources = [node.source for expr in exprs for node in expr.walk() if isinstance(node, Load)]
+    return list(dict.fromkeys(source for source in sources if isinstance(source, Seed)))
 
 
 def is_random(expr: Expr) -> bool:

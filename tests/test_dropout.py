@@ -14,11 +14,10 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 import attngen
-from attngen import blockwise, gradient, pipeline, verify
+from attngen import blockwise, gradient, philox, pipeline, verify
 from attngen.emit import BackwardKernel, Kernel, emit, emit_backward
 from attngen.hopper import unsuited
 from attngen.options import Options
-from attngen.philox import philox
 from attngen.spec import Tile
 from attngen.work import operations
 
@@ -27,25 +26,31 @@ SHAPE = (2, 2, 24, 16)  # as many keys as features below: identity in place of v
 
 # ------------------------------------------------------------------------------------------------------------ generator
 
-# Counter, key and result, from the known answers of Random123.
+PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+PI_KEY = (0xA4093822, 0x299F31D0)
+# Rounds, counter, key and result, from the known answers of Random123.
 KNOWN = [
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-    ),
+    (7, (0,) * 4, (0,) * 2, (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+    (7, (0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
+    (7, PI, PI_KEY, (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A)),
+    (10, (0,) * 4, (0,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    (10, (0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (10, PI, PI_KEY, (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
 ]
 
 
-@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
+@pytest.mark.parametrize(("rounds", "counter", "key", "expected"), KNOWN)
 def test_philox_gives_the_known_answers(
-    counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]
+    rounds: int,
+    counter: tuple[int, ...],
+    key: tuple[int, int],
+    expected: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(philox, "ROUNDS", rounds)
     seed = key[1] << 32 | key[0]
     seed -= (seed >> 63) << 64  # as the 64 bits of a signed number
-    found = philox(torch.tensor(seed), *(torch.tensor(word) for word in counter))
+    found = philox.philox(torch.tensor(seed), *(torch.tensor(word) for word in counter))
     assert tuple(map(int, found)) == expected
 
 
