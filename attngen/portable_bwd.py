@@ -145,6 +145,7 @@ def _kernel(side: Side) -> dict[str, Any]:
             "drowned": printer.uses_drowned,
             "rounded": printer.uses_rounded,
             "random": ROUNDS if printer.uses_random else "",
+            "random_block": ROUNDS if printer.uses_random_block else "",
             "longer": bounds.compares,
         },
         **_arguments(side),

@@ -82,7 +82,7 @@ def test_places_and_seeds_are_independent() -> None:
     signs = torch.stack([kept(0.5, seed) for seed in (5, 6, 5 + 2**32)]).double() * 2 - 1
     for dim in range(5):
         size = signs.shape[dim]
-        for step in {1, min(4, size - 1), size - 1}:
+        for step in {1, min(8, size - 1), size - 1}:  # what is eight apart shares the words of a counter
             product = signs.narrow(dim, 0, size - step) * signs.narrow(dim, step, size - step)
             assert abs(product.mean()) < 5 / product.numel() ** 0.5, (dim, step)
     for dims in ((3, 4), (2, 3), (2, 4)):  # and no place is another with its coordinates exchanged
@@ -120,7 +120,7 @@ def test_every_tiling_draws_the_mask_of_the_spec() -> None:
 
 
 def test_it_has_a_price_and_the_hopper_family_leaves_it() -> None:
-    assert operations(GAINED, GAINED.gain).arithmetic > 50
+    assert operations(GAINED, GAINED.gain).arithmetic > 10
     assert unsuited(replace(GAINED, lse=False)) == "weights are dropped at random"
 
 
