@@ -11,7 +11,10 @@ ADVICE = {
         "Only the product with the values may read the weights. Drop the other reader, or take it out of the compiled model."
     ),
     "the attention weights are dropped at random": (
-        "For inference, call model.eval(). For training, set the dropout of attention to 0."
+        "For inference, call model.eval(). For training, drop weights right after a softmax that nothing else reads."
+    ),
+    "the scores are dropped at random": (
+        "For inference, call model.eval(). For training, drop the weights after the softmax, as most models do."
     ),
     "the weights are changed between the exponential": (
         "Between softmax and values only views and casts may stand: move the operation to the scores or to the result."

@@ -7,6 +7,7 @@ from typing import Any
 from attngen.bounds import loop_bounds
 from attngen.layout import addresses
 from attngen.mask import derive
+from attngen.philox import ROUNDS
 from attngen.printer import LOG2E, Printer, bare
 from attngen.scores import gain_of, holes_of_spec, in_units, score_lines, sink_values, tanh_of
 from attngen.spec import AttentionSpec, Tile
@@ -34,7 +35,8 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
             "floor_div": printer.uses_floor_div,
             "drowned": printer.uses_drowned,
             "rounded": printer.uses_rounded,
-            "random": printer.uses_random,
+            "random": ROUNDS if printer.uses_random else "",
+            "random_block": ROUNDS if printer.uses_random_block else "",
             "longer": bounds.compares,
         },
         "score": score,

@@ -16,6 +16,7 @@ from attngen.gradient import DIAGONAL, HEAD, KEYS, ROWS, Target, adjoints, backw
 from attngen.gradient import mirrored_input as turned
 from attngen.layout import base_of, stride_of, used_dims
 from attngen.mask import derive
+from attngen.philox import ROUNDS
 from attngen.portable import MIN_DOT, sink_lines
 from attngen.printer import LOG2E, Printer, bare
 from attngen.scores import gain_of, in_units, score_lines, sink_values, tanh_of
@@ -113,7 +114,8 @@ def _kernel(side: Side) -> dict[str, Any]:
             "floor_div": printer.uses_floor_div,
             "drowned": printer.uses_drowned,
             "rounded": printer.uses_rounded,
-            "random": printer.uses_random,
+            "random": ROUNDS if printer.uses_random else "",
+            "random_block": ROUNDS if printer.uses_random_block else "",
             "longer": bounds.compares,
         },
         **_arguments(side),

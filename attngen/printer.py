@@ -41,7 +41,6 @@ _CALLS = {
     "where": "tl.where",
     "drown": "drowned",
     "rounded": "rounded",
-    "random": "random",
 }
 _GUARDS = {True: ["row_ok", "col_ok"], False: ["row_ok"]}  # of a load per pair, in masked and in full blocks
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", **COMPARISONS}
@@ -75,6 +74,7 @@ class Printer:
     uses_drowned: bool = False
     uses_rounded: bool = False
     uses_random: bool = False
+    uses_random_block: bool = False
     _names: dict[Expr, str] = field(default_factory=dict)
     _blocks: dict[str, str] = field(default_factory=dict)
     _keys_end: str = "size_j"
@@ -137,6 +137,8 @@ class Printer:
         if expr.name == "float" and (sum_of_floats := apart(expr.args[0])) is not None:
             return self._show(sum_of_floats, masked)
         args = [self._show(a, masked) for a in expr.args]
+        if expr.name == "random":
+            return self._random(expr, args)
         if expr.name in _INFIX:
             return "(" + f" {_INFIX[expr.name]} ".join(args) + ")"
         if expr.name == "float":
@@ -149,11 +151,20 @@ class Printer:
             raise Unprintable(f"a kernel has no {expr.name}")
         self.uses_tanh |= expr.name == "tanh"
         self.uses_drowned |= expr.name == "drown"
-        self.uses_random |= expr.name == "random"
         if expr.name == "rounded":
             self.uses_rounded = True
             args.append("tl.float16" if number(expr.args[1]) == HALF_LIMIT else "tl.bfloat16")
         return f"{_CALLS[expr.name]}({', '.join(map(bare, args))})"
+
+    def _random(self, expr: Op, args: list[str]) -> str:
+        """Bits for a whole block at once, where its rows and columns are what is counted."""
+        seed, *counter = map(bare, args)
+        if expr.args[1:3] not in ((Int(KEY), Int(ROW)), (Int(ROW), Int(KEY))):
+            self.uses_random = True
+            return f"random({seed}, {', '.join(counter)})"
+        self.uses_random_block = True
+        turned = expr.args[1] == Int(ROW)
+        return f"random_block({seed}, first, block, {', '.join(counter[2:])}, BLOCK_I, BLOCK_J, {turned})"
 
     def _product(self, expr: Op, masked: bool, top: bool) -> str:
         """Numbers become one number; factors that do not change over the keys are multiplied before the loop."""

@@ -17,8 +17,8 @@ from attngen.show import Progress
 
 
 def advised(report: Report, model: object) -> Report:
-    """With a note, if sites were missed for dropout that nobody may have wanted."""
-    dropout = any("dropped" in site.reason or "dropout" in site.reason for site in report.missed)
+    """With a note, if a site has dropout that nobody may have wanted."""
+    dropout = any("dropped" in site.reason or "random" in site.computes for site in report.sites)
     if not dropout or not getattr(model, "training", False):
         return report
     note = "The model is in training mode, so dropout is active. For inference, call model.eval() in the file."

@@ -11,6 +11,7 @@ from sympy.printing.str import StrPrinter
 
 from attngen.algebra import COMPARISONS, Access, Const, Dot, Expr, Int, Load, Op, Reduce
 from attngen.index import Axis
+from attngen.philox import BITS
 
 
 class _IndexPrinter(StrPrinter):  # type: ignore[misc]
@@ -80,6 +81,8 @@ def readable(expr: Expr, name_of: Callable[[Any], str] = str) -> str:
             return canonical(node)
         if node.name in ("float", "drown", "rounded"):
             return show(node.args[0], strength)
+        if (threshold := _chance(node)) is not None:
+            return f"random >= {_number(threshold)}"
         if node.name == "where":
             condition, yes, no = (show(a) for a in node.args)
             return f"({yes} if {condition} else {no})"
@@ -93,6 +96,13 @@ def readable(expr: Expr, name_of: Callable[[Any], str] = str) -> str:
         return f"({text})" if own < strength else text
 
     return show(expr)
+
+
+def _chance(node: Op) -> float | None:
+    """With which probability random bits are below what they are compared with."""
+    if node.name == "ge" and isinstance(node.args[0], Op) and node.args[0].name == "random":
+        return float(node.args[1].value) / 2**BITS  # type: ignore[attr-defined]
+    return None
 
 
 def _number(value: float | bool) -> str:

@@ -66,7 +66,7 @@ _INSTRUCTIONS: dict[str, tuple[int, int]] = {
     "pow": (4, 2),
     "drown": (3, 0),
     "rounded": (3, 2),
-    "random": (56, 0),  # of ten rounds, as many as a pair has to itself: see ``passes.dropout``
+    "random": (14, 0),  # a quarter of seven rounds, but for what rows and columns have in common
     "float": (0, 1),  # conversions run at the rate of special functions
 }
 _EXACT_TANH = (4, 2)  # of 32-bit inputs, through sigmoid

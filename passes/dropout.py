@@ -55,8 +55,8 @@ def _counter(index: Index, shape: Index) -> tuple[Expr, ...]:
 
 def seeds(*exprs: Expr) -> list[Seed]:
     """The seeds that the expressions depend on, in order."""
-    loads = (node for expr in exprs for node in expr.walk() if isinstance(node, Load))
-    return list(dict.fromkeys(load.source for load in loads if isinstance(load.source, Seed)))
+    sources = [node.source for expr in exprs for node in expr.walk() if isinstance(node, Load)]
+    return list(dict.fromkeys(source for source in sources if isinstance(source, Seed)))
 
 
 def is_random(expr: Expr) -> bool:

@@ -215,6 +215,15 @@ CASES = (
     Case("dropped_causal", attention(gain=dropped(0.1, B, H), extras=SEED, mask=CAUSAL, groups=2), batch=(1, 4)),
     Case("dropped_one_batch", attention(gain=dropped(0.5, B), extras=SEED, batch=(B,), wide=True), batch=(3,)),
     Case(
+        "dropped_one_query",
+        attention(
+            query=Input("q", (B, H, ZERO, INNER), HALF),
+            gain=dropout.factor("t0", 0.3, (B, H, ZERO, KEY), (B.extent, H.extent, sp.Integer(1), KEY.extent)),  # type: ignore[attr-defined]
+            extras=SEED,
+        ),
+        cross=80,
+    ),
+    Case(
         "dropped_fill_shows",
         attention(**_filled(QK, STRICTLY_CAUSAL, -10000.0), gain=dropped(0.2, B, H), extras=SEED),
         tile=Tile(64, 64, 8, 2),

@@ -42,7 +42,7 @@ def read_elsewhere(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.T
 
 
 def dropped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
+    return F.dropout(q @ k.transpose(-1, -2), 0.1).softmax(-1) @ v
 
 
 def other_dimension(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ def in_double(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     [
         (returned, "the attention weights are returned", "return torch.softmax", "output_attentions=False"),
         (read_elsewhere, "the attention weights are also read by mean", "return torch.softmax", "Drop the other reader"),
-        (dropped, "the attention weights are dropped at random", "dropout_p=0.1", "model.eval()"),
+        (dropped, "the scores are dropped at random", "F.dropout(", "model.eval()"),
         (other_dimension, "the softmax runs over another dimension", "-2) @ v", "the dimension of the keys"),
         (changed, "the weights are changed between", "F.layer_norm", "to the scores or to the result"),
         (in_place, "an input is written in place", "k.zero_()", "Write to a copy"),

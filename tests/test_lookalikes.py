@@ -10,17 +10,28 @@ import torch
 from analysis import Function, Module, analysed, scores, weights
 from test_inductor import EAGER
 from torch import Tensor
-from torch.nn.functional import dropout, gumbel_softmax, layer_norm, linear, pad, scaled_dot_product_attention
+from torch.nn.functional import dropout, gumbel_softmax, layer_norm, linear, pad
 
 import attngen
 from attngen.verify import within_budget
 
 CHANGED = "the weights are changed between the exponential and the product with the values"
 OTHER_DIM = "the softmax runs over another dimension than the product with the values"
-DROPPED = "the attention weights are dropped at random"
+DROPPED = "the scores are dropped at random"
 ADDED = "something is added to the attention weights"
 MIXED = "the scores of different heads are mixed"
 NO_PRODUCT = "the softmax is not over a product of queries and keys"
+
+
+def dropped_before_the_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    w = dropout(scores(q, k).exp(), 0.1)
+    return w / w.sum(-1, keepdim=True) @ v
+
+
+def dropped_for_two(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One of the two might not be replaced, and draw random numbers of its own."""
+    w = dropout(weights(q, k), 0.1)
+    return torch.cat([w @ v, w @ v.square()], -1)
 
 
 def written_along_the_diagonal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -222,8 +233,8 @@ MISSED: dict[str, tuple[Function, str]] = {
     "values differ per query": (values_per_query, "queries alone"),
     "every second key": (lambda q, k, v: scores(q, k)[..., ::2].softmax(-1) @ v[..., 1::2, :], "whole dimensions"),
     "keys reversed": (lambda q, k, v: scores(q, k).flip(-1).softmax(-1) @ v, "whole dimensions"),
-    "dropout": (lambda q, k, v: dropout(weights(q, k), 0.1, True) @ v, DROPPED),
-    "dropout inside": (lambda q, k, v: scaled_dot_product_attention(q, k, v, dropout_p=0.1), DROPPED),
+    "dropout before the sum": (dropped_before_the_sum, "the attention weights are dropped at random"),
+    "dropout for two": (dropped_for_two, "also read by"),
     "dropout on scores": (lambda q, k, v: dropout(scores(q, k), 0.1, True).softmax(-1) @ v, DROPPED),
     "gumbel": (lambda q, k, v: gumbel_softmax(scores(q, k), dim=-1) @ v, ""),
     "all operands of one batch element": (

@@ -200,10 +200,6 @@ def product_of_weights(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor
     return (w * (w - rate * weights(q2, k2))) @ v
 
 
-def dropped(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, rate: Tensor) -> Tensor:
-    return dropout(weights(q1, k1) - rate * weights(q2, k2), 0.1) @ v
-
-
 def many(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, rate: Tensor) -> Tensor:
     return sum((weights(n * q1, k1) for n in range(1, 6)), torch.zeros(())) @ v
 
@@ -219,7 +215,6 @@ ALONE = {
     one_makes_the_other: "",
     rate_of_the_weights: "",
     product_of_weights: "",
-    dropped: "dropped at random",
     many: CHANGED,
 }
 
