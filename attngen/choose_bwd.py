@@ -19,7 +19,8 @@ from attngen.printer import Unprintable
 from attngen.spec import AttentionSpec, Problem, Tile
 from attngen.work import evaluate
 
-REGISTER_LIMIT = 350  # estimated; beyond, a kernel spills too much
+# Estimated; beyond, a kernel spills too much: the one that holds queries, and the one that makes two sums.
+REGISTER_LIMITS = (420, 330)
 MAX_HEAD = 256
 
 TILES = tuple(
@@ -51,7 +52,8 @@ def choose_backward(spec: AttentionSpec, problem: Problem, device: Device) -> Ba
         plan = backward_of(spec)
     except Unprintable as reason:
         return Miss(str(reason))
-    queries, keys = (_best(_times(*side, device), device) for side in _sides(plan, problem))
+    sides = zip(sides_of(plan, problem), REGISTER_LIMITS, strict=True)
+    queries, keys = (_best(times_of(*side, device), device, limit) for side, limit in sides)
     portable = None
     if queries is not None and keys is not None:
         portable = BackwardPlan((queries[0], keys[0]), queries[1] + keys[1])
@@ -62,7 +64,7 @@ def choose_backward(spec: AttentionSpec, problem: Problem, device: Device) -> Ba
     return portable or Miss(f"no tile of a backward kernel fits {device.label}")
 
 
-def _sides(plan: Backward, problem: Problem) -> list[tuple[AttentionSpec, Problem, int, float]]:
+def sides_of(plan: Backward, problem: Problem) -> list[tuple[AttentionSpec, Problem, int, float]]:
     """Both kernels: the spec and the sizes in its own words, heads that share its programs, and whether it makes two sums."""
     spec = plan.spec
     members = 1
@@ -84,7 +86,7 @@ def _sides(plan: Backward, problem: Problem) -> list[tuple[AttentionSpec, Proble
 Times = dict[Tile, tuple[float, float, float]]
 
 
-def _times(spec: AttentionSpec, problem: Problem, members: int, second: float, device: Device) -> Times:
+def times_of(spec: AttentionSpec, problem: Problem, members: int, second: float, device: Device) -> Times:
     """Seconds, shared memory and registers of each tile."""
     at = _values(spec, problem, members, device, TILES)
     at[formulas_bwd.second] = second
@@ -101,7 +103,7 @@ def _values(spec: AttentionSpec, problem: Problem, members: int, device: Device,
 
 def hopper_seconds(plan: Backward, problem: Problem, device: Device) -> float:
     """What the kernels of the hopper family are predicted to take."""
-    _, (spec, turned, members, _) = _sides(plan, problem)
+    _, (spec, turned, members, _) = sides_of(plan, problem)
     width = hopper_bwd.padded(plan.spec)
     at = _values(spec, turned, members, device, [hopper_bwd.tile_of(plan.spec)])
     values = 2 * plan.spec.value_dim * plan.spec.out_dtype.itemsize  # of the result and its gradient
@@ -114,6 +116,6 @@ def hopper_seconds(plan: Backward, problem: Problem, device: Device) -> float:
     return float(np.ravel(at[f.seconds])[0])
 
 
-def _best(times: Times, device: Device) -> tuple[Tile, float] | None:
-    able = [(t, s) for t, (s, smem, registers) in times.items() if smem <= device.smem_block and registers <= REGISTER_LIMIT]
+def _best(times: Times, device: Device, limit: int) -> tuple[Tile, float] | None:
+    able = [(t, s) for t, (s, smem, registers) in times.items() if smem <= device.smem_block and registers <= limit]
     return min(able, key=lambda pair: pair[1], default=None)

@@ -198,11 +198,11 @@ def test_bounds_that_are_not_those_of_the_tile_are_noticed(intact: str, damaged:
 
 def test_what_is_loaded_for_all_keys_is_looked_at_once_for_all_heads() -> None:
     """One program for each tile and place of the data: heads that read the same share it."""
-    launch = written(attention(mask=SAME_DOCUMENT, extras=DOCUMENTS), PERSISTENT).split("def launch")[1]
+    launch = written(attention(mask=SAME_DOCUMENT, extras=DOCUMENTS), PERSISTENT).split("def launch_anew")[1]
     assert "places = triton.cdiv(size_i, 128) * size_b\n" in launch
-    launch = written(attention(mask=BELOW_LENGTH, extras={"t0": (LONG, (B, H))}), PERSISTENT).split("def launch")[1]
+    launch = written(attention(mask=BELOW_LENGTH, extras={"t0": (LONG, (B, H))}), PERSISTENT).split("def launch_anew")[1]
     assert "places = triton.cdiv(size_i, 128) * size_b * size_h\n" in launch
-    launch = written(attention(mask=SAME, extras=UNBATCHED), PERSISTENT).split("def launch")[1]
+    launch = written(attention(mask=SAME, extras=UNBATCHED), PERSISTENT).split("def launch_anew")[1]
     assert "places = triton.cdiv(size_i, 128)\n" in launch
 
 
