@@ -111,18 +111,14 @@ _TOO_MUCH = "more is computed between the two products than a proof follows"
 _FROM_SCORES = "an operand is computed from the scores"
 
 
-def _prove(
-    node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: Decomposer, marks: Marks
-) -> Terms | Miss:
+def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: Decomposer, marks: Marks) -> Terms | Miss:
     try:
         return _proof(node, lowered, facts, decompose, marks)
     except (TooMuch, RecursionError):
         return Miss(_TOO_MUCH, node.name, depth=1)
 
 
-def _proof(
-    node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: Decomposer, marks: Marks
-) -> Terms | Miss:
+def _proof(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: Decomposer, marks: Marks) -> Terms | Miss:
     reader = Reader(lowered.graph, facts.stale, decompose, lambda n: facts.overwritten(n, node), marks.weighs)
     misses: list[Miss] = []
     for end in filter(None, (divided(node), node)):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attngen.naming import describe
+from attngen.passes.dropout import is_random
 
 
 def spellings(*names: str) -> pytest.MarkDecorator:
@@ -175,11 +176,11 @@ def test_training(name: str, how: str) -> None:
 
 
 @spellings("gpt2", "bert", "t5")
-def test_dropped_weights_are_missed_for_that(name: str, how: str) -> None:
+def test_dropped_weights_are_part_of_the_spec(name: str, how: str) -> None:
     module, inputs = zoo.build(name, how)
     found = analyse(module.train(), inputs, grad=True)
-    assert found.hits == []
-    assert {miss.reason for miss in found.misses} == {"the attention weights are dropped at random"}
+    assert found.misses == [] and masks(found) == zoo.MASKS[name]
+    assert all(is_random(special.spec.gain) for _, special in found.hits)
 
 
 @spellings("gpt2", "llama")

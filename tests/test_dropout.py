@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -39,14 +40,9 @@ KNOWN = [
 ]
 
 
-@pytest.mark.parametrize(("rounds", "counter", "key", "expected"), KNOWN)
-def test_philox_gives_the_known_answers(
-    rounds: int,
-    counter: tuple[int, ...],
-    key: tuple[int, int],
-    expected: tuple[int, ...],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.parametrize("known", KNOWN, ids=str)
+def test_philox_gives_the_known_answers(known: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds, counter, key, expected = known
     monkeypatch.setattr(philox, "ROUNDS", rounds)
     seed = key[1] << 32 | key[0]
     seed -= (seed >> 63) << 64  # as the 64 bits of a signed number
@@ -148,14 +144,6 @@ def test_gradients_by_finite_differences() -> None:
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return dropout(weights(q, k), P, True, True) @ v
-
-
-def of_a_difference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return dropout(weights(q, k) - 0.4 * weights(q * 2, k), P) @ v
-
-
 def by_bmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     return torch.bmm(dropout(torch.bmm(q, k.mT).softmax(-1), P), v).unflatten(0, SHAPE[:2])
@@ -166,9 +154,9 @@ SPELLINGS: dict[str, Attention] = {
     "causal": lambda q, k, v: scaled_dot_product_attention(q, k, v, dropout_p=P, is_causal=True),
     "sdpa": lambda q, k, v: scaled_dot_product_attention(q, k, v, dropout_p=P),
     "native": lambda q, k, v: torch.native_dropout(weights(q, k), P, True)[0] @ v,
-    "in place": in_place,
+    "in place": lambda q, k, v: dropout(weights(q, k), P, True, True) @ v,
     "bmm": by_bmm,
-    "difference": of_a_difference,
+    "difference": lambda q, k, v: dropout(weights(q, k) - 0.4 * weights(q * 2, k), P) @ v,
 }
 EXACT: dict[str, Attention] = {
     "causal": lambda q, k, v: scaled_dot_product_attention(q, k, torch.eye(SHAPE[-1]).expand_as(k), is_causal=True),
