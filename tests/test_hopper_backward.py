@@ -160,11 +160,14 @@ def test_gradients_of_what_is_loaded_are_left_to_others() -> None:
     assert module.launch(*replace(at, extras=True).arguments) is None
 
 
-def test_gradients_that_must_be_the_same_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_that_must_be_the_same_are_left_to_others() -> None:
     at = sample(BY_NAME["dense"].spec, Problem((1, 2), 40, 40))
     module = simulated(kernel_of(at.spec).source)
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert module.launch(*at.arguments) is None
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert module.launch(*at.arguments) is None
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 # ----------------------------------------------------------------------------------------------------------------- damage
