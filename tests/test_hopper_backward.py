@@ -123,6 +123,12 @@ def test_what_tma_cannot_address_is_copied() -> None:
     assert all(verdict.ok for verdict in verdicts(kernel_of(spec).source, at).values())
 
 
+def test_keys_that_lie_feature_by_feature_are_copied() -> None:
+    spec = attention(dtype=BF16, mask=CAUSAL)
+    *lead, rows, inner = spec.keys.index
+    right(replace(spec, keys=replace(spec.keys, index=(*lead, inner, rows))), Problem((1, 2), 100, 104))
+
+
 @pytest.mark.parametrize(("rows", "keys"), [(0, 40), (40, 0)])
 def test_nothing_has_no_gradient(rows: int, keys: int) -> None:
     spec = attention(dtype=BF16, lse=True)
