@@ -120,7 +120,8 @@ def calls_of(module: ModuleType, inputs: Sequence[Layout]) -> dict[str, _Recorde
 def backward_launches_of(module: ModuleType, inputs: Sequence[Layout]) -> dict[str, _Recorder]:
     """The kernel calls that ``launch`` of a backward module makes for such inputs, by kernel."""
     recorders = {name: _Recorder() for name in BACKWARD if hasattr(module, name)}
-    launch = FunctionType(module.launch.__code__, {**vars(module), **recorders}, argdefs=module.launch.__defaults__)
+    known = {**vars(module), **recorders, "deterministic": lambda: False}
+    launch = FunctionType(module.launch.__code__, known, argdefs=module.launch.__defaults__)
     tensors = [layout.meta() for layout in inputs]
     if launch(*tensors) is None:  # it makes no gradients but those of the operands
         launch(*tensors, **dict.fromkeys(_needs(launch), False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +23,6 @@ _SHARE = {
     PORTABLE: "one kernel for the queries' gradient, one for those of keys and values",
     HOPPER: "one kernel for all products, one before and one after it",
 }
-SHARED = "recorded.py.jinja"  # which both include
 _HOLES = {PORTABLE: portable.holes, HOPPER: hopper.holes}
 
 
@@ -68,7 +68,13 @@ def _listed(names: list[str], indent: int) -> str:
 
 @cache
 def template_digest(template: str) -> str:
-    return digest("".join(files("attngen.templates").joinpath(name).read_text() for name in (template, SHARED)))
+    """Of the template and of what it includes."""
+    return digest("".join(_texts(template)))
+
+
+def _texts(template: str) -> list[str]:
+    text = files("attngen.templates").joinpath(template).read_text()
+    return [text, *(part for name in re.findall(r'{% include "(.+?)" %}', text) for part in _texts(name))]
 
 
 def emit(

@@ -18,7 +18,7 @@ from attngen.algebra import ONE, Const, Load
 from attngen.bounds import is_plain, loop_bounds
 from attngen.gluon import DTYPES, box_dims, gluon, helpers_of
 from attngen.gradient import Backward, adjoints, backward_of, mirrored
-from attngen.layout import base_of, stride_of, unpacked, used_dims
+from attngen.layout import base_of, memory_order, stride_of, unpacked, used_dims
 from attngen.mask import Cover, by_position, derive
 from attngen.printer import LOG2E, Places, Printer, Unprintable, bare, fixed_dims
 from attngen.scores import in_units, kept
@@ -173,13 +173,15 @@ def _boxes(spec: AttentionSpec, tile: Tile) -> dict[str, Any]:
         (spec.query, ROW, INNER, tile.keys, "row"), (spec.keys, KEY, INNER, HELD // 2, "key"),
         (spec.values, KEY, FEATURE, HELD // 2, "key"), (grad, ROW, FEATURE, tile.keys, "row"),
     )  # fmt: skip
-    boxes, places, dims = {}, {}, {}
+    boxes, places, dims, orders = {}, {}, {}, {}
     for source, row, feature, count, place in operands:
         outer = [printer.index(at) for _, at in fixed_dims(source)]
         boxes[source.name] = [*[1] * len(outer), count, padded(spec)]
         places[source.name] = ", ".join([*outer, place, "0"])
         dims[source.name] = box_dims(source, row, feature)
+        orders[source.name] = tuple(memory_order(spec, source))
     return {
+        "orders": orders,
         "dims": dims,
         "box_of": boxes,
         "boxes": {name: "".join(f", {side}" for side in box) for name, box in boxes.items()},

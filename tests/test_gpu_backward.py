@@ -95,8 +95,14 @@ def test_every_suited_case(case: Case, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_case_by_portable_kernels(case: Case, tmp_path: Path) -> None:
+    """With gradients of all that is loaded."""
     at = verify_bwd.sample(replace(case.spec, lse=True), case.problem(200), device="cuda")
-    checked(portable(at.spec), at, tmp_path)
+    plan = choose_backward(at.spec, case.problem(200), probe())
+    if not isinstance(plan, BackwardPlan):
+        pytest.skip(plan.reason)
+    kernel = emit_backward(at.spec, plan.otherwise or plan.tiles)
+    assert isinstance(kernel, BackwardKernel) and kernel.family == PORTABLE
+    checked(kernel, at, tmp_path)
 
 
 @pytest.mark.usefixtures("wgmma")
@@ -129,3 +135,20 @@ def test_the_operator_takes_the_plan_that_was_chosen() -> None:
 
 def test_there_is_a_tile_for_both_widths() -> None:
     assert {hopper_bwd.padded(spec) for spec in PROGRAMS.values()} == set(hopper_bwd.STEPS)
+
+
+@pytest.mark.usefixtures("wgmma")
+def test_gradients_that_must_be_the_same_are_from_run_to_run() -> None:
+    spec, problem = PROGRAMS["causal, d=64, torch.bfloat16"], Problem((2, 8), 1024, 1024)
+    plan = choose_backward(spec, problem, probe())
+    assert isinstance(plan, BackwardPlan) and plan.otherwise
+    kernel, other = emit_backward(spec, plan.tiles), emit_backward(spec, plan.otherwise)
+    assert isinstance(kernel, BackwardKernel) and isinstance(other, BackwardKernel)
+    at = sampled(spec, problem)
+    run = runtime._gradient_by_kernel(spec, replace(kernel, otherwise=other))
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, *more = [run(at.grad, at.out, at.lse, at.inputs, [True] * 3) for _ in range(20)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(x, y) for grads in more for x, y in zip(first, grads, strict=True))

@@ -123,6 +123,12 @@ def test_what_tma_cannot_address_is_copied() -> None:
     assert all(verdict.ok for verdict in verdicts(kernel_of(spec).source, at).values())
 
 
+def test_keys_that_lie_feature_by_feature_are_copied() -> None:
+    spec = attention(dtype=BF16, mask=CAUSAL)
+    *lead, rows, inner = spec.keys.index
+    right(replace(spec, keys=replace(spec.keys, index=(*lead, inner, rows))), Problem((1, 2), 100, 104))
+
+
 @pytest.mark.parametrize(("rows", "keys"), [(0, 40), (40, 0)])
 def test_nothing_has_no_gradient(rows: int, keys: int) -> None:
     spec = attention(dtype=BF16, lse=True)
@@ -160,11 +166,14 @@ def test_gradients_of_what_is_loaded_are_left_to_others() -> None:
     assert module.launch(*replace(at, extras=True).arguments) is None
 
 
-def test_gradients_that_must_be_the_same_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_that_must_be_the_same_are_left_to_others() -> None:
     at = sample(BY_NAME["dense"].spec, Problem((1, 2), 40, 40))
     module = simulated(kernel_of(at.spec).source)
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert module.launch(*at.arguments) is None
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert module.launch(*at.arguments) is None
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 # ----------------------------------------------------------------------------------------------------------------- damage
@@ -183,7 +192,7 @@ DAMAGE = {
         instead("store(ds)\n        fence_async_shared()", "store(ds)"),
         "stuck",
     ),
-    "sums are overwritten before they are added": (lost("mbarrier.wait(dq_empty, (step & 1) ^ 1)"), "wrong"),
+    "sums are overwritten before they are added": (lost("mbarrier.wait(dq_empty, (step & 1) ^ 1)"), "wrong or stuck"),
     "queries are handed back before their product": (swapped("dk = warpgroup_mma_wait(3", "arrive(q_empty"), "wrong"),
     "keys are overwritten while the other reads them": (lost("mbarrier.wait(keys_read, 0)"), "wrong"),
     "sums are written before they are complete": (instead("tma.store_wait(0)\n        mbarrier", "mbarrier"), "stuck"),
@@ -210,7 +219,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         return deps[0].get()
 
     def slow_store(pending: int) -> None:
-        time.sleep(0.03)
+        time.sleep(0.12)  # longer than a step
         wait(pending)
 
     monkeypatch.setattr(simulator, "SECONDS", 1.5)
@@ -227,4 +236,4 @@ def test_damage_is_noticed(name: str | None) -> None:
     damage, expected = DAMAGE[name] if name else (str, "right")
     damaged = damage(source)
     assert (damaged != source) == bool(name)
-    assert outcome(damaged, at) == expected
+    assert outcome(damaged, at) in expected

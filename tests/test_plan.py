@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import attngen
-from attngen import capture, plan
-from attngen.emit import TEMPLATES, Kernel, template_digest
+from attngen import capture, emit, plan
+from attngen.emit import BACKWARDS, TEMPLATES, Kernel, template_digest
 from attngen.errors import BadPlan
 from attngen.report import Report
-from attngen.spec import PORTABLE, Problem, Tile
+from attngen.spec import PORTABLE, Problem, Tile, digest
 
 OTHER = {"rows": 16, "keys": 32, "warps": 8, "stages": 1}  # a tile that the model would never pick
 
@@ -167,3 +167,10 @@ def test_files_that_are_no_plans(content: str, tmp_path: Path) -> None:
 def test_a_plan_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(BadPlan, match="does not exist"):
         attngen.load(tmp_path)
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES.values(), *BACKWARDS.values()])
+def test_a_digest_is_of_all_that_a_template_includes(template: str) -> None:
+    parts = emit._texts(template)
+    assert "def launch" in parts[0] and any("def tanh" in part for part in parts[1:])
+    assert template_digest(template) == digest("".join(parts))
