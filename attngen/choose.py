@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from itertools import product
 
 from attngen import boxes, hopper
-from attngen.cost import MIN_DOT, REGISTER_LIMIT, Cost, costs
+from attngen.cost import REGISTER_LIMIT, Cost, costs
 from attngen.device import Device
 from attngen.errors import Miss
+from attngen.portable import MIN_DOT
 from attngen.spec import HOPPER, PORTABLE, AttentionSpec, Problem, Tile
 
 MAX_HEAD = 512

@@ -14,7 +14,7 @@ from attngen import formulas_bwd, formulas_hopper_bwd, hopper_bwd
 from attngen.cost import Values, of_device, of_spec, of_tiles
 from attngen.device import Device
 from attngen.errors import Miss
-from attngen.gradient import Backward, backward_of, mirrored, mirrored_input
+from attngen.gradient import Backward, backward_of, mirrored_spec
 from attngen.printer import Unprintable
 from attngen.spec import AttentionSpec, Problem, Tile
 from attngen.work import evaluate
@@ -70,17 +70,8 @@ def sides_of(plan: Backward, problem: Problem) -> list[tuple[AttentionSpec, Prob
     members = 1
     for axis, by in plan.members:
         members *= by or problem.batch[spec.batch.index(axis)]
-    turned = replace(
-        spec,
-        score=mirrored(spec.score),
-        mask=mirrored(spec.mask),
-        gain=mirrored(spec.gain),
-        query=mirrored_input(spec.keys),
-        keys=mirrored_input(spec.query),
-        values=mirrored_input(spec.values),
-        extras=tuple(map(mirrored_input, spec.extras)),
-    )
-    return [(spec, problem, 1, 0.0), (turned, replace(problem, rows=problem.keys, keys=problem.rows), members, 1.0)]
+    turned = replace(problem, rows=problem.keys, keys=problem.rows)
+    return [(spec, problem, 1, 0.0), (mirrored_spec(spec), turned, members, 1.0)]
 
 
 Times = dict[Tile, tuple[float, float, float]]

@@ -21,13 +21,13 @@ from attngen.finder import data_of
 from attngen.index import Axis
 from attngen.layout import UNIT
 from attngen.mask import derive
+from attngen.portable import MIN_DOT
 from attngen.spec import HOPPER, KEY, PORTABLE, ROW, AttentionSpec, Input, Problem, Tile
 from attngen.work import bindings, bytes_of, count_blocks, evaluate, operations, score_passes
 
 if TYPE_CHECKING:
     from attngen.choose import Plan
 
-MIN_DOT = 16  # the smallest side of a tensor-core product
 MMA_SYNC_FRACTION = 0.62  # of Hopper's rate, for products too small for its warp groups
 FMA_FRACTION = 0.5  # of the fp32 rate, for products without tensor cores: operands come from shared memory
 SCAN = 0.3  # of what starting a loop costs, looking for the first and last keys; assumed, not measured

@@ -101,10 +101,28 @@ _work = rows * keys * sp.Max(d_pad, e_pad) / threads  # multiplications of one p
 _scalar = _FMA_REGISTERS * (1 + redo) + (0.4 + 0.1 * unstaged) * _work + 10 * rows * keys / threads
 _scalar_loads = 0.8 * sp.Max(0, rows * keys / threads - 8) * pair_loads
 
-FORMULAS = (
+GRID = (
     Formula(tiles, "", "query tiles of one head", sp.ceiling(queries / rows)),
     Formula(programs, "", "programs of the grid", heads * tiles),
     Formula(threads, "", "of one program", warp * warps),
+)
+RESIDENT = Formula(
+    resident,
+    "",
+    "programs that share an SM; registers are given out in groups of eight",
+    sp.Max(
+        1,
+        sp.Min(
+            sp.floor(smem_sm / (smem + 1024)),
+            sp.floor(registers_sm / (8 * threads * sp.ceiling(sp.Min(255, registers) / 8))),
+            sp.floor(warps_sm / warps),
+            sp.ceiling(programs / sms),
+        ),
+    ),
+)
+
+FORMULAS = (
+    *GRID,
     Formula(
         smem,
         "B",
@@ -121,20 +139,7 @@ FORMULAS = (
         "per thread, if there were enough: result, scores and weights, pointers, queries",
         (1 - fma) * _fragments + fma * (_scalar + _scalar_loads + _loose),
     ),
-    Formula(
-        resident,
-        "",
-        "programs that share an SM; registers are given out in groups of eight",
-        sp.Max(
-            1,
-            sp.Min(
-                sp.floor(smem_sm / (smem + 1024)),
-                sp.floor(registers_sm / (8 * threads * sp.ceiling(sp.Min(255, registers) / 8))),
-                sp.floor(warps_sm / warps),
-                sp.ceiling(programs / sms),
-            ),
-        ),
-    ),
+    RESIDENT,
     Formula(
         t_mma,
         "s",
@@ -154,12 +159,7 @@ FORMULAS = (
         (
             rows
             * keys
-            * (
-                SOFTMAX_INSTRUCTIONS
-                + pair_ops
-                + LOOKUP_INSTRUCTIONS * lookups
-                + (MASK_INSTRUCTIONS + mask_ops) * masked
-            )
+            * (SOFTMAX_INSTRUCTIONS + pair_ops + LOOKUP_INSTRUCTIONS * lookups + (MASK_INSTRUCTIONS + mask_ops) * masked)
             + rows * e_pad
         )
         / (lanes * clock),

@@ -49,9 +49,7 @@ _ungrouped = (
 )
 
 FORMULAS = (
-    Formula(f.tiles, "", "tiles of one head", sp.ceiling(f.queries / f.rows)),
-    Formula(f.programs, "", "programs of the grid", f.heads * f.tiles),
-    Formula(f.threads, "", "of one program", f.warp * f.warps),
+    *f.GRID,
     Formula(
         f.smem,
         "B",
@@ -66,20 +64,7 @@ FORMULAS = (
         "per thread, if there were enough: sums, scores and their gradients, pointers",
         f.wgmma * _grouped + (1 - f.wgmma) * _ungrouped,
     ),
-    Formula(
-        f.resident,
-        "",
-        "programs that share an SM",
-        sp.Max(
-            1,
-            sp.Min(
-                sp.floor(f.smem_sm / (f.smem + 1024)),
-                sp.floor(f.registers_sm / (8 * f.threads * sp.ceiling(sp.Min(255, f.registers) / 8))),
-                sp.floor(f.warps_sm / f.warps),
-                sp.ceiling(f.programs / f.sms),
-            ),
-        ),
-    ),
+    f.RESIDENT,
     Formula(
         f.t_mma,
         "s",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 
 import sympy as sp
 import torch
@@ -74,7 +74,7 @@ class Backward:
         return (self.query, self.keys, self.values, *self.extras)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def backward_of(spec: AttentionSpec) -> Backward:
     """Raises ``Unprintable`` if an operation of the score has no known derivative."""
     members = _members(spec)
@@ -199,6 +199,20 @@ def mirrored_input(source: Input) -> Input:
     return replace(source, index=tuple(place.xreplace(_SWAP) for place in source.index))
 
 
+def mirrored_spec(spec: AttentionSpec) -> AttentionSpec:
+    """The score program of ``spec`` with rows and keys exchanged, and its operands with it."""
+    return replace(
+        spec,
+        score=mirrored(spec.score),
+        mask=mirrored(spec.mask),
+        gain=mirrored(spec.gain),
+        query=mirrored_input(spec.keys),
+        keys=mirrored_input(spec.query),
+        values=mirrored_input(spec.values),
+        extras=tuple(map(mirrored_input, spec.extras)),
+    )
+
+
 # -------------------------------------------------------------------------------------------------------- what is left
 
 
@@ -213,11 +227,17 @@ def suits(plan: Backward, inputs: Sequence[Tensor], needed: Sequence[bool]) -> b
 
 
 def finish(
-    plan: Backward, inputs: Sequence[Tensor], needed: Sequence[bool], buffers: Sequence[Tensor], lse: Tensor, delta: Tensor
+    plan: Backward,
+    inputs: Sequence[Tensor],
+    needed: Sequence[bool],
+    buffers: Sequence[Tensor | None],
+    lse: Tensor,
+    delta: Tensor,
 ) -> list[Tensor | None]:
     """The gradient of each needed input, from the buffers of ``plan.targets`` that the kernels filled.
 
-    ``lse`` and ``delta`` (the product of a row's result and its gradient) are those of the queries, ``[*batch, i]``.
+    A buffer is None where no gradient is needed. ``lse`` and ``delta`` (the product of a row's result and its gradient) are
+    those of the queries, ``[*batch, i]``.
     """
     spec = plan.spec
     sizes = blockwise.sizes_of(spec, inputs)
@@ -227,7 +247,8 @@ def finish(
         if not wanted:
             grads.append(None)
             continue
-        parts = [_gathered(spec, *made[source.name], tensor, sizes)] if source.name in made else []
+        target, buffer = made.get(source.name, (None, None))
+        parts = [] if target is None or buffer is None else [_gathered(spec, target, buffer, tensor, sizes)]
         parts += _of_sinks(spec, source, inputs, sizes, lse, delta)
         grads.append(sum(parts[1:], parts[0]).to(tensor.dtype) if parts else torch.zeros_like(tensor))
     return grads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from attngen.bounds import loop_bounds
+from attngen.bounds import Bounds, loop_bounds
 from attngen.layout import addresses
 from attngen.mask import derive
 from attngen.philox import ROUNDS
@@ -27,31 +27,43 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
     where = addresses(spec, printer)
     common = holes_of_spec(spec, cover, l2_bytes)
     unit = [f"scale = {scale!r}  # scores times this are in base 2, as the running maximum is"] if score["times"] else []
-    block_d, block_e = (max(MIN_DOT, 1 << (n - 1).bit_length()) for n in (spec.head_dim, spec.value_dim))
     return {
         "tile": tile,
-        "helpers": {
-            "tanh": tanh_of(spec) if printer.uses_tanh else "",
-            "floor_div": printer.uses_floor_div,
-            "drowned": printer.uses_drowned,
-            "rounded": printer.uses_rounded,
-            "random": ROUNDS if printer.uses_random else "",
-            "random_block": ROUNDS if printer.uses_random_block else "",
-            "longer": bounds.compares,
-        },
+        "helpers": helpers_of(printer, bounds),
         "score": score,
         "whole": whole,
         "prologue": [*unit, *printer.prologue],
         "bounds": bounds,
         "sink_lines": sink_lines(sinks, f" * {LOG2E!r}" if natural else ""),
         "order_comment": "Rows with most keys go first." if common["heavy_first"] else "Tiles of one head are neighbours.",
+        **products_of(spec),
+        **where,
+        **common,
+    }
+
+
+def helpers_of(printer: Printer, bounds: Bounds) -> dict[str, Any]:
+    """Which functions of ``portable_helpers.jinja`` the printed text calls."""
+    return {
+        "tanh": tanh_of(printer.spec) if printer.uses_tanh else "",
+        "floor_div": printer.uses_floor_div,
+        "drowned": printer.uses_drowned,
+        "rounded": printer.uses_rounded,
+        "random": ROUNDS if printer.uses_random else "",
+        "random_block": ROUNDS if printer.uses_random_block else "",
+        "longer": bounds.compares,
+    }
+
+
+def products_of(spec: AttentionSpec) -> dict[str, Any]:
+    """The sides of products, powers of two, and their precision."""
+    block_d, block_e = (max(MIN_DOT, 1 << (n - 1).bit_length()) for n in (spec.head_dim, spec.value_dim))
+    return {
         "precision": "" if spec.query.dtype.itemsize < 4 else f', input_precision="{"tf32" if spec.tf32 else "ieee"}"',
         "block_d": block_d,
         "block_e": block_e,
         "d_ragged": block_d != spec.head_dim,
         "e_ragged": block_e != spec.value_dim,
-        **where,
-        **common,
     }
 
 

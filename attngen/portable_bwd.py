@@ -16,10 +16,9 @@ from attngen.gradient import DIAGONAL, HEAD, KEYS, ROWS, Target, adjoints, backw
 from attngen.gradient import mirrored_input as turned
 from attngen.layout import base_of, stride_of, used_dims
 from attngen.mask import derive
-from attngen.philox import ROUNDS
-from attngen.portable import MIN_DOT, sink_lines
+from attngen.portable import helpers_of, products_of, sink_lines
 from attngen.printer import LOG2E, Printer, bare
-from attngen.scores import gain_of, in_units, score_lines, sink_values, tanh_of
+from attngen.scores import gain_of, in_units, score_lines, sink_values
 from attngen.sides import Side, called_with, heads_of, launch_of, leading, mirrored_side, order_of
 from attngen.spec import FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input, Tile
 
@@ -36,7 +35,6 @@ def holes(spec: AttentionSpec, tiles: tuple[Tile, Tile], l2_bytes: int) -> dict[
         mirrored_side(spec, Side("keys", spec, (spec.keys, spec.values), (spec.query, grad), plan, tiles[1], False)),
     )
     kernels = [_kernel(side) for side in sides]
-    block_d, block_e = (max(MIN_DOT, 1 << (n - 1).bit_length()) for n in (spec.head_dim, spec.value_dim))
     return {
         "kernels": kernels,
         "helpers": {name: next(filter(None, (k["helpers"][name] for k in kernels)), "") for name in kernels[0]["helpers"]},
@@ -46,13 +44,9 @@ def holes(spec: AttentionSpec, tiles: tuple[Tile, Tile], l2_bytes: int) -> dict[
         "lost": plan.may_be_lost,
         "redo": plan.redo is not None,
         "log2e": repr(LOG2E),
-        "block_d": block_d,
-        "block_e": block_e,
         "head_dim": spec.head_dim,
         "value_dim": spec.value_dim,
-        "d_ragged": block_d != spec.head_dim,
-        "e_ragged": block_e != spec.value_dim,
-        "precision": "" if spec.query.dtype.itemsize < 4 else f', input_precision="{"tf32" if spec.tf32 else "ieee"}"',
+        **products_of(spec),
         "l2_half": l2_bytes // 2,
         **launch_of(spec, plan),
     }
@@ -109,15 +103,7 @@ def _kernel(side: Side) -> dict[str, Any]:
         "heads": heads_of(side),
         "order": order_of(cover),
         "wide": ".to(tl.int64)" if spec.wide else "",
-        "helpers": {
-            "tanh": tanh_of(spec) if printer.uses_tanh else "",
-            "floor_div": printer.uses_floor_div,
-            "drowned": printer.uses_drowned,
-            "rounded": printer.uses_rounded,
-            "random": ROUNDS if printer.uses_random else "",
-            "random_block": ROUNDS if printer.uses_random_block else "",
-            "longer": bounds.compares,
-        },
+        "helpers": helpers_of(printer, bounds),
         **_arguments(side),
     }
 

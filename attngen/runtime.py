@@ -213,11 +213,8 @@ def _gradient_by_kernel(spec: AttentionSpec, kernel: BackwardKernel) -> Gradient
         if triton_problem() is not None or not gradient.suits(plan, inputs, needed):
             return by_block(grad, out, lse, inputs, needed)
         here = grad.device.index == torch.cuda.current_device()
-        chosen = kernel
-        if kernel.otherwise is not None and torch.are_deterministic_algorithms_enabled():  # it adds up in any order
-            chosen = kernel.otherwise
         with nullcontext() if here else torch.cuda.device(grad.device):
-            made = _launched(chosen, grad, out, lse, *inputs, *(needed[k] for k in extras))
+            made = _launched(kernel, grad, out, lse, *inputs, *(needed[k] for k in extras))
             if made is None:
                 return by_block(grad, out, lse, inputs, needed)
             *buffers, delta = made
@@ -232,10 +229,10 @@ def _launched(kernel: BackwardKernel, *args: Any) -> Sequence[Tensor] | None:
     return _launched(kernel.otherwise, *args) if made is None and kernel.otherwise else made
 
 
-def _dense(spec: AttentionSpec, source: Input, x: Tensor, device: str = "") -> Tensor:
+def _dense(spec: AttentionSpec, source: Input, x: Tensor) -> Tensor:
     """Memory for the gradient of ``x``: dense, in an order that the spec decides, whatever the strides of ``x`` are."""
     order = memory_order(spec, source)
-    stored = torch.empty([x.shape[d] for d in order], dtype=x.dtype, device=device or x.device)
+    stored = x.new_empty([x.shape[d] for d in order])
     return stored.permute([order.index(d) for d in range(x.dim())])
 
 
@@ -244,7 +241,7 @@ def _laid_out(spec: AttentionSpec, inputs: Sequence[Tensor], grads: Sequence[Ten
     found = []
     for source, x, grad in zip(spec.inputs, inputs, grads, strict=True):
         if grad is not None:
-            right = grad.stride() == _dense(spec, source, x, "meta").stride()
+            right = grad.permute(memory_order(spec, source)).is_contiguous()
             found.append(grad if right else _dense(spec, source, x).copy_(grad))
     return found
 

@@ -12,7 +12,7 @@ from typing import Any
 import sympy as sp
 
 from attngen.algebra import Expr, Op, number
-from attngen.gradient import HEAD, Backward, Target, mirrored
+from attngen.gradient import HEAD, Backward, Target, mirrored_spec
 from attngen.gradient import mirrored_input as turned
 from attngen.index import Axis
 from attngen.layout import extent_of, memory_order, tuple_of, unpacked
@@ -35,15 +35,8 @@ class Side:
 
 def mirrored_side(spec: AttentionSpec, side: Side) -> Side:
     """``side`` in its own words: rows are keys there."""
-    turned_spec = replace(
-        spec,
-        score=mirrored(spec.score),
-        mask=mirrored(spec.mask),
-        gain=mirrored(spec.gain),
-        extras=tuple(map(turned, spec.extras)),
-    )
     (a, b), (c, d) = side.held, side.stepped
-    return replace(side, spec=turned_spec, held=(turned(a), turned(b)), stepped=(turned(c), turned(d)))
+    return replace(side, spec=mirrored_spec(spec), held=(turned(a), turned(b)), stepped=(turned(c), turned(d)))
 
 
 def leading(grad: Expr) -> tuple[float, Expr]:
@@ -118,7 +111,10 @@ def launch_of(spec: AttentionSpec, plan: Backward) -> dict[str, Any]:
         "source_lines": [f"sources_{a.name} = size_{a.name} // {by}" for a, by in plan.members if by],
         "rows_shape": tuple_of([f"size_{a.name}" for a in (*spec.batch, ROW)]),
         "heads": product([f"size_{a.name}" for a in spec.batch]),
-        "buffers": [_buffer(spec, target, shape) for target in plan.targets],
+        "buffers": [
+            *(_buffer(spec, t, shape) for t in plan.targets[:3]),
+            *(_asked(_buffer(spec, t, shape), t) for t in plan.extras),
+        ],
         "needs": [target.source.name for target in plan.extras],
     }
 
@@ -137,6 +133,13 @@ def _buffer(spec: AttentionSpec, target: Target, shape: dict[Axis, str]) -> dict
     read = tuple_of([_extent(place, f"{source}.shape[{d}]", shape) for d, place in enumerate(target.place.index)])
     whole = f"{source}.shape == {read}" if target.dense else "False"
     return {"name": name, "make": f"gradient_of({source}, {order}, {whole})", "give": name}
+
+
+def _asked(buffer: dict[str, str], target: Target) -> dict[str, str]:
+    """``buffer``, made only if its gradient is needed: it may be as large as all pairs. The kernel gets the input instead."""
+    source = target.source.name
+    give = f"{buffer['give']} if need_{source} else None"
+    return {**buffer, "make": f"{buffer['make']} if need_{source} else {source}", "give": give}
 
 
 def _extent(place: sp.Expr, whole: str, shape: dict[Axis, str]) -> str:

@@ -187,19 +187,23 @@ def time_all(ready: dict[str, Any], inputs: dict[str, Tensor], rounds: int) -> N
         able[name][0].ms = summary(taken).median
 
 
-def measure(case: Case, rounds: int) -> dict[str, Any]:
+def measure(case: Case, rounds: int, names: list[str]) -> dict[str, Any]:
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = case.build().eval().to("cuda", torch.bfloat16)
     inputs = case.inputs()
-    names = [v for v in VARIANTS if case.sdpa or not v.endswith("sdpa")]
     with torch.no_grad():
         exact = reference(case, model, inputs).float()
         ready = prepared(case, model, inputs, exact, names)
         time_all(ready, inputs, rounds)
     rows = [asdict(row) for row, _ in ready.values()]
-    allowed = SLACK * ready["eager"][0].error
-    return {"model": case.name, "budget": allowed, "rows": rows}
+    return {"model": case.name, "budget": budget(rows, SLACK), "rows": rows}
+
+
+def budget(rows: list[dict[str, Any]], slack: float) -> float:
+    """What our error may be: eager's own, or where that is out of memory the largest of a compiler's, times ``slack``."""
+    right = {row["variant"]: row["error"] for row in rows if not row["problem"] and not row["variant"].startswith("attngen")}
+    return slack * right.get("eager", max(right.values(), default=0.0))
 
 
 def show(result: dict[str, Any]) -> None:
@@ -209,23 +213,26 @@ def show(result: dict[str, Any]) -> None:
         print(f"{result['model']:8} {row['variant']:16} {cost}  error {row['error']:.2e}  {verdict}", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def record(describes: str | None, measured: Callable[[Case, int, list[str]], dict[str, Any]], rounds: int) -> None:
+    """What a benchmark of all models is as a program: ``measured`` gives the result of one model, written as it comes."""
+    parser = argparse.ArgumentParser(description=describes, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", default=",".join(case.name for case in CASES))
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--rounds", type=int, default=rounds)
     args = parser.parse_args()
     torch._dynamo.config.recompile_limit = 64
     versions = {"torch": torch.__version__, "attngen": attngen.__version__, "transformers": transformers.__version__}
-    record = {"device": torch.cuda.get_device_name(), "versions": versions, "results": []}
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "versions": versions, "results": []}
     for case in CASES:
         if case.name in args.models.split(","):
-            record["results"].append(measure(case, args.rounds))
-            args.out.write_text(json.dumps(record, indent=1) + "\n")
+            names = [v for v in args.variants.split(",") if case.sdpa or not v.endswith("sdpa")]
+            found["results"].append(measured(case, args.rounds, names))
+            args.out.write_text(json.dumps(found, indent=1) + "\n")
             torch.cuda.empty_cache()
-    for result in record["results"]:
+    for result in found["results"]:
         show(result)
 
 
 if __name__ == "__main__":
-    main()
+    record(__doc__, measure, rounds=15)

@@ -9,19 +9,15 @@ medians of interleaved runs, memory is what a step allocates at most beside para
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from benchmark import CASES, VARIANTS, Case, Row, compiled, output, shared, show
+from benchmark import Case, Row, budget, compiled, output, record, shared
 from torch import Tensor, nn
 
 import attngen
@@ -61,12 +57,12 @@ def prepared(
 ) -> dict[str, tuple[Row, Any]]:
     """Every variant, compiled and checked: its row and the step."""
     ready = {}
-    for name in [v for v in names if case.sdpa or not v.endswith("sdpa")]:
+    for name in names:
         row, run = Row(name), None
         torch.cuda.empty_cache()
         started = time.perf_counter()
         try:
-            call = compiled(model, name) if " " in name else shared(model, name)
+            call = compiled(model, name)
             run = partial(step, call, model, inputs, weights)
             with attngen.record() as reports:
                 run()
@@ -95,32 +91,9 @@ def measure(case: Case, rounds: int, names: list[str]) -> dict[str, Any]:
     able = {name: run for name, (row, run) in ready.items() if not row.problem}
     for name, taken in samples(able, rounds, Clock("cuda", flush=False), warm_up=2).items():
         ready[name][0].ms = summary(taken).median
-    peers = [row.error for name, (row, _) in ready.items() if not name.startswith("attngen") and not row.problem]
-    return {
-        "model": case.name,
-        "budget": SLACK * max(peers, default=0.0),  # eager may be out of memory
-        "rows": [asdict(row) for row, _ in ready.values()],
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--models", default=",".join(case.name for case in CASES))
-    parser.add_argument("--variants", default=",".join(VARIANTS))
-    parser.add_argument("--rounds", type=int, default=8)
-    args = parser.parse_args()
-    torch._dynamo.config.recompile_limit = 64
-    versions = {"torch": torch.__version__, "attngen": attngen.__version__, "transformers": transformers.__version__}
-    record = {"device": torch.cuda.get_device_name(), "versions": versions, "results": []}
-    for case in CASES:
-        if case.name in args.models.split(","):
-            record["results"].append(measure(case, args.rounds, args.variants.split(",")))
-            args.out.write_text(json.dumps(record, indent=1) + "\n")
-            torch.cuda.empty_cache()
-    for result in record["results"]:
-        show(result)
+    rows = [asdict(row) for row, _ in ready.values()]
+    return {"model": case.name, "budget": budget(rows, SLACK), "rows": rows}
 
 
 if __name__ == "__main__":
-    main()
+    record(__doc__, measure, rounds=8)

@@ -68,6 +68,20 @@ def test_rows_too_low_for_their_log_sum_exp_are_computed_again() -> None:
     assert all(verdict.ok for verdict in found.values()), {of: str(verdict) for of, verdict in found.items()}
 
 
+def test_nothing_is_allocated_for_a_gradient_that_nobody_needs() -> None:
+    """A bias is as large as all pairs: often it is a mask."""
+    case = BY_NAME["bias"]
+    kernel = backward(case)
+    at = replace(verify_bwd.sample(kernel.spec, case.problem(40)), extras=False)
+    watched = kernel.source.replace("    return dq", "    assert dt0 is t0 and not need_t0\n    return dq")
+    assert watched != kernel.source and "if need_t0 else None, delta" in watched
+    given = replace(kernel, source=watched.replace("if need_t0 else None, delta", "if need_t0 else q[:0], delta"))
+    (made,) = run_interpreted([(given, at.arguments)])
+    assert isinstance(made, list), str(made)
+    found = verify_bwd.check(made, at)
+    assert found.keys() == {"q", "k", "v"} and all(verdict.ok for verdict in found.values())
+
+
 def test_a_wrong_gradient_is_noticed() -> None:
     """The budget tells apart what a slip in the kernel would give: deltas left out."""
     case = BY_NAME["causal"]
