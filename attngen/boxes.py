@@ -93,7 +93,8 @@ def holes(spec: AttentionSpec, tile: Tile, printer: Printer) -> dict[str, Any]:
         source, row, _ = operand
         outer = [printer.index(place) for _, place in fixed_dims(source)]
         dims[source.name] = box_dims(*operand)
-        places[role] = ", ".join([*outer, "key" if row == KEY else "row"])
+        at = {"k": "key", "v": "value_key"}.get(role, "key" if row == KEY else "row")
+        places[role] = ", ".join([*outer, at])
         boxes += [
             {
                 "name": name,

@@ -26,6 +26,7 @@ from attngen.spec import FEATURE, KEY, ROW, AttentionSpec, Input, Tile
 
 MAX_SIDE = 256  # of a box that TMA copies, and of a product
 MAX_RANK = 5
+MOST_ALTERNATING = 128  # features of a head; of more, products take so much longer than exponentials that turns do not pay
 PART = 32  # columns of a block that are masked together, where the mask is loaded
 _PLACES = Places(row="rows", key="cols", row_beside="", key_beside="", key_float="col_floats")
 
@@ -132,6 +133,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "groups": groups,
         "queries": queries_held(spec, tile),
         "overlap": groups == 2,
+        "alternate": groups == 2 and block_d <= MOST_ALTERNATING,
         "halvings": (tile.keys // 8).bit_length() - 1,
         "programs": sms,
         "block_d": block_d,

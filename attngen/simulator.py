@@ -9,6 +9,7 @@ a barrier that is counted wrongly gives a thread that waits for ever: that raise
 from __future__ import annotations
 
 import random
+import re
 import sys
 import threading
 import time
@@ -60,6 +61,28 @@ class Barrier:
                 self.changed.wait(0.2)
                 if time.monotonic() > until:
                     raise Stuck("nobody completes this phase")
+
+
+class Turn:
+    """A barrier of the hardware, with a number for a name, where some threads arrive and others also wait."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.arrived = self.met = 0
+
+    def meet(self, threads: int, stays: bool) -> None:
+        """A warpgroup arrives; where it ``stays``, until as many ``threads`` have."""
+        until = time.monotonic() + SECONDS
+        with self.changed:
+            mine = self.met
+            self.arrived += 128
+            if self.arrived == threads:
+                self.arrived, self.met = 0, self.met + 1
+                self.changed.notify_all()
+            while stays and self.met == mine:
+                self.changed.wait(0.2)
+                if time.monotonic() > until:
+                    raise Stuck("nobody else comes to this barrier")
 
 
 def _jitter() -> None:
@@ -321,10 +344,11 @@ def _mma_wait(pending: int, deps: Sequence[Promise]) -> Any:
 
 def _specialised(partitions: Sequence[tuple[Any, Any]], warps: Any, registers: Any) -> None:
     failures: list[BaseException] = []
-    program = _here.program
+    program, named = _here.program, {}
 
     def run(function: Any, arguments: Any) -> None:
         _here.program, _here.stores, _here.products, _here.unfenced = program, [], [], False
+        _here.named = named
         try:
             with np.errstate(all="ignore"):  # registers hold infinities and NaN without ado
                 function(*arguments)
@@ -365,11 +389,16 @@ def _reduced(call: Callable[..., Any]) -> Callable[..., Any]:
     return apply
 
 
-def _asm(text: str, constraints: str, args: Sequence[Any], **_: Any) -> Any:
+def _asm(text: str, constraints: str, args: Sequence[Any], dtype: Any, **_: Any) -> Any:
     if text.startswith("cvt.rn."):
-        low, high = (_bits(each, "bfloat16" if "bf16" in text else "float16") for each in args)
+        high, low = (_bits(each, "bfloat16" if "bf16" in text else "float16") for each in reversed(args))
         return block(low | high << 16)
     (value,) = args
+    if text.startswith("bar."):
+        for action, name, threads in re.findall(r"bar\.(\w+) (\d+), (\d+);", text):
+            _here.named.setdefault(name, Turn()).meet(int(threads), action == "sync")
+    if text.startswith("mov.b32 {"):
+        return tuple(_of_bits(np.asarray(value) >> 16 * part, each) for part, each in enumerate(dtype))
     return block(np.tanh(value)) if text.startswith("tanh") else value
 
 
@@ -378,6 +407,11 @@ def _bits(values: np.ndarray, dtype: str) -> np.ndarray:
     kind = getattr(torch, dtype)
     found = torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(kind).view(torch.int16)
     return found.numpy().astype(np.int32) & 0xFFFF
+
+
+def _of_bits(words: np.ndarray, dtype: str) -> Block:
+    found = torch.from_numpy(words.astype(np.int16)).view(getattr(torch, dtype))
+    return block(found.float().numpy())
 
 
 def _where(condition: Any, yes: Any, no: Any) -> Any:

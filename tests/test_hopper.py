@@ -5,6 +5,7 @@ Programs are few, so that each computes several tiles.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -264,10 +265,20 @@ def swapped(first: str, second: str) -> Callable[[str], str]:
     return damage
 
 
-# Keys that are handed back before their product would go unnoticed: the next ones are loaded after values that wait for it.
+def hasty(text: str) -> str:
+    """Keys are handed back before their product."""
+    back = "mbarrier.arrive(k_empty.index(next_stage), count=1)\n"
+    early = re.sub(r"( +)(qk = warpgroup_mma_wait\(1)", rf"\1{back}\1\2", lost(back.strip())(text))
+    assert early.count(back) > 1
+    return early
+
+
 DAMAGE = {
+    "keys are handed back before their product": (hasty, "wrong"),
+    "a turn is not handed over": (instead("bar.arrive 15", "bar.arrive 13"), "stuck"),
+    "nobody has the first turn": (instead("if GROUP == 1:", "if GROUP == 2:"), "stuck"),
     "keys are not handed back": (lost("mbarrier.arrive(k_empty.index(next_stage), count=1)"), "stuck"),
-    "values are not handed back": (lost("mbarrier.arrive(v_empty.index(last_stage), count=1)"), "stuck"),
+    "values are not handed back": (lost("mbarrier.arrive(v_empty.index(stage), count=1)"), "stuck"),
     "queries are not handed back": (
         lost("mbarrier.arrive(q_empty.index(turn + GROUP), count=1, pred=left == 0)"),
         "stuck",
@@ -279,7 +290,7 @@ DAMAGE = {
     ),
     "too few bytes are expected": (instead("BLOCK_J * BLOCK_E * 2", "BLOCK_J * BLOCK_E"), "stuck"),
     "a load waits for a phase that is not": (instead("phase = 1  #", "phase = 0  #"), "stuck"),
-    "the end waits for one block more": (instead(", pred=more)", ")"), "stuck"),
+    "the end waits for one block more": (instead("more = (left > 0)", "more = (left >= 0)"), "stuck"),
     "one warpgroup is enough": (instead("k_empty.index(stage), count=GROUPS", "k_empty.index(stage), count=1"), "stuck"),
     "values are handed back before their product": (swapped("acc = warpgroup_mma_wait(0", "arrive(v_empty"), "wrong"),
     "queries are handed back after the first block": (instead(", pred=left == 0)", ", pred=left > 0)"), "stuck"),
