@@ -32,7 +32,7 @@ _PLACES = Places(row="rows", key="cols", row_beside="", key_beside="", key_float
 
 
 # Of a thread of the warpgroups that compute, of the warp that loads, and as the kernel is launched.
-_REGISTERS = {2: (232, 40, 168), 3: (160, 32, 128)}
+_REGISTERS = {2: (240, 24, 168), 3: (160, 32, 128)}
 
 
 def registers(tile: Tile) -> int:

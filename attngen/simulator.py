@@ -344,7 +344,8 @@ def _mma_wait(pending: int, deps: Sequence[Promise]) -> Any:
 
 def _specialised(partitions: Sequence[tuple[Any, Any]], warps: Any, registers: Any) -> None:
     failures: list[BaseException] = []
-    program, named = _here.program, {}
+    program = _here.program
+    named: dict[str, Turn] = {}
 
     def run(function: Any, arguments: Any) -> None:
         _here.program, _here.stores, _here.products, _here.unfenced = program, [], [], False

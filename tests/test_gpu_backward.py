@@ -119,7 +119,7 @@ def test_gradients_of_a_view_and_of_an_expanded_gradient(tmp_path: Path) -> None
 
 
 def test_the_operator_takes_the_plan_that_was_chosen() -> None:
-    spec, problem = PROGRAMS["grouped, causal, d=128, torch.bfloat16"], Problem((2, 8), 1024, 1024)
+    spec, problem = PROGRAMS["grouped, causal, d=128, torch.bfloat16"], Problem((4, 16), 2048, 2048)
     device = probe()
     plan = choose_backward(spec, problem, device)
     assert isinstance(plan, BackwardPlan)
@@ -139,7 +139,7 @@ def test_there_is_a_tile_for_both_widths() -> None:
 
 @pytest.mark.usefixtures("wgmma")
 def test_gradients_that_must_be_the_same_are_from_run_to_run() -> None:
-    spec, problem = PROGRAMS["causal, d=64, torch.bfloat16"], Problem((2, 8), 1024, 1024)
+    spec, problem = PROGRAMS["causal, d=64, torch.bfloat16"], Problem((4, 16), 2048, 2048)
     plan = choose_backward(spec, problem, probe())
     assert isinstance(plan, BackwardPlan) and plan.otherwise
     kernel, other = emit_backward(spec, plan.tiles), emit_backward(spec, plan.otherwise)
