@@ -14,7 +14,8 @@ from torch import fx
 
 from attngen import options as option_parsing
 from attngen import plan as plan_files
-from attngen.errors import VerificationFailed
+from attngen.cache.lookup import Choices
+from attngen.errors import CacheMissed, VerificationFailed
 from attngen.options import Options
 
 if TYPE_CHECKING:
@@ -32,16 +33,21 @@ def attngen(
 ) -> Callable[..., Any]:
     """The backend, as the entry point names it. Raises ``BadOption`` or ``BadPlan`` for what the user asked wrongly."""
     chosen = option_parsing.parse(options, mode)
-    plans = plan_files.read(chosen.plan) if chosen.plan else None
-    pending = _optimized(gm, example_inputs, chosen, plans)
+    pending = _optimized(gm, example_inputs, chosen, choices_of(chosen))
     compiled = _inner(gm, example_inputs, chosen)
     if pending is not None:
         pending.finish()
     return compiled
 
 
+def choices_of(options: Options) -> Choices:
+    """What has been chosen before, as far as ``options`` want that. Raises ``BadPlan``."""
+    plans = plan_files.read(options.plan) if options.plan else None
+    return Choices(plans, options.cache)
+
+
 def _optimized(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, plans: plan_files.PlanFile | None
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, choices: Choices
 ) -> Pending | None:
     """Replace what can be replaced. Returns the compilation of kernels for the GPU the inputs are on, begun."""
     from attngen.report import Report, publish
@@ -49,7 +55,7 @@ def _optimized(
     try:
         from attngen import pipeline, prepare
 
-        report, uses = pipeline.optimize(gm, example_inputs, options, plans)
+        report, uses = pipeline.optimize(gm, example_inputs, options, choices)
         publish(replace(report, notes=pipeline.notes()))
         card = pipeline.card(example_inputs)
         if card is None:
@@ -61,7 +67,7 @@ def _optimized(
             prepare.require(uses, card)
             return None
         return pending
-    except VerificationFailed:
+    except (VerificationFailed, CacheMissed):
         raise
     except Exception as problem:
         if options.raises:

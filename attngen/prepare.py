@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
@@ -20,7 +19,7 @@ from attngen.aot import Compilation, Job, Layout
 from attngen.device import Device
 from attngen.emit import BackwardKernel, Kernel
 from attngen.errors import AttngenError, VerificationFailed
-from attngen.paths import cache_dir, write_atomically
+from attngen.paths import folder, kept
 from attngen.runtime import import_kernel, kernel_path
 from attngen.spec import ROW, AttentionSpec, Problem, digest
 from attngen.verify import Check
@@ -52,7 +51,7 @@ class Pending:
     """Kernels that are being compiled; ``finish`` waits for them."""
 
     compilation: Compilation | None
-    markers: tuple[Path, ...]
+    markers: tuple[str, ...]
 
     def finish(self) -> None:
         """Wait. A kernel that does not compile is only logged here: launching it reports the compiler's error."""
@@ -62,7 +61,7 @@ class Pending:
             if isinstance(result, VerificationFailed):
                 log.warning("%s", result)
             else:
-                write_atomically(marker, json.dumps(asdict(result)))
+                kept(marker, json.dumps(asdict(result)))
 
 
 def begin(uses: Sequence[Use], device: Device) -> Pending:
@@ -70,7 +69,7 @@ def begin(uses: Sequence[Use], device: Device) -> Pending:
     if device.backend != "cuda" or not compat.has_triton():
         return Pending(None, ())
     pairs = [(job, _marker(job, device)) for use in uses for job in use.jobs]
-    missing = [(job, marker) for job, marker in pairs if not marker.exists()]
+    missing = [(job, marker) for job, marker in pairs if not (folder() / marker).exists()]
     if not missing:
         return Pending(None, ())
     assert isinstance(device.arch, int)
@@ -85,9 +84,9 @@ def results_of(spec: AttentionSpec, problem: Problem) -> tuple[Layout, ...]:
     return out, out, lse
 
 
-def _marker(job: Job, device: Device) -> Path:
+def _marker(job: Job, device: Device) -> str:
     key = digest(f"{job.source.stem}\n{job.inputs}\n{device.arch}\n{compat.triton_build()}")
-    return cache_dir() / "compiled" / f"{key}.json"
+    return f"compiled/{key}.json"
 
 
 def verified(use: Use, device: torch.device | str) -> Check | AttngenError:

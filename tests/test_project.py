@@ -44,8 +44,9 @@ LAYERS = (
     {"portable", "hopper", "gradient", "sides", "portable_bwd", "hopper_bwd"},
     {"emit", "cost"},
     {"choose", "choose_bwd", "interpret"},
-    {"verify", "verify_bwd", "aot", "runtime", "plan", "report", "options", "advice", "sample"},
-    {"prepare"},
+    {"verify", "verify_bwd", "aot", "runtime", "plan", "report", "advice", "sample", "tuned"},
+    {"cache"},
+    {"prepare", "options", "decide"},
     {"passes"},
     {"describe"},
     {"pipeline"},
@@ -53,6 +54,8 @@ LAYERS = (
     {"trial", "output", "modelfile"},
     {"info", "show"},
     {"stages", "minify", "bench"},
+    {"commands"},
+    {"cli_cache"},
     {"cli", "__init__"},
 )
 
@@ -68,7 +71,7 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-MODULES = sorted([*(ROOT / "attngen").glob("*.py"), *(ROOT / "attngen" / "bench").glob("*.py")])
+MODULES = sorted([*(ROOT / "attngen").glob("*.py"), *(ROOT / "attngen").glob("[bc]*/*.py")])
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT / "attngen").with_suffix("")))
@@ -95,7 +98,7 @@ def test_wheel_holds_passes_and_templates(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     templates = [f"templates/{name}" for name in ("portable_fwd.py.jinja", "hopper_fwd.py.jinja", "recorded.py.jinja")]
-    for name in ("passes/detect.py", *templates, "bench/peers.py", "py.typed"):
+    for name in ("passes/detect.py", *templates, "bench/peers.py", "cache/store.py", "tuned/h200.json", "py.typed"):
         assert f"attngen/{name}" in names
     assert not any(name.startswith(("passes/", "templates/", "tests/", "examples/")) for name in names)
 
