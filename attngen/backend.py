@@ -15,8 +15,9 @@ from torch import fx
 from attngen import options as option_parsing
 from attngen import plan as plan_files
 from attngen.cache.lookup import Choices
-from attngen.errors import CacheMissed, VerificationFailed
+from attngen.errors import CacheMissed, VerificationFailed, say_once
 from attngen.options import Options
+from attngen.tune import session
 
 if TYPE_CHECKING:
     from attngen.prepare import Pending
@@ -33,7 +34,7 @@ def attngen(
 ) -> Callable[..., Any]:
     """The backend, as the entry point names it. Raises ``BadOption`` or ``BadPlan`` for what the user asked wrongly."""
     chosen = option_parsing.parse(options, mode)
-    pending = _optimized(gm, example_inputs, chosen, choices_of(chosen))
+    pending = _optimized(gm, example_inputs, chosen, _choices(chosen, example_inputs))
     compiled = _inner(gm, example_inputs, chosen)
     if pending is not None:
         pending.finish()
@@ -46,9 +47,22 @@ def choices_of(options: Options) -> Choices:
     return Choices(plans, options.cache)
 
 
-def _optimized(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, choices: Choices
-) -> Pending | None:
+def _choices(options: Options, example_inputs: Sequence[Any]) -> Choices:
+    """The same, and what is measured for it now, if that is asked for and the inputs are on a GPU."""
+    choices = choices_of(options)
+    if options.tune == "off":
+        return choices
+    if _on_gpu(example_inputs):
+        return session.choices(choices, options.tune, options.tune_seconds)
+    say_once("tune: the inputs are not on a GPU, so nothing is measured and the cost model chooses")
+    return choices
+
+
+def _on_gpu(values: Sequence[Any]) -> bool:
+    return any(getattr(value, "is_cuda", False) for value in values)
+
+
+def _optimized(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, choices: Choices) -> Pending | None:
     """Replace what can be replaced. Returns the compilation of kernels for the GPU the inputs are on, begun."""
     from attngen.report import Report, publish
 

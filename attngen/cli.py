@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import attngen
-from attngen import cli_cache
+from attngen import cli_cache, cli_tune
 from attngen.commands import (
     CONVENTION,
     EXIT_CODES,
@@ -219,6 +219,7 @@ def info(traceback: Traceback = False) -> None:
         show.console().print(information.describe())
 
 
+cli_tune.command(app)
 app.add_typer(cli_cache.app, name="cache")
 
 

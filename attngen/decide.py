@@ -31,10 +31,9 @@ log = logging.getLogger("attngen")
 
 def forward(wanted: Wanted, choices: Choices) -> tuple[Plan | Miss, Choice | None]:
     """The plan, and the choice that it follows, if one had been made before and can run."""
-    misaligned = _misaligned(wanted.spec, wanted.inputs)
     about = (wanted.spec, wanted.problem, wanted.device)
     given = choices.find(wanted)
-    plan = chosen(*about, given.tiles[0] if given else None, misaligned)
+    plan = chosen(*about, given.tiles[0] if given else None, misaligned(wanted.spec, wanted.inputs))
     if isinstance(plan, Miss):
         return plan, None
     return plan, _followed(given, (plan.tile,), wanted, choices)
@@ -82,7 +81,7 @@ def chosen(
     return choose(spec, problem, device, tile, misaligned)
 
 
-def _misaligned(spec: AttentionSpec, traced: Sequence[Layout]) -> str | None:
+def misaligned(spec: AttentionSpec, traced: Sequence[Layout]) -> str | None:
     """Why TMA cannot address the operands as they were traced, if so; ``suits`` looks again at each call."""
     if hopper.unsuited(spec) is not None:
         return None

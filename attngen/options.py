@@ -28,6 +28,8 @@ class Options(BaseModel):
     target: str = Field("auto", description="device to plan for where inputs are on the CPU")
     plan: str | None = Field(None, description="a plan.json whose choices are used")
     cache: CacheMode = Field("use", description=CACHE)
+    tune: Literal["off", "quick", "full"] = Field("off", description="measure the best few tiles of each site on the GPU")
+    tune_seconds: float = Field(120.0, gt=0, description="what tuning may take, for all graphs of a process")
     verify: bool = Field(False, description="check each kernel against float64 before it is used")
     strict: bool = Field(False, description="raise instead of leaving a graph as it was (also ATTNGEN_STRICT=1)")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -25,7 +25,8 @@ from attngen.spec import ROW, AttentionSpec, Problem, digest
 from attngen.verify import Check
 
 log = logging.getLogger("attngen")
-VERIFY_ELEMENTS = 1 << 28  # scores of one verification; larger problems are verified on fewer heads
+VERIFY_ELEMENTS = 1 << 28  # scores of one verification; larger problems are verified on fewer heads, and shorter
+SHORTEST = 1024  # that a length is cut down to
 
 
 @dataclass(frozen=True)
@@ -90,16 +91,23 @@ def _marker(job: Job, device: Device) -> str:
 
 
 def verified(use: Use, device: torch.device | str) -> Check | AttngenError:
-    """The kernel run on ``device`` on random inputs of the problem's sizes (fewer heads if that is very many pairs)."""
-    spec, problem = use.kernel.spec, use.problem
-    if problem.heads * problem.rows * problem.keys > VERIFY_ELEMENTS and problem.batch:
-        problem = Problem((1, *problem.batch[1:]), problem.rows, problem.keys, problem.dynamic)
+    """The kernel run on ``device`` on random inputs of the problem's sizes (of smaller ones if that is very many pairs)."""
+    spec, problem = use.kernel.spec, reduced(use.problem)
     inputs = verify.samples_for(use.kernel, problem, device=device)
     try:
         check = verify.check(import_kernel(kernel_path(use.kernel)).launch(*inputs), spec, inputs)
     except AttngenError as failed:
         return failed
     return check if check.ok else VerificationFailed(f"the kernel's result is off: {check}")
+
+
+def reduced(problem: Problem, most: int = VERIFY_ELEMENTS) -> Problem:
+    """``problem``, or one of fewer heads and then of shorter lengths that has at most so many scores."""
+    if problem.heads * problem.rows * problem.keys > most and problem.batch:
+        problem = replace(problem, batch=(1, *problem.batch[1:]))
+    while problem.heads * problem.rows * problem.keys > most and max(problem.rows, problem.keys) > SHORTEST:
+        problem = replace(problem, rows=-(-problem.rows // 2), keys=-(-problem.keys // 2))
+    return problem
 
 
 def require(uses: Sequence[Use], device: torch.device | str) -> None:

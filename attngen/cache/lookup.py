@@ -48,7 +48,7 @@ class Choices:
     mode: Mode = USE
     measure: Measure | None = None
     store: Store = field(default_factory=Store)
-    _known: dict[Wanted, Choice | None] = field(default_factory=dict, repr=False, compare=False)
+    _known: dict[Wanted, Choice | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def find(self, wanted: Wanted) -> Choice | None:
         if wanted not in self._known:

@@ -1,0 +1,544 @@
+"""The tuner: what candidates do to their process harms nobody, what is right and fastest is kept, and time is kept too."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from specs import CASES, CAUSAL, attention
+from test_cache import H200, Layer, asked, inputs, layouts, wanted
+from torch import Tensor
+from typer.testing import CliRunner
+
+import attngen
+from attngen import cli, compat, emit, errors, measure, options, parcel, verify
+from attngen.aot import Layout, layout_of
+from attngen.cache.key import BACKWARD, FORWARD
+from attngen.cache.lookup import Choice, tuned
+from attngen.cache.store import Store
+from attngen.choose import HOPPER_TILES, choose
+from attngen.choose_bwd import choose_backward
+from attngen.errors import BadOption
+from attngen.measure import Clock
+from attngen.spec import HOPPER, PORTABLE, Problem, Tile
+from attngen.tune import shared, spread, supervise, tuner, worker
+from attngen.tune.candidates import candidates
+from attngen.tune.messages import Message, Task
+from attngen.tune.supervise import Outcome, measured
+from attngen.tune.tuner import Budget, Tuner
+
+TESTS = Path(__file__).parent
+TILES = tuple((Tile(16, 32, 4, stages),) for stages in range(1, 9))
+needs_interpreter = pytest.mark.skipif(compat.interpreter_problem() is not None, reason="no interpreter")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("ATTNGEN_CACHE", raising=False)
+    errors.say_once.cache_clear()
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def fake(folder: Path, *kinds: str) -> list[str]:
+    marks = folder / "marks"
+    marks.mkdir(exist_ok=True)
+    return [sys.executable, str(TESTS / "fake_worker.py"), str(marks), *kinds]
+
+
+def supervised(folder: Path, *kinds: str, seconds: float = 60.0, step: float = 30.0, **more: Any) -> Outcome:
+    task = Task(wanted(), TILES[: len(kinds)], rounds=4)
+    return measured(task, time.monotonic() + seconds, command=fake(folder, *kinds), step=step, **more)
+
+
+# ------------------------------------------------------------------------------------------------------------ the process
+
+
+def test_medians_and_the_best(tmp_path: Path) -> None:
+    found = supervised(tmp_path, "30", "10.5", "20")
+    assert (found.microseconds, found.failed, found.broke) == ({0: 30.0, 1: 10.5, 2: 20.0}, {}, "")
+    assert found.best == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("crash", "killed by signal 11"),
+        ("killed", "killed by signal 9"),
+        ("out of memory", "MemoryError"),
+        ("exit", "ended with code 3"),
+        ("wrong", "the kernel's result is off"),
+        ("garbage", "said what it should not"),
+        ("endless", "said what it should not"),
+        ("foreign", "said what it should not"),
+        ("negative", "said what it should not"),
+    ],
+)
+def test_what_one_candidate_does_costs_only_that_one(kind: str, reason: str, tmp_path: Path) -> None:
+    found = supervised(tmp_path, "30", kind, "20")
+    assert found.microseconds == {0: 30.0, 2: 20.0}
+    assert list(found.failed) == [1] and reason in found.failed[1]
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("hang", "stopped after 1 s"), ("deaf", "stopped to answer")])
+def test_one_that_hangs_is_stopped(kind: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "ENDING", 0.3)
+    found = supervised(tmp_path, kind, "20", step=1.0)
+    assert found.microseconds == {1: 20.0} and reason in found.failed[0]
+
+
+def test_all_may_fail(tmp_path: Path) -> None:
+    found = supervised(tmp_path, "crash", "wrong", "killed")
+    assert not found.microseconds and sorted(found.failed) == [0, 1, 2] and found.best is None
+
+
+def test_no_process_at_all(tmp_path: Path) -> None:
+    task = Task(wanted(), TILES[:2], rounds=4)
+    found = measured(task, time.monotonic() + 60, command=[sys.executable, "-c", "import nothing_of_that_name"])
+    assert "nothing_of_that_name" in found.broke and not found.microseconds and not found.failed
+    made = Tuner("quick", Budget(60.0), command=["/nowhere/python"])
+    assert made.measure(wanted()) is None
+
+
+def test_the_deadline_holds_and_what_was_timed_counts(tmp_path: Path) -> None:
+    began = time.monotonic()
+    found = supervised(tmp_path, "30", "20", "late", seconds=1.0)
+    assert time.monotonic() - began < 5
+    assert found.microseconds == {0: 30.0, 1: 20.0} and not found.failed
+
+
+def test_progress_has_the_best_so_far(tmp_path: Path) -> None:
+    said: list[str] = []
+    made = Tuner(
+        "quick", Budget(60.0), command=fake(tmp_path, "30", "wrong", "20.25"), says=lambda _, text: said.append(text)
+    )
+    made.measure(wanted())
+    assert said[0] == "looking at 1 of 8" and said[3] == "looking at 3 of 8"
+    assert said[-1].startswith("timed 3 of 8, best ") and said[-1].endswith(" at 20.2 us")
+
+
+def test_a_process_ends_with_its_parent(tmp_path: Path) -> None:
+    """Even one that hangs, when its parent is killed."""
+    code = (
+        "import sys, threading, time\nsys.path.insert(0, sys.argv[1])\nfrom attngen.tune import worker\n"
+        "worker.work = lambda *_: (print('pid', __import__('os').getpid(), file=sys.stderr, flush=True), time.sleep(600))\n"
+        "worker.parcel.unpacked = lambda content: None\nworker.serve(lambda task: None)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(TESTS)], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdin is not None and child.stderr is not None
+    child.stdin.write((0).to_bytes(8, "little"))
+    child.stdin.flush()
+    assert b"pid" in child.stderr.readline()
+    child.stdin.close()
+    assert child.wait(20) == 1
+    child.stderr.close()
+
+
+# ------------------------------------------------------------------------------------------------------------- the worker
+
+
+class Script:
+    """A clock that reads what a list says."""
+
+    device = "cpu"
+
+    def __init__(self, *times: float) -> None:
+        self.times = times
+        self.calls = 0
+
+    def start(self, run: Any) -> Any:
+        run()
+        self.calls += 1
+        return lambda: self.times[self.calls % len(self.times)]
+
+
+def answers(task: Task, launch: Any, clock: Any = None) -> list[Message]:
+    said: list[Message] = []
+    worker.work(task, worker.Machine("cpu", launch, clock or Clock("cpu")), said.append)
+    return said
+
+
+def by_eager(kernel: Any) -> Any:
+    """A right kernel."""
+    return lambda *values: verify.eager(kernel.spec, values)[0]
+
+
+SMALL = wanted(problem=Problem((2, 2), 24, 24), inputs=layouts(24))
+
+
+def test_what_is_wrong_is_never_timed() -> None:
+    def launch(kernel: emit.Kernel) -> Any:
+        right = by_eager(kernel)
+        broken = {2: lambda *v: right(*v) * 1.5, 3: lambda *v: None, 4: lambda *v: right(*v).fill_(torch.nan)}
+        if kernel.tile.stages == 5:
+            raise RuntimeError("ptxas: out of luck\nand more")
+        return broken.get(kernel.tile.stages, right)
+
+    said = answers(Task(SMALL, TILES[:5], rounds=7), launch)
+    failed = {message.candidate: message.reason for message in said if message.event == "failed"}
+    assert failed == {
+        1: "the kernel's result is off",
+        2: "the kernel does not take such tensors",
+        3: "the kernel's result is off",
+        4: "RuntimeError: ptxas: out of luck",
+    }
+    assert [message.candidate for message in said if message.event == "timed"] == [0, 0]
+    assert said[-1].event == "done"
+
+
+def test_one_that_fails_while_timed_is_out() -> None:
+    calls: list[int] = []
+
+    def launch(kernel: emit.Kernel) -> Any:
+        def run(*values: Tensor) -> Tensor:
+            calls.append(kernel.tile.stages)
+            if kernel.tile.stages == 2 and calls.count(2) > 1 + measure.WARM_UP + 1:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot.")
+            return by_eager(kernel)(*values)
+
+        return run
+
+    said = answers(Task(SMALL, TILES[:2], rounds=5), launch)
+    assert [(m.candidate, m.reason) for m in said if m.event == "failed"] == [(1, "out of memory")]
+    assert [m.candidate for m in said if m.event == "timed"] == [0] and said[-1].event == "done"
+
+
+def test_medians_are_of_interleaved_calls() -> None:
+    clock = Script(0.001, 0.002)
+    said = answers(Task(SMALL, TILES[:2], rounds=6), by_eager, clock)
+    assert clock.calls == 2 * (measure.WARM_UP + 6)
+    assert [m.candidate for m in said if m.event == "began"][2:6] == [0, 1, 1, 0]
+    assert all(1.0 <= m.microseconds <= 2.0 for m in said if m.event == "timed")
+
+
+def test_those_that_were_lost_are_not_tried_again() -> None:
+    said = answers(Task(SMALL, TILES[:3], rounds=1, lost={1: "crashed"}), by_eager)
+    assert {m.candidate for m in said if m.candidate >= 0} == {0, 2}
+
+
+def test_nothing_to_hold_results_against(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(verify, "reference", fails)
+    (said,) = answers(Task(SMALL, TILES[:2], rounds=1), by_eager)
+    assert (said.event, said.reason) == ("broke", "out of memory")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout((2, 3, 8, 16), (384, 128, 16, 1), 0, "float32"),
+        Layout((2, 3, 8, 16), (384, 16, 48, 1), 5, "float32"),
+        Layout((2, 3, 8, 16), (128, 0, 16, 1), 0, "float32"),
+        Layout((9, 9, 9, 19), (1539, 171, 19, 1), 3, "float32"),
+    ],
+)
+def test_tensors_lie_in_memory_as_those_of_the_model(layout: Layout) -> None:
+    values = torch.arange(2 * 3 * 8 * 16, dtype=torch.float32).view(2, 3, 8, 16)
+    (laid,) = worker.arranged([values], [layout])
+    assert (laid.stride(), laid.storage_offset(), laid.shape) == (layout.strides, layout.offset, values.shape)
+    expected = values[:, :1].expand_as(values) if layout.strides[1] == 0 else values
+    assert torch.equal(laid, expected)
+    (scalar,) = worker.arranged([torch.tensor(3.0)], [layout_of(torch.tensor(1.0))])
+    assert scalar == 3
+
+
+def test_specs_arrive_as_they_were() -> None:
+    """In a process with other hashes; and what is written there is the same kernel."""
+    code = (
+        "import sys; from attngen import parcel; from attngen.emit import emit; import specs\n"
+        "for got, case in zip(parcel.unpacked(sys.stdin.buffer.read()), specs.CASES, strict=True):\n"
+        "    assert got == case.spec and hash(got) == hash(case.spec) and got.text == case.spec.text, case.name\n"
+        "    if case.name in ('alibi', 'documents', 'dropped', 'table_cross'):\n"
+        "        assert emit(got, case.tile).source == emit(case.spec, case.tile).source\n"
+    )
+    content = parcel.packed([case.spec for case in CASES])
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    done = subprocess.run([sys.executable, "-c", code], input=content, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@needs_interpreter
+def test_real_kernels_are_checked_and_timed() -> None:
+    """Forward and backward, in Triton's interpreter: the whole way but for the card."""
+    spec = attention(mask=CAUSAL, dtype=torch.float32, head_dim=16, lse=True)
+    about = {"spec": spec, "problem": Problem((1, 2), 20, 20), "device": attngen.device.DEVICES["a100"]}  # type: ignore[attr-defined]
+    layout = tuple(Layout((1, 2, 20, 16), (640, 16, 32, 1), 0, "float32") for _ in range(3))
+    command = [sys.executable, str(TESTS / "interpreted_worker.py")]
+    for phase in (FORWARD, BACKWARD):
+        question = wanted(phase=phase, inputs=layout, **about)
+        tiles = candidates(question, 2)[:2]
+        assert len(tiles) == 2 and len(tiles[0]) == (1 if phase == FORWARD else 2)
+        found = measured(Task(question, tiles, rounds=1), time.monotonic() + 120, command=command)
+        assert sorted(found.microseconds) == [0, 1] and not found.failed and not found.broke, found
+
+
+# -------------------------------------------------------------------------------------------------------------- the tuner
+
+
+def test_candidates_are_the_best_few_of_each_family() -> None:
+    spec = attention(mask=CAUSAL, dtype=torch.bfloat16, head_dim=128, lse=True)
+    problem = Problem((4, 16), 4096, 4096)
+    question = wanted(spec=spec, problem=problem, inputs=tuple(
+        layout_of(torch.empty(4, 16, 4096, 128, dtype=torch.bfloat16, device="meta")) for _ in range(3)))  # fmt: skip
+    quick, full = candidates(question, 4), candidates(question, 16)
+    families = [tiles[0].family for tiles in quick]
+    assert families.count(HOPPER) == families.count(PORTABLE) == 4 and set(quick) < set(full)
+    plan = choose(spec, problem, H200)
+    assert quick[0] == (plan.tile,)  # type: ignore[union-attr]
+    unaligned = replace(question, inputs=tuple(replace(x, offset=1) for x in question.inputs))
+    assert {tiles[0].family for tiles in candidates(unaligned, 4)} == {PORTABLE}
+    back = candidates(replace(question, phase=BACKWARD), 4)
+    assert back[0] == choose_backward(spec, problem, H200).tiles  # type: ignore[union-attr]
+    assert sorted(len(tiles) for tiles in back) == [1, 2, 2, 2, 2]
+    for tiles in back:
+        assert choose_backward(spec, problem, H200, tiles).tiles == tiles  # type: ignore[union-attr]
+    assert candidates(wanted(spec=attention(head_dim=600)), 4) == ()
+    assert set(HOPPER_TILES) >= {tiles[0] for tiles in full if tiles[0].family == HOPPER}
+
+
+def test_the_fastest_is_kept_and_known_the_next_time(tmp_path: Path) -> None:
+    (question,) = asked()
+    made = Tuner("quick", Budget(60.0), command=fake(tmp_path, "30", "crash", "20"))
+    choice = made.measure(question)
+    assert choice == Choice(candidates(question, 4)[2], "tuned", 20.0)
+    kept = tuned(question, Store())
+    assert kept == replace(choice, source="cache")
+    (text,) = [text for _, text in Store().all()]
+    assert b'"model_microseconds":30.0' in text and b'"candidates":2' in text
+
+
+def test_what_is_measured_is_used_at_once_and_found_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``options={"tune": "quick"}``, with a process that only says that it has measured."""
+    monkeypatch.setattr(supervise, "COMMAND", fake(tmp_path, "30", "20", "10"))
+    monkeypatch.setattr("attngen.tune.session.Tuner", lambda effort, budget, store: Tuner(
+        effort, budget, store, command=supervise.COMMAND))  # fmt: skip
+    monkeypatch.setattr("attngen.backend._on_gpu", lambda values: True)
+    sources = []
+    for settings in ({"tune": "quick"}, {"cache": "assert"}, {"tune": "quick", "cache": "refresh"}):
+        with torch.no_grad(), attngen.record() as reports:
+            fast = torch.compile(Layer(), backend="attngen", options={"inner": "eager", "strict": True, **settings})
+            torch.testing.assert_close(fast(*inputs()), Layer()(*inputs()))
+        sources.append((reports[0].sites[0].source, reports[0].sites[0].measured_ms))
+        torch._dynamo.reset()
+    assert sources == [("tuned", 0.01), ("cache", 0.01), ("tuned", 0.01)]
+
+
+def test_on_a_cpu_nothing_is_measured_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "attngen"), attngen.record() as reports:
+        torch.compile(Layer(), backend="attngen", options={"inner": "eager", "tune": "full"})(*inputs())
+    assert reports[0].sites[0].source == "model" and "not on a GPU" in caplog.text
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = Tuner("quick", Budget(60.0), command=fake(tmp_path, "30"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert made.measure(wanted()) is None and "captured" in caplog.text
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert made.measure(wanted()) is not None
+
+
+def test_a_budget_that_is_spent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = Tuner("quick", Budget(1.0), command=fake(tmp_path, "late"))
+    assert made.measure(wanted()) is None and "there was no time" in caplog.text
+    assert made.budget.left == 0
+    assert made.measure(wanted(rows=16)) is None and "are spent" in caplog.text
+    assert tuner.budget_of_process(7.0) is tuner.budget_of_process(7.0)
+
+
+def test_without_a_cache_what_is_measured_is_still_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", "/dev/null/cache")
+    made = Tuner("quick", Budget(60.0), command=fake(tmp_path, "30", "20"))
+    choice = made.measure(wanted())
+    assert choice is not None and choice.microseconds == 20.0
+    assert len([r for r in caplog.records if "used in this process alone" in r.message]) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"tune": "slow"}, {"tune_seconds": 0.0}, {"tune_seconds": -1.0}])
+def test_wrong_options(wrong: dict[str, Any]) -> None:
+    with pytest.raises(BadOption, match="tune"):
+        options.parse(wrong)
+
+
+# ------------------------------------------------------------------------------------------------------------ many cards
+
+
+def test_work_is_spread_and_nothing_is_done_twice(tmp_path: Path) -> None:
+    questions = [wanted(rows=1 << power) for power in range(4, 10)]
+    tuners = []
+    for card in ("0", "1", "2"):
+        folder = tmp_path / card
+        folder.mkdir()
+        tuners.append(Tuner("quick", Budget(60.0), card=card, command=fake(folder, "30", "20")))
+    done: list[Any] = []
+    results = spread.spread(questions, tuners, done.append)
+    assert sorted(result.wanted.problem.rows for result in results) == [16, 32, 64, 128, 256, 512]
+    assert done == results and len(Store().all()) == 6
+
+
+def test_a_card_that_is_lost_leaves_its_work_to_the_others(tmp_path: Path) -> None:
+    good = Tuner("quick", Budget(60.0), command=fake(tmp_path, "30"))
+    spent = Tuner("quick", Budget(0.0), command=["/nowhere"])
+    assert len(spread.spread([wanted(rows=64), wanted(rows=128)], [spent, good], lambda result: None)) == 2
+
+
+def test_cards_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(spread, "_like", lambda number, device: number != 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert (spread.cards("auto", H200), spread.cards("all", H200), spread.cards("1,0", H200)) == (
+        ["1"],
+        ["0", "1"],
+        ["1", "0"],
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-x,7")
+    assert spread.cards("all", H200) == ["4", "GPU-x"]
+    for wrong in ("2", "3", "x", "0,,1", ""):
+        with pytest.raises(BadOption):
+            spread.cards(wrong, H200)
+
+
+# ----------------------------------------------------------------------------------------------------------- many ranks
+
+RANK = """
+import sys, json, time, datetime
+sys.path.insert(0, {tests!r})
+import torch, torch.distributed as dist
+from specs import CAUSAL, attention
+from attngen.aot import Layout
+from attngen.cache.key import FORWARD, Wanted
+from attngen.cache.lookup import Choices
+from attngen.device import DEVICES
+from attngen.spec import Problem
+from attngen.tune import session, shared, tuner
+
+def wanted(rows):
+    layout = Layout((2, 2, rows, 64), (128 * rows, 64 * rows, 64, 1), 0, "float16")
+    return Wanted(FORWARD, attention(mask=CAUSAL), Problem((2, 2), rows, rows), (layout,) * 3, DEVICES["h200"])
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+session.Tuner = lambda *about: tuner.Tuner(*about, command=[sys.executable, *sys.argv[3:]])
+choices = session.choices(Choices(), "quick", 60.0)
+answers = [choices.find(wanted(rows=64))]
+if rank == 1:  # rank 0 never asks this
+    shared.BEYOND, choices.measure.__self__.budget.spent = 0.2, 59.5
+    began = time.monotonic()
+    answers.append(choices.find(wanted(rows=1024)))
+    assert time.monotonic() - began < 3
+    answers.append(choices.find(wanted(rows=2048)))
+    assert time.monotonic() - began < 3
+print(json.dumps([[str(answer.tiles[0]), answer.microseconds] if answer else None for answer in answers]))
+dist.barrier()
+"""
+
+
+def test_rank_0_decides_and_nobody_waits_for_ever(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = fake(tmp_path, "30", "20")[1:]
+    code = RANK.format(tests=str(TESTS))
+    ranks = []
+    for rank in ("0", "1"):
+        own = {**environment, "ATTNGEN_CACHE_DIR": str(tmp_path / rank)}
+        arguments = [sys.executable, "-c", code, rank, str(tmp_path / "group"), *command]
+        ranks.append(subprocess.Popen(arguments, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    said = [rank.communicate(timeout=90) for rank in ranks]
+    assert all(rank.returncode == 0 for rank in ranks), said
+    best = f'["{candidates(wanted(rows=64), 4)[1][0]}", 20.0]'
+    assert said[0][0].strip() == f"[{best}]"
+    assert said[1][0].strip() == f"[{best}, null, null]"
+    assert "rank 0 told of no choice in time" in said[1][1]
+
+
+class Group:
+    """A store that holds what a rank said, or breaks."""
+
+    def __init__(self, text: bytes | None) -> None:
+        self.text = text
+
+    def check(self, names: list[str]) -> bool:
+        if self.text is None:
+            raise RuntimeError("Connection reset by peer")
+        return True
+
+    def get(self, name: str) -> bytes:
+        return self.text or b""
+
+
+@pytest.mark.parametrize(
+    "text", [None, b"", b"[]", b'{"tiles": [{"rows": 3}]}', b'{"tiles": [], "code": 1}', b'{"tiles": []}']
+)
+def test_what_makes_no_sense_is_left_to_the_cost_model(text: bytes | None) -> None:
+    assert shared.Shared(1, Group(text), Budget(1.0), lambda _: None).measure(wanted()) is None
+
+
+# -------------------------------------------------------------------------------------------------------------- commands
+
+
+def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "model.py").write_text("raise SystemExit('ran')")
+    done = CliRunner().invoke(cli.app, ["tune", str(tmp_path / "model.py")])
+    assert done.exit_code == 8 and "no GPU here to measure on" in done.output and "attngen cache import" in done.output
+
+
+MODEL = """
+import torch
+from torch import nn
+
+class Two(nn.Module):
+    def forward(self, q, k, v):
+        q = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        q = q + nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+model = Two()
+example_inputs = tuple(torch.randn(2, 3, 80, 32) for _ in range(3))
+"""
+
+
+def test_the_command_tunes_each_distinct_site_once_and_goes_on_where_it_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With a card that is pretended, and processes that only say that they measured."""
+    path = tmp_path / "model.py"
+    path.write_text(MODEL)
+    monkeypatch.setattr("attngen.cli_tune._card", lambda progress: H200)
+    monkeypatch.setattr(spread, "cards", lambda which, device: ["0", "1"])
+    commands: list[list[str]] = [fake(tmp_path, "30", "20")]
+    monkeypatch.setattr(supervise, "measured", lambda *about, command, **more: measured(*about, command=commands[0], **more))
+
+    def run(*flags: str, code: int = 0) -> str:
+        done = CliRunner().invoke(cli.app, ["tune", str(path), *flags], env={"COLUMNS": "200"})
+        assert done.exit_code == code, done.output
+        return done.output
+
+    first = run()
+    assert (
+        "2 choices tuned, 0 known before." in first
+        and first.count("at 20.0 us (the cost model's pick: 30.0 us), best of 2") == 2
+    )
+    assert "0 choices tuned, 2 known before." in run()
+    commands[0] = fake(tmp_path, *["wrong"] * 4)
+    assert "no kernel could be measured" in run("--refresh", code=7)
+    commands[0] = fake(tmp_path, "late")
+    assert "run it again" in run("--refresh", "--seconds", "0.2")
+    assert "must be positive" in run("--seconds", "0", code=2)
