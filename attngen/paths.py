@@ -14,13 +14,18 @@ import platformdirs
 from attngen.errors import say_once
 
 
+def cache_path() -> Path:
+    """``ATTNGEN_CACHE_DIR``, or ``attngen`` under the platform's user cache directory."""
+    chosen = os.environ.get("ATTNGEN_CACHE_DIR")
+    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("attngen", appauthor=False))
+
+
 def cache_dir() -> Path:
-    """``ATTNGEN_CACHE_DIR``, or ``attngen`` under the platform's user cache directory. Readable by its owner alone.
+    """``cache_path()``, which is there after the call and readable by its owner alone.
 
     Raises ``OSError`` where it cannot be made, or belongs to somebody else: what is read there is run.
     """
-    chosen = os.environ.get("ATTNGEN_CACHE_DIR")
-    path = Path(chosen) if chosen else Path(platformdirs.user_cache_dir("attngen", appauthor=False))
+    path = cache_path()
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     refuse_foreign(path)
     return path

@@ -40,8 +40,7 @@ class Store:
 
     @property
     def path(self) -> Path:
-        """Raises ``OSError`` where there is no directory for it."""
-        return self._path or paths.cache_dir() / f"tuned-v{SCHEMA}.db"
+        return self._path or paths.cache_path() / f"tuned-v{SCHEMA}.db"
 
     def get(self, digest: str) -> bytes | None:
         rows = self._read("SELECT digest, entry FROM entries WHERE digest = ?", (digest,))
@@ -89,6 +88,8 @@ class Store:
         return self._guarded(lambda path: _rows(path, query, values))
 
     def _written(self, path: Path, write: Callable[[sqlite3.Connection], None]) -> None:
+        if self._path is None:
+            paths.cache_dir()
         if not path.exists():
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         paths.refuse_foreign(path)
@@ -100,7 +101,8 @@ class Store:
 def _rows(path: Path, query: str, values: tuple[str, ...]) -> list[Row]:
     if not path.exists():
         return []
-    paths.refuse_foreign(path)
+    for each in (path.parent, path):
+        paths.refuse_foreign(each)
     try:  # a log that a process left behind is taken up by the next one, for which that must be able to write
         return _asked(path, "rw", query, values)
     except sqlite3.OperationalError as problem:

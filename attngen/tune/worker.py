@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attngen import measure, parcel, prepare, runtime, verify, verify_bwd
-from attngen.aot import Layout
+from attngen import aot, compat, measure, parcel, prepare, runtime, verify, verify_bwd
+from attngen.aot import Job, Layout
 from attngen.cache.key import FORWARD
 from attngen.device import probe
 from attngen.emit import BackwardKernel, Kernel, emit, emit_backward
@@ -27,6 +27,7 @@ from attngen.spec import HOPPER, Problem, Tile
 from attngen.tune.messages import LONGEST_REASON, Message, Task
 
 CHECKED = 1 << 26  # scores that a candidate is checked on; see prepare.reduced
+AHEAD = 60.0  # seconds that compiling side by side may take
 CHUNK = 5  # rounds between two words on how it stands
 
 Launch = Callable[..., Any]
@@ -35,18 +36,24 @@ Say = Callable[[Message], None]
 
 @dataclass(frozen=True)
 class Machine:
-    """Where kernels run, and how calls are timed."""
+    """Where kernels run, and how calls are timed; ``ahead`` may compile all of them side by side before the first runs."""
 
     device: str
     launch: Callable[[Kernel | BackwardKernel], Launch]
     clock: Clock
+    ahead: Callable[[Sequence[Job]], object] = len
 
 
 def on_gpu(task: Task) -> Machine:
     """The card here. Raises ``Unavailable`` if it is not the one that the choice is for."""
     if (here := probe()) != task.wanted.device:
         raise Unavailable(f"this is the {here.label}, not the {task.wanted.device.label}")
-    return Machine("cuda", lambda kernel: runtime.import_kernel(runtime.kernel_path(kernel)).launch, Clock("cuda"))
+
+    def ahead(jobs: Sequence[Job]) -> None:
+        if isinstance(here.arch, int) and compat.has_triton():
+            aot.begin(jobs, here.arch).results(AHEAD)  # one that does not compile will say so itself
+
+    return Machine("cuda", lambda kernel: runtime.import_kernel(runtime.kernel_path(kernel)).launch, Clock("cuda"), ahead)
 
 
 def serve(machine: Callable[[Task], Machine]) -> None:
@@ -91,6 +98,8 @@ def work(task: Task, machine: Machine, say: Say) -> None:
         say(Message(event="failed", candidate=int(name), reason=reason_of(problem)))
         measure.synchronize(machine.device)  # raises if the device is lost: the next process goes on without this one
 
+    if not task.lost:
+        machine.ahead([job for tiles in task.candidates if (job := trial.job(tiles)) is not None])
     for number, tiles in enumerate(task.candidates):
         if number in task.lost:
             continue
@@ -133,12 +142,20 @@ class Forward:
         self._known = verify.reference(spec, self._samples), verify.eager(spec, self._samples)
         self._inputs = arranged(_samples(task, problem, machine), task.wanted.inputs)
 
+    def job(self, tiles: tuple[Tile, ...]) -> Job | None:
+        """What there is to compile, if there is a kernel."""
+        kernel = self._kernel(tiles)
+        return None if isinstance(kernel, Miss) else Job(runtime.kernel_path(kernel), self._wanted.inputs)
+
     def checked(self, tiles: tuple[Tile, ...]) -> measure.Run:
         """A call of its kernel. Raises what is wrong with it."""
-        device = self._wanted.device
-        launch = self._machine.launch(_expressed(emit(self._wanted.spec, tiles[0], l2_bytes=device.l2_bytes, sms=device.sms)))
+        launch = self._machine.launch(_expressed(self._kernel(tiles)))
         _require(verify.judged(_made(launch(*self._samples)), *self._known).ok, "the kernel's result is off")
         return lambda: _made(launch(*self._inputs))
+
+    def _kernel(self, tiles: tuple[Tile, ...]) -> Kernel | Miss:
+        device = self._wanted.device
+        return emit(self._wanted.spec, tiles[0], l2_bytes=device.l2_bytes, sms=device.sms)
 
 
 class Backward:
@@ -156,12 +173,21 @@ class Backward:
     def _sample(self, problem: Problem) -> verify_bwd.Sample:
         return verify_bwd.sample(self._wanted.spec, problem, device=self._machine.device)
 
+    def job(self, tiles: tuple[Tile, ...]) -> Job | None:
+        kernel = self._kernel(tiles)
+        if isinstance(kernel, Miss):
+            return None
+        results = prepare.results_of(self._wanted.spec, self._wanted.problem)
+        return Job(runtime.kernel_path(kernel), (*results, *self._wanted.inputs))
+
     def checked(self, tiles: tuple[Tile, ...]) -> measure.Run:
-        made = emit_backward(self._wanted.spec, tiles, l2_bytes=self._wanted.device.l2_bytes)
-        launch = self._machine.launch(_expressed(made))
+        launch = self._machine.launch(_expressed(self._kernel(tiles)))
         verdicts = verify_bwd.judged(_made(launch(*self._small.arguments)), self._small, *self._known)
         _require(all(verdict.ok for verdict in verdicts.values()), "the kernel's gradients are off")
         return lambda: _made(launch(*self._full.arguments))
+
+    def _kernel(self, tiles: tuple[Tile, ...]) -> BackwardKernel | Miss:
+        return emit_backward(self._wanted.spec, tiles, l2_bytes=self._wanted.device.l2_bytes)
 
 
 def _samples(task: Task, problem: Problem, machine: Machine) -> list[Tensor]:
