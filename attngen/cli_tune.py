@@ -38,7 +38,7 @@ def tune(
         options = options_of("auto", only, skip, traceback)
         progress = show.Progress(show.console(stderr=True))
         device = _card(progress)
-        tuners = _tuners(progress, device, devices, "full" if full else "quick", seconds)
+        tuners = _tuners(device, devices, "full" if full else "quick", seconds)
         with opened(progress, model, train) as example:
             questions = _wanted(progress, example, options)
         known = [] if refresh else [question for question in questions if _known(question)]
@@ -64,15 +64,11 @@ def _card(progress: Progress) -> Device:
     return probe()
 
 
-def _tuners(progress: Progress, device: Device, devices: str, effort: Any, seconds: float) -> list[Tuner]:
+def _tuners(device: Device, devices: str, effort: Any, seconds: float) -> list[Tuner]:
     from attngen.tune.spread import cards
     from attngen.tune.tuner import Budget, Tuner
 
-    def says(wanted: Wanted, text: str) -> None:
-        if progress.console.is_terminal:
-            progress.say(f"    {wanted.where}, {wanted.phase}: {text}")
-
-    return [Tuner(effort, Budget(seconds), card=card, says=says) for card in cards(devices, device)]
+    return [Tuner(effort, Budget(seconds), card=card) for card in cards(devices, device)]
 
 
 def _wanted(progress: Progress, example: Example, options: dict[str, Any]) -> list[Wanted]:
@@ -101,12 +97,18 @@ def _known(wanted: Wanted) -> bool:
 
 
 def _measured(progress: Progress, questions: list[Wanted], tuners: list[Tuner]) -> list[Result]:
+    """A line for each choice when it is made; how it stands meanwhile, on a terminal."""
+    from rich.text import Text
+
     from attngen.tune.spread import spread
 
     def done(result: Result) -> None:
         progress.say(f"  {result.wanted.where}, {result.wanted.phase}: {_outcome(result)}")
 
-    return spread(questions, tuners, done)
+    with progress.console.status(Text("tuning")) as status:
+        for tuner in tuners:
+            tuner.says = lambda wanted, text: status.update(Text(f"{wanted.where}, {wanted.phase}: {text}"))
+        return spread(questions, tuners, done)
 
 
 def _outcome(result: Result) -> str:

@@ -274,6 +274,23 @@ def test_a_plan_carries_the_choices_for_gradients(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------- commands
 
 
+def test_commands_go_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``assert`` ends a program with an exit code of its own, before anything is written."""
+    monkeypatch.chdir(tmp_path)
+    Path("model.py").write_text(
+        "import torch\n"
+        "def model(q, k, v):\n    return torch.nn.functional.scaled_dot_product_attention(q, k, v)\n"
+        "example_inputs = tuple(torch.zeros(2, 3, 80, 32) for _ in range(3))\n"
+    )
+    monkeypatch.setenv("ATTNGEN_CACHE", "assert")
+    for command in ("explain", "optimize"):
+        done = CliRunner().invoke(cli.app, [command, "model.py"])
+        assert done.exit_code == 9 and "no tile of its forward has been tuned" in done.output, done.output
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["model.py"]
+    monkeypatch.setenv("ATTNGEN_CACHE", "perhaps")
+    assert CliRunner().invoke(cli.app, ["explain", "model.py"]).exit_code == 2
+
+
 def run(*arguments: str, code: int = 0) -> Result:
     done = CliRunner().invoke(cli.app, ["cache", *arguments])
     assert done.exit_code == code, done.output

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cache import H200, OTHER, entry, wanted
+import torch
+from test_cache import H200, OTHER, Layer, asked, compiled, entry, inputs, own_cache, tuned_for, wanted
 
-from attngen import emit, errors, paths
+from attngen import emit, paths
 from attngen.cache import files
 from attngen.cache.lookup import Choices
 from attngen.cache.store import Store
@@ -32,9 +33,7 @@ NOBODY = 65534
 MUTATIONS = 500  # of each kind of file
 
 
-@pytest.fixture(autouse=True)
-def said_anew() -> None:
-    errors.say_once.cache_clear()
+__all__ = ["own_cache"]  # for every test here too
 
 
 def test_sixteen_processes_lose_none_of_16000_rows(tmp_path: Path) -> None:
@@ -242,6 +241,41 @@ def test_a_kernel_is_kept_elsewhere_if_the_disk_is_full(
         kernels = [paths.kept(f"kernels/{name}.py", name) for name in "ab"]
     assert [kernel.read_text() for kernel in kernels] == ["a", "b"]
     assert len(caplog.records) == 1 and "No space left on device" in caplog.text
+
+
+def no_database(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.path.write_bytes(b"no database" * 1000)
+
+
+def no_entry(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put((digest, "{}") for digest, _ in store.all())
+
+
+def no_file(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.path.unlink()
+    store.path.mkdir()
+
+
+def never_free(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def locked(*about: Any, **more: Any) -> Any:
+        raise sqlite3.OperationalError("database is locked")
+
+    monkeypatch.setattr(sqlite3, "connect", locked)
+
+
+@pytest.mark.parametrize("fault", [no_database, no_entry, no_file, never_free])
+def test_a_fault_of_the_cache_is_one_line_and_the_model_runs(
+    fault: Callable[..., None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tuned_for(*asked())
+    assert compiled()[1].sites[0].source == "cache"
+    fault(Store(), monkeypatch)
+    torch._dynamo.reset()
+    with caplog.at_level(logging.WARNING, "attngen"):
+        out, report = compiled()
+    assert report.sites[0].source == "model" and report.sites[0].status == "replaced"
+    torch.testing.assert_close(out, Layer()(*inputs()))
+    assert len([record for record in caplog.records if record.name == "attngen"]) == 1, caplog.text
 
 
 # -------------------------------------------------------------------------------------------------------------- hostile
