@@ -52,14 +52,15 @@ def _choices(options: Options, example_inputs: Sequence[Any]) -> Choices:
     choices = choices_of(options)
     if options.tune == "off":
         return choices
-    if _on_gpu(example_inputs):
-        return session.choices(choices, options.tune, options.tune_seconds)
+    if (number := _card(example_inputs)) is not None:
+        return session.choices(choices, options.tune, options.tune_seconds, number)
     say_once("tune: the inputs are not on a GPU, so nothing is measured and the cost model chooses")
     return choices
 
 
-def _on_gpu(values: Sequence[Any]) -> bool:
-    return any(getattr(value, "is_cuda", False) for value in values)
+def _card(values: Sequence[Any]) -> int | None:
+    """The number of the GPU that values are on, if they are on one."""
+    return next((value.device.index or 0 for value in values if getattr(value, "is_cuda", False)), None)
 
 
 def _optimized(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, choices: Choices) -> Pending | None:

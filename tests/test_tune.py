@@ -324,9 +324,9 @@ def test_the_fastest_is_kept_and_known_the_next_time(tmp_path: Path) -> None:
 def test_what_is_measured_is_used_at_once_and_found_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``options={"tune": "quick"}``, with a process that only says that it has measured."""
     monkeypatch.setattr(supervise, "COMMAND", fake(tmp_path, "30", "20", "10"))
-    monkeypatch.setattr("attngen.tune.session.Tuner", lambda effort, budget, store: Tuner(
-        effort, budget, store, command=supervise.COMMAND))  # fmt: skip
-    monkeypatch.setattr("attngen.backend._on_gpu", lambda values: True)
+    monkeypatch.setattr("attngen.tune.session.Tuner", lambda effort, budget, store, card: Tuner(
+        effort, budget, store, card, command=supervise.COMMAND))  # fmt: skip
+    monkeypatch.setattr("attngen.backend._card", lambda values: 0)
     sources = []
     for settings in ({"tune": "quick"}, {"cache": "assert"}, {"tune": "quick", "cache": "refresh"}):
         with torch.no_grad(), attngen.record() as reports:

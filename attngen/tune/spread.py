@@ -56,8 +56,13 @@ def cards(which: str, device: Device) -> list[str]:
         numbers = [int(part) for part in which.split(",") if part.strip().isdigit()]
         if not numbers or len(numbers) != len(which.split(",")) or not all(n < count and _like(n, device) for n in numbers):
             raise BadOption(f'--devices {which}: not "auto", "all" or numbers of GPUs like the {device.label} here, "0,1".')
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return [visible[number] if number < len(visible) else str(number) for number in numbers]
+    return list(map(visible, numbers))
+
+
+def visible(number: int) -> str:
+    """What another process that is to see this GPU alone gets as CUDA_VISIBLE_DEVICES."""
+    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return names[number] if number < len(names) else str(number)
 
 
 def _like(number: int, device: Device) -> bool:

@@ -76,7 +76,7 @@ def serve(machine: Callable[[Task], Machine]) -> None:
 
 def _end_with_parent() -> None:
     """The input ends when the parent has what it wants, or is no more; then even a call that hangs is given up."""
-    sys.stdin.buffer.read(1)
+    os.read(0, 1)
     os._exit(1)
 
 
