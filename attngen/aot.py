@@ -205,10 +205,10 @@ class Compilation:
     _count: int
     _timeout: float
 
-    def results(self) -> list[Binary | VerificationFailed]:
+    def results(self, within: float | None = None) -> list[Binary | VerificationFailed]:
         """One result per job, in order. Never raises for a kernel: what failed is in its place."""
         done: list[Binary | VerificationFailed | None] = [None] * self._count
-        deadline = time.monotonic() + self._timeout
+        deadline = time.monotonic() + (self._timeout if within is None else within)
         for numbers, child in self._children:
             for number, result in zip(numbers, _collect(child, deadline, len(numbers)), strict=True):
                 done[number] = result

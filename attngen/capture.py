@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attngen import backend, compat, pipeline, report
 from attngen import options as option_parsing
-from attngen import plan as plan_files
+from attngen.cache.lookup import Choices
 from attngen.device import Device, resolve
-from attngen.errors import CannotTrace
+from attngen.errors import CacheMissed, CannotTrace
 from attngen.options import Options
 from attngen.prepare import Use
 from attngen.report import Report
@@ -36,7 +36,7 @@ def optimize(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
 
 def explain(
     model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any],
-    *, may_run: bool = False,
+    *, may_run: bool = False, choices: Choices | None = None,
 ) -> Report:  # fmt: skip
     """What would be done to ``model``, over all of its graphs. Traced on fake tensors, so nothing is computed.
 
@@ -44,9 +44,10 @@ def explain(
     """
     chosen = option_parsing.parse(options)
     device = _named(chosen)
+    choices = choices or backend.choices_of(chosen)
 
     def look(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Report:
-        return pipeline.explain(gm, example_inputs, chosen, device)
+        return pipeline.explain(gm, example_inputs, chosen, device, choices)
 
     return over_graphs(model, args, kwargs, chosen, look, may_run=may_run)
 
@@ -77,11 +78,11 @@ def generate(
     """
     chosen = option_parsing.parse(options)
     device = _named(chosen)
-    plans = plan_files.read(chosen.plan) if chosen.plan else None
+    choices = backend.choices_of(chosen)
     uses: dict[str, Use] = {}
 
     def look(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Report:
-        found, used = pipeline.optimize(gm, example_inputs, chosen, plans, device)
+        found, used = pipeline.optimize(gm, example_inputs, chosen, choices, device)
         uses.update({use.kernel.name: use for use in used if use.kernel.name not in uses})
         return found
 
@@ -129,6 +130,8 @@ def _traced(
                 with mode:
                     traced(*args, **kwargs)
     except Exception as problem:  # whatever the model itself raises
+        if isinstance(missed := _cause(problem), CacheMissed):
+            raise missed from None
         if options.raises and not isinstance(_cause(problem), compat.DataDependentOutputException):
             raise
         if not reports:
@@ -141,6 +144,8 @@ def _looked(look: Look, gm: fx.GraphModule, example_inputs: Sequence[Any], optio
     """A failure of ours on one graph is a note, and the other graphs are still looked at."""
     try:
         return look(gm, example_inputs)
+    except CacheMissed:
+        raise
     except Exception as problem:
         if options.raises:
             raise

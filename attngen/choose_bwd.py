@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import product
+from itertools import islice, product
 
 import numpy as np
 
@@ -44,8 +44,51 @@ class BackwardPlan:
 
 
 @lru_cache(maxsize=4096)
-def choose_backward(spec: AttentionSpec, problem: Problem, device: Device) -> BackwardPlan | Miss:
-    """The plan for the gradients of ``spec``, or why no kernel computes them."""
+def choose_backward(
+    spec: AttentionSpec, problem: Problem, device: Device, given: tuple[Tile, ...] | None = None
+) -> BackwardPlan | Miss:  # fmt: skip
+    """The plan for the gradients of ``spec``, or why no kernel computes them. Given tiles are taken if they can run."""
+    able = _ranked(spec, problem, device)
+    if isinstance(able, Miss):
+        return able
+    return able.of(given) or min(able.best(1), key=lambda plan: plan.seconds)
+
+
+def candidates(spec: AttentionSpec, problem: Problem, device: Device, count: int) -> list[BackwardPlan]:
+    """The fastest ``count`` of each family, as predicted, of what can run."""
+    able = _ranked(spec, problem, device)
+    return [] if isinstance(able, Miss) else able.best(count)
+
+
+Seconds = dict[Tile, float]
+
+
+@dataclass(frozen=True)
+class _Able:
+    """Tiles that can run, the fastest first: of both portable kernels, and of the one of the hopper family, if it can."""
+
+    queries: Seconds
+    keys: Seconds
+    one: BackwardPlan | None
+
+    def best(self, count: int) -> list[BackwardPlan]:
+        """Of each family; the hopper family goes last where both are as fast."""
+        few = product(islice(self.queries, count), islice(self.keys, count))
+        pairs = sorted((self._pair(*tiles) for tiles in few), key=lambda plan: plan.seconds)
+        return [*pairs[:count], *([self.one] if self.one else [])]
+
+    def of(self, tiles: tuple[Tile, ...] | None) -> BackwardPlan | None:
+        if self.one is not None and tiles == self.one.tiles:
+            return self.one
+        able = tiles is not None and len(tiles) == 2 and tiles[0] in self.queries and tiles[1] in self.keys
+        return self._pair(*tiles) if able and tiles is not None else None
+
+    def _pair(self, queries: Tile, keys: Tile) -> BackwardPlan:
+        return BackwardPlan((queries, keys), self.queries[queries] + self.keys[keys])
+
+
+@lru_cache(maxsize=4096)
+def _ranked(spec: AttentionSpec, problem: Problem, device: Device) -> _Able | Miss:
     if (widest := max(spec.head_dim, spec.value_dim)) > MAX_HEAD:
         return Miss(f"the head size {widest} is over the limit of {MAX_HEAD} for gradients by a kernel")
     try:
@@ -53,15 +96,13 @@ def choose_backward(spec: AttentionSpec, problem: Problem, device: Device) -> Ba
     except Unprintable as reason:
         return Miss(str(reason))
     sides = zip(sides_of(plan, problem), REGISTER_LIMITS, strict=True)
-    queries, keys = (_best(times_of(*side, device), device, limit) for side, limit in sides)
-    portable = None
-    if queries is not None and keys is not None:
-        portable = BackwardPlan((queries[0], keys[0]), queries[1] + keys[1])
+    queries, keys = (_fitting(times_of(*side, device), device, limit) for side, limit in sides)
+    able = _Able(queries, keys, None)
     if device.wgmma and hopper_bwd.unsuited(spec) is None:
-        one = BackwardPlan((hopper_bwd.tile_of(spec),), hopper_seconds(plan, problem, device))
-        if portable is None or one.seconds < portable.seconds:
-            return replace(one, otherwise=portable.tiles if portable else ())
-    return portable or Miss(f"no tile of a backward kernel fits {device.label}")
+        otherwise = able.best(1)[0].tiles if able.queries and able.keys else ()
+        seconds = hopper_seconds(plan, problem, device)
+        able = replace(able, one=BackwardPlan((hopper_bwd.tile_of(spec),), seconds, otherwise))
+    return able if able.best(1) else Miss(f"no tile of a backward kernel fits {device.label}")
 
 
 def sides_of(plan: Backward, problem: Problem) -> list[tuple[AttentionSpec, Problem, int, float]]:
@@ -107,6 +148,6 @@ def hopper_seconds(plan: Backward, problem: Problem, device: Device) -> float:
     return float(np.ravel(at[f.seconds])[0])
 
 
-def _best(times: Times, device: Device, limit: int) -> tuple[Tile, float] | None:
+def _fitting(times: Times, device: Device, limit: int) -> Seconds:
     able = [(t, s) for t, (s, smem, registers) in times.items() if smem <= device.smem_block and registers <= limit]
-    return min(able, key=lambda pair: pair[1], default=None)
+    return dict(sorted(able, key=lambda pair: pair[1]))

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import attngen
-from attngen.errors import AttngenError, VerificationFailed
+from attngen import cli_cache, cli_tune
+from attngen.commands import (
+    CONVENTION,
+    EXIT_CODES,
+    Json,
+    Model,
+    Only,
+    Skip,
+    Target,
+    Traceback,
+    Train,
+    ending,
+    opened,
+    options_of,
+    planned_for,
+)  # fmt: skip
+from attngen.errors import VerificationFailed
 
 if TYPE_CHECKING:
-    from attngen.device import Device
-    from attngen.modelfile import Example
     from attngen.report import Report
-    from attngen.show import Progress
-
-CONVENTION = """\
-MODEL is a Python file of yours. attngen RUNS it, as an import does: all but what stands under
-`if __name__ == "__main__":`. Two names are then taken from it:
-
-[b]model[/b], a module or a function, or [b]get_model()[/b];
-
-[b]example_inputs[/b], a tuple of arguments, one tensor, or a dict of keyword arguments, or [b]get_example_inputs()[/b].
-"""
-EXIT_CODES = """\
-Exit codes: 0 done (even if every site was left as it was), 1 internal error, 2 bad option or unknown target,
-3 bad model file, 4 the model cannot be traced, 5 output cannot be written, 6 bad plan file,
-7 a kernel failed verification, 8 something needed is not available.
-"""
 
 app = typer.Typer(
     help="Finds attention in PyTorch models by what it computes, and replaces it by generated Triton kernels.",
@@ -45,15 +39,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Python file with a model and inputs. It is run.")]
-Target = Annotated[
-    str, typer.Option(help="Device to plan for, as 'attngen info' lists them; auto is the GPU here, else h200.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout and nothing else there.")]
-Only = Annotated[list[str] | None, typer.Option(help="Replace only sites whose module path matches, e.g. 'layers.0.*'.")]
-Skip = Annotated[list[str] | None, typer.Option(help="Leave sites whose module path matches.")]
-Train = Annotated[bool, typer.Option("--train", help="Plan for training: gradients will be asked for.")]
-Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")]
 CHANGES = "Numbers of the problems"
 Size = Annotated[int | None, typer.Option(metavar="N", rich_help_panel=CHANGES)]
 Switch = Annotated[bool | None, typer.Option(rich_help_panel=CHANGES)]
@@ -93,17 +78,17 @@ def optimize(
     json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    with _ending(traceback):
+    with ending(traceback):
         from attngen import output as outputs
         from attngen import plan, show, stages
 
-        options = _options(target, only, skip, traceback)
+        options = options_of(target, only, skip, traceback)
         folder = output or Path("attngen-out") / model.stem
         outputs.refuse_bad_cache()
         with outputs.staged(folder) as stage:
             progress = show.Progress(show.console(stderr=True))
-            device, card = _planned_for(progress, target)
-            with _read(progress, model, train) as example:
+            device, card = planned_for(progress, target)
+            with opened(progress, model, train) as example:
                 report, uses = stages.generated(progress, example, options)
             report = stages.tried(progress, report, uses, device, card)
             if failed := stages.failed(report):
@@ -130,12 +115,12 @@ def explain(
     json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    with _ending(traceback):
+    with ending(traceback):
         from attngen import capture, show, stages
 
-        options = _options(target, only, skip, traceback)
+        options = options_of(target, only, skip, traceback)
         progress = show.Progress(show.console(stderr=True))
-        with _read(progress, model, train) as example, progress.stage("analyse", "tracing the model") as stage:
+        with opened(progress, model, train) as example, progress.stage("analyse", "tracing the model") as stage:
             found = capture.explain(example.model, example.args, example.kwargs, options, may_run=True)
             report = stages.advised(found, example.model)
             stage.result = show.found(report)
@@ -155,7 +140,7 @@ def minify(
     train: Train = False,
     traceback: Traceback = False,
 ) -> None:
-    with _ending(traceback):
+    with ending(traceback):
         from attngen import minify as minifying
         from attngen import output as outputs
         from attngen import show
@@ -163,7 +148,7 @@ def minify(
         file = output or outputs.named(model.stem, site)
         outputs.refuse_foreign_script(file)
         progress = show.Progress(show.console(stderr=True))
-        with _read(progress, model, train) as example, progress.stage("minify", "tracing the model") as stage:
+        with opened(progress, model, train) as example, progress.stage("minify", "tracing the model") as stage:
             made = minifying.run(example.model, example.args, example.kwargs, site, file.name)
             outputs.write_script(file, made.text)
             stage.result = f"{made.site.module or made.site.where}, {made.site.status}"
@@ -211,7 +196,7 @@ def bench(
     Without a NAME, dense causal attention of 4096 tokens; options change the numbers of every problem named.
     """
     given = locals()
-    with _ending(traceback):
+    with ending(traceback):
         from attngen.bench import command
 
         if listing:
@@ -227,11 +212,15 @@ def bench(
 @app.command()
 def info(traceback: Traceback = False) -> None:
     """Print versions, the GPUs of this machine, the devices that can be planned for, and the cache directory."""
-    with _ending(traceback):
+    with ending(traceback):
         from attngen import info as information
         from attngen import show
 
         show.console().print(information.describe())
+
+
+cli_tune.command(app)
+app.add_typer(cli_cache.app, name="cache")
 
 
 def main() -> None:
@@ -239,65 +228,6 @@ def main() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- stages
-
-
-def _options(target: str, only: list[str] | None, skip: list[str] | None, traceback: bool) -> dict[str, Any]:
-    """Options of the backend. Checked here, before any work."""
-    from attngen import device, options
-
-    if target != "auto":
-        device.resolve(target)
-    chosen = {"target": target, "only": only or [], "skip": skip or [], "strict": traceback}
-    options.parse(chosen)
-    return chosen
-
-
-def _planned_for(progress: Progress, target: str) -> tuple[Device, str | None]:
-    """The device, said aloud, and the GPU of this machine if that is the device."""
-    with progress.console.status("loading torch"):
-        import torch
-
-        from attngen.device import probe, resolve
-
-        device = resolve(target)
-    here = torch.cuda.is_available()
-    if here and probe() == device:
-        progress.say(f"Planning for the {device.label} here. Kernels are checked on it, at the sizes of the model.")
-        return device, "cuda"
-    why = f"not the {probe().label} here" if here else "no GPU here" if target == "auto" else "not here"
-    how = f"compiled ahead of time for sm_{device.arch} and " if isinstance(device.arch, int) else ""
-    progress.say(f"Planning for {device.label} ({why}). Kernels are {how}checked at small sizes on the CPU.")
-    return device, None
-
-
-@contextmanager
-def _read(progress: Progress, path: Path, train: bool) -> Iterator[Example]:
-    """The user's file, run; what it prints, then and later, goes to stderr."""
-    import torch
-
-    from attngen import modelfile, show
-
-    with ExitStack() as until_done:
-        until_done.enter_context(redirect_stdout(sys.stderr))
-        until_done.enter_context(_quiet_torch())
-        with progress.stage("read", f"running {path}") as stage:
-            example = until_done.enter_context(modelfile.opened(path))
-            stage.result = show.model(example.model)
-        until_done.enter_context(torch.set_grad_enabled(train))
-        yield example
-
-
-@contextmanager
-def _quiet_torch() -> Iterator[None]:
-    """Torch logs tracebacks of errors that it then raises; our message says what matters, unless TORCH_LOGS is set."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    if "TORCH_LOGS" not in os.environ:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _print(report: Report, json: bool, *, formula: bool = False) -> None:
@@ -314,23 +244,3 @@ def _print(report: Report, json: bool, *, formula: bool = False) -> None:
     for note in report.notes:
         out.print(f"Note: {note}")
     out.print(show.summary(report))
-
-
-@contextmanager
-def _ending(traceback: bool) -> Iterator[None]:
-    """Every error as one message on stderr, with the exit code that belongs to it."""
-    import traceback as tracebacks
-
-    try:
-        yield
-    except (typer.Exit, typer.Abort):
-        raise
-    except Exception as problem:  # the one place that ends the program
-        if traceback:
-            tracebacks.print_exc()
-        known = isinstance(problem, AttngenError)
-        text = (
-            str(problem) if known else f"internal error: {type(problem).__name__}: {problem}\nPass --traceback to see where."
-        )
-        typer.secho(f"error: {text}", fg="red", err=True)
-        raise typer.Exit(problem.exit_code if isinstance(problem, AttngenError) else 1) from None

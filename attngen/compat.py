@@ -59,6 +59,7 @@ __all__ = [
     "is_literal",
     "looking_at",
     "make_fx",
+    "process_group",
     "register_gradient",
     "set_traced_node",
     "size_expr",
@@ -186,6 +187,14 @@ def has_triton() -> bool:
     except ImportError:
         return False
     return True
+
+
+def process_group() -> tuple[int, Any] | None:
+    """This process's rank and the store of its group, if it is in a group with others."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() < 2:
+        return None
+    return distributed.get_rank(), distributed.distributed_c10d._get_default_store()
 
 
 def triton_build() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -10,9 +10,11 @@ from torch import fx
 
 from attngen import advice, cost, naming
 from attngen.algebra import ONE, TRUE
+from attngen.cache.lookup import MODEL, Choice
 from attngen.choose import Plan
-from attngen.choose_bwd import BackwardPlan, choose_backward
+from attngen.choose_bwd import BackwardPlan
 from attngen.device import Device
+from attngen.errors import Miss
 from attngen.passes import provenance
 from attngen.report import SiteReport
 from attngen.spec import AttentionSpec, Problem
@@ -31,7 +33,8 @@ def missed(each: Missed) -> SiteReport:
 
 
 def found(each: Found, device: Device, status: str) -> SiteReport:
-    report = replace(_planned(each.plan, device), where=each.where, status=status)
+    report = replace(_planned(each.plan, device, each.backward), where=each.where, status=status)
+    report = _chosen(report, *each.given)
     if len(each.terms) > 1:
         number = 1 + next(place for place, term in enumerate(each.terms) if term is each.placed)
         report = replace(report, computes=f"{report.computes}, term {number} of {len(each.terms)}")
@@ -46,10 +49,9 @@ def _placed(report: SiteReport, anchor: fx.Node | None) -> SiteReport:
 
 
 @lru_cache(maxsize=4096)
-def _planned(plan: Plan, device: Device) -> SiteReport:
+def _planned(plan: Plan, device: Device, gradients: BackwardPlan | Miss | None) -> SiteReport:
     """What a report says of every site that has this plan."""
     before = int(cost.eager_hbm_bytes(plan.spec, plan.problem))
-    gradients = choose_backward(plan.spec, plan.problem, device) if plan.spec.lse else None
     report = SiteReport(
         "",
         "found",
@@ -63,8 +65,22 @@ def _planned(plan: Plan, device: Device) -> SiteReport:
         refused=tuple(f"{r.tile}: {r.reason}" for r in plan.refused),
     )
     if isinstance(gradients, BackwardPlan):
-        return replace(report, backward=str(gradients), backward_ms=gradients.seconds * 1e3)
+        tiles = tuple(map(asdict, gradients.tiles))
+        return replace(report, backward=str(gradients), backward_ms=gradients.seconds * 1e3, backward_tiles=tiles)
     return report if gradients is None else replace(report, backward=f"block by block: {gradients.reason}")
+
+
+def _chosen(report: SiteReport, given: Choice | None, given_backward: Choice | None) -> SiteReport:
+    """With where its choices come from, and what they took where that was measured."""
+    report = replace(report, source=given.source if given else MODEL, measured_ms=_measured(given))
+    if not report.backward_tiles:
+        return report
+    source = given_backward.source if given_backward else MODEL
+    return replace(report, backward_source=source, backward_measured_ms=_measured(given_backward))
+
+
+def _measured(given: Choice | None) -> float | None:
+    return None if given is None or given.microseconds is None else given.microseconds / 1e3
 
 
 def computes(spec: AttentionSpec, problem: Problem) -> str:

@@ -6,7 +6,11 @@ and why.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
+
+log = logging.getLogger("attngen")
 
 
 class AttngenError(Exception):
@@ -41,6 +45,12 @@ class BadPlan(AttngenError):
     exit_code = 6
 
 
+class BadCache(AttngenError):
+    """A file of tuned choices that cannot be read as one."""
+
+    exit_code = 6
+
+
 class VerificationFailed(AttngenError):
     exit_code = 7
 
@@ -49,6 +59,24 @@ class Unavailable(AttngenError):
     """Something that needs a usable Triton or a GPU that is not there."""
 
     exit_code = 8
+
+
+class CacheMissed(AttngenError):
+    """Nothing is tuned for a site where the user asked that everything be."""
+
+    exit_code = 9
+
+
+class UnusableCache(AttngenError):
+    """The user's cache of tuned choices can be neither read nor written; what was asked for has to do without."""
+
+    exit_code = 5
+
+
+@cache
+def say_once(problem: str) -> None:
+    """Log a warning, the first time in this process."""
+    log.warning("%s", problem)
 
 
 @dataclass(frozen=True)

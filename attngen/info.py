@@ -69,7 +69,10 @@ def _row(device: Device) -> tuple[str, ...]:
 
 
 def _cache() -> Text:
-    folder = paths.cache_dir()
+    try:
+        folder = paths.cache_dir()
+    except OSError as problem:
+        return Text.assemble(("Cache  ", "bold"), f"{problem.filename} cannot be used: {problem.strerror}")
     files = [path for path in folder.rglob("*") if path.is_file()]
     kernels = sum(path.parent.name == "kernels" and path.suffix == ".py" for path in files)
     held = sum(path.stat().st_size for path in files)

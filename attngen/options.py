@@ -8,9 +8,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from attngen.cache.lookup import Mode as CacheMode
 from attngen.errors import BadOption
 
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+
+CACHE = "tuned choices: use, skip, assert (there must be one) or refresh (tune again); also ATTNGEN_CACHE"
 
 
 class Options(BaseModel):
@@ -24,6 +27,9 @@ class Options(BaseModel):
     skip: tuple[str, ...] = Field((), description="leave sites whose path matches one of these patterns")
     target: str = Field("auto", description="device to plan for where inputs are on the CPU")
     plan: str | None = Field(None, description="a plan.json whose choices are used")
+    cache: CacheMode = Field("use", description=CACHE)
+    tune: Literal["off", "quick", "full"] = Field("off", description="measure the best few tiles of each site on the GPU")
+    tune_seconds: float = Field(120.0, gt=0, description="what tuning may take, for all graphs of a process")
     verify: bool = Field(False, description="check each kernel against float64 before it is used")
     strict: bool = Field(False, description="raise instead of leaving a graph as it was (also ATTNGEN_STRICT=1)")
 
@@ -37,6 +43,8 @@ def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Options
     given = dict(options or {})
     if mode is not None:
         given["mode"] = mode
+    if os.environ.get("ATTNGEN_CACHE"):
+        given.setdefault("cache", os.environ["ATTNGEN_CACHE"])
     for name in ("only", "skip"):
         if isinstance(given.get(name), (list, str)):
             given[name] = (given[name],) if isinstance(given[name], str) else tuple(given[name])

@@ -12,19 +12,20 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import sympy as sp
 import torch
 from torch import fx
 
-from attngen import compat, describe, hopper, runtime
+from attngen import compat, decide, describe, runtime
 from attngen.aot import Layout, layout_of
-from attngen.choose import Plan, choose
-from attngen.choose_bwd import BackwardPlan, choose_backward
+from attngen.cache.key import BACKWARD, FORWARD, Wanted
+from attngen.cache.lookup import Choice, Choices
+from attngen.choose import Plan
+from attngen.choose_bwd import BackwardPlan
 from attngen.device import Device, probe, resolve
-from attngen.emit import BackwardKernel, Kernel, emit, emit_backward
+from attngen.emit import BackwardKernel, Kernel
 from attngen.errors import Miss
 from attngen.options import Options
 from attngen.passes import detect, effects, extract, lower, provenance, specialise, strides
@@ -32,10 +33,9 @@ from attngen.passes import replace as replacing
 from attngen.passes.detect import Site
 from attngen.passes.lower import Lowered
 from attngen.passes.specialise import Specialised
-from attngen.plan import PlanFile
 from attngen.prepare import Use
 from attngen.report import Report, SiteReport
-from attngen.spec import FEATURE, HOPPER, INNER, KEY, PORTABLE, ROW, AttentionSpec, Input, Problem
+from attngen.spec import FEATURE, INNER, KEY, ROW, AttentionSpec, Input, Problem
 from attngen.verify import extents, shape_of
 
 log = logging.getLogger("attngen")
@@ -43,10 +43,10 @@ log = logging.getLogger("attngen")
 
 @dataclass(frozen=True)
 class Found:
-    """A site that can be replaced, with the problem it poses and the choice made for it.
+    """A site that can be replaced, with the problem it poses and the choices made for it and, if it has any, its gradients.
 
-    ``inputs`` are the tensors that its operator will be called on; ``terms`` are all that add up to its output, itself
-    among them: they are replaced together.
+    ``given`` are those of them that had been made before. ``inputs`` are the tensors that its operator will be called on;
+    ``terms`` are all that add up to its output, itself among them: they are replaced together.
     """
 
     placed: replacing.Placed
@@ -54,6 +54,8 @@ class Found:
     problem: Problem
     plan: Plan
     inputs: tuple[Layout, ...]
+    backward: BackwardPlan | Miss | None = None
+    given: tuple[Choice | None, Choice | None] = (None, None)
     terms: tuple[replacing.Placed, ...] = ()
 
     @property
@@ -81,14 +83,14 @@ def optimize(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     options: Options,
-    plans: PlanFile | None = None,
+    choices: Choices | None = None,
     device: Device | None = None,
 ) -> tuple[Report, list[Use]]:
     """Replace every proved site of ``gm`` in place. Returns the report and each distinct kernel with its first use."""
     started = time.perf_counter()
     device = device or planning_device(example_inputs, options)
     lowered = lower.run(gm, example_inputs)
-    found = analyse(lowered, device, options, trains(gm, example_inputs), plans)
+    found = analyse(lowered, device, options, trains(gm, example_inputs), choices)
     analysed = time.perf_counter()
     uses: dict[str, Use] = {}
     sites: list[SiteReport] = []
@@ -104,11 +106,17 @@ def optimize(
     return Report(device.label, tuple(sites), seconds=seconds), list(uses.values())
 
 
-def explain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, device: Device | None = None) -> Report:
+def explain(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    device: Device | None = None,
+    choices: Choices | None = None,
+) -> Report:
     """What ``optimize`` would do; nothing is written or changed."""
     started = time.perf_counter()
     device = device or planning_device(example_inputs, options)
-    found = analyse(lower.run(gm, example_inputs), device, options, trains(gm, example_inputs))
+    found = analyse(lower.run(gm, example_inputs), device, options, trains(gm, example_inputs), choices)
     sites = [reported(each, device) for each in found]
     return Report(device.label, tuple(sites), notes(), seconds={"analyse": time.perf_counter() - started})
 
@@ -143,15 +151,16 @@ def trains(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
 
 
 def analyse(
-    lowered: Lowered, device: Device, options: Options, training: bool, plans: PlanFile | None = None
+    lowered: Lowered, device: Device, options: Options, training: bool, choices: Choices | None = None
 ) -> list[Found | Missed]:
     """Every site of the graph with its spec and tile, and every near miss with its reason."""
+    choices = choices or Choices(mode=options.cache)
     facts = effects.run(lowered.graph)
     captured = _captured_by_name(lowered)
     nodes = {node.name: node for node in lowered.graph.nodes}
     found: list[Found | Missed] = []
     for each in detect.run(lowered):
-        outcome = each if isinstance(each, Miss) else _all(each, lowered, facts, device, options, training, plans)
+        outcome = each if isinstance(each, Miss) else _all(each, lowered, facts, device, options, training, choices)
         if not isinstance(outcome, Miss):
             found += outcome
             continue
@@ -177,7 +186,7 @@ def _all(sites: detect.Terms, *about: Any) -> list[Found] | Miss:
 
 def _analysed(
     each: Site, lowered: Lowered, facts: effects.Effects, device: Device, options: Options, training: bool,
-    plans: PlanFile | None,
+    choices: Choices,
 ) -> Found | Miss:  # fmt: skip
     specialised = specialise.run(each)
     if isinstance(specialised, Miss):
@@ -189,32 +198,16 @@ def _analysed(
         return unwanted
     problem = _problem(each)
     spec = _finished(specialised, each, training)
-    given = plans.tile_for(spec, problem) if plans else None
-    inputs = _layouts(each, specialised, problem)
-    plan = chosen(spec, problem, device, given, _misaligned(spec, inputs))
+    where = provenance.where(placed.anchor)
+    wanted = Wanted(FORWARD, spec, problem, _layouts(each, specialised, problem), device, where)
+    plan, given = decide.forward(wanted, choices)
     if isinstance(plan, Miss):
         return plan
-    where = provenance.where(placed.anchor)
-    if isinstance(kernel := emitted(plan, device, where), Miss):
+    if isinstance(kernel := decide.emitted(plan, device, where), Miss):
         return kernel
-    if given is not None and plan.tile != given:
-        log.warning("%s: the plan's tile %s cannot run on %s; %s is used", where, given, device.label, plan.tile)
-    return Found(replace(placed, specialised=replace(specialised, spec=spec)), where, problem, plan, inputs)
-
-
-@lru_cache(maxsize=4096)
-def chosen(
-    spec: AttentionSpec, problem: Problem, device: Device, tile: Any = None, misaligned: str | None = None
-) -> Plan | Miss:
-    """The plan for a spec: the given tile of a plan file, or the model's pick. Identical sites share it."""
-    return choose(spec, problem, device, tile, misaligned)
-
-
-def _misaligned(spec: AttentionSpec, traced: Sequence[Layout]) -> str | None:
-    """Why TMA cannot address the operands as they were traced, if so; ``suits`` looks again at each call."""
-    if hopper.unsuited(spec) is not None:
-        return None
-    return hopper.misaligned(spec, [(layout.strides, layout.offset) for layout in traced])
+    backward, given_backward = decide.gradients(replace(wanted, phase=BACKWARD), choices)
+    placed = replace(placed, specialised=replace(specialised, spec=spec))
+    return Found(placed, where, problem, plan, wanted.inputs, backward, (given, given_backward))
 
 
 def _unselected(path: str, options: Options) -> Miss | None:
@@ -315,33 +308,16 @@ def _replace(
 
 
 def _kernel(each: Found, device: Device) -> Kernel:
-    kernel = emitted(each.plan, device, each.where)
+    kernel = decide.emitted(each.plan, device, each.where)
     assert isinstance(kernel, Kernel)  # or it had been missed
     return kernel
 
 
 def _backward(each: Found, device: Device) -> BackwardKernel | None:
     """The kernels of the site's gradients, if it has gradients and there are such kernels."""
-    spec = each.plan.spec
-    plan = choose_backward(spec, each.problem, device) if spec.lse else None
-    if not isinstance(plan, BackwardPlan):
+    if not isinstance(each.backward, BackwardPlan):
         return None
-    key = (spec.text, plan.tiles, device.l2_bytes)
-    if key not in _BACKWARDS:
-        lines = (
-            f"Predicted for {device.name}: {plan.seconds * 1e3:.3f} ms at {_sizes(each.problem)}.",
-            f"First needed by {each.where}.",
-        )
-        kernel = emit_backward(spec, plan.tiles, notes=lines, l2_bytes=device.l2_bytes)
-        if isinstance(kernel, BackwardKernel) and plan.otherwise:
-            other = emit_backward(spec, plan.otherwise, l2_bytes=device.l2_bytes)
-            kernel = replace(kernel, otherwise=other if isinstance(other, BackwardKernel) else None)
-        _BACKWARDS[key] = kernel
-    kernel = _BACKWARDS[key]
-    return None if isinstance(kernel, Miss) else kernel
-
-
-_BACKWARDS: dict[tuple[str, Any, int], BackwardKernel | Miss] = {}
+    return decide.emitted_backward(each.plan.spec, each.problem, each.backward, device, each.where)
 
 
 def _layouts(site: Site, specialised: Specialised, problem: Problem) -> tuple[Layout, ...]:
@@ -360,33 +336,3 @@ def _layouts(site: Site, specialised: Specialised, problem: Problem) -> tuple[La
         else:
             layouts.append(layout_of(torch.empty((), dtype=source.dtype, device="meta")))
     return tuple(layouts)
-
-
-_EMITTED: dict[tuple[str, Any, int, int], Kernel | Miss] = {}
-
-
-def emitted(plan: Plan, device: Device, where: str) -> Kernel | Miss:
-    """The kernel of a plan; the first site that needs it is named in its header."""
-    key = (plan.spec.text, plan.tile, device.l2_bytes, device.sms)
-    if key not in _EMITTED:
-        lines = (
-            f"Predicted for {plan.device}: {plan.cost.seconds * 1e3:.3f} ms, {plan.cost.hbm_bytes / 1e6:.1f} MB of HBM"
-            f" traffic at {_sizes(plan.problem)}.",
-            f"First needed by {where}.",
-        )
-        kernel = emit(plan.spec, plan.tile, notes=lines, l2_bytes=device.l2_bytes, sms=device.sms)
-        if isinstance(kernel, Kernel) and plan.tile.family == HOPPER:
-            kernel = replace(kernel, otherwise=_otherwise(plan, device))
-        _EMITTED[key] = kernel
-    return _EMITTED[key]
-
-
-def _otherwise(plan: Plan, device: Device) -> Kernel | None:
-    """The portable kernel, for calls whose operands turn out to be nothing that TMA can address."""
-    tile = next((tile for tile, _ in plan.ranked if tile.family == PORTABLE), None)
-    kernel = tile and emit(plan.spec, tile, l2_bytes=device.l2_bytes, sms=device.sms)
-    return kernel if isinstance(kernel, Kernel) else None
-
-
-def _sizes(problem: Problem) -> str:
-    return f"batch {'x'.join(map(str, problem.batch)) or '1'}, {problem.rows} queries, {problem.keys} keys"

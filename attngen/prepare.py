@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -20,13 +19,14 @@ from attngen.aot import Compilation, Job, Layout
 from attngen.device import Device
 from attngen.emit import BackwardKernel, Kernel
 from attngen.errors import AttngenError, VerificationFailed
-from attngen.paths import cache_dir, write_atomically
+from attngen.paths import folder, kept
 from attngen.runtime import import_kernel, kernel_path
 from attngen.spec import ROW, AttentionSpec, Problem, digest
 from attngen.verify import Check
 
 log = logging.getLogger("attngen")
-VERIFY_ELEMENTS = 1 << 28  # scores of one verification; larger problems are verified on fewer heads
+VERIFY_ELEMENTS = 1 << 28  # scores of one verification; larger problems are verified on fewer heads, and shorter
+SHORTEST = 1024  # that a length is cut down to
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Pending:
     """Kernels that are being compiled; ``finish`` waits for them."""
 
     compilation: Compilation | None
-    markers: tuple[Path, ...]
+    markers: tuple[str, ...]
 
     def finish(self) -> None:
         """Wait. A kernel that does not compile is only logged here: launching it reports the compiler's error."""
@@ -62,7 +62,7 @@ class Pending:
             if isinstance(result, VerificationFailed):
                 log.warning("%s", result)
             else:
-                write_atomically(marker, json.dumps(asdict(result)))
+                kept(marker, json.dumps(asdict(result)))
 
 
 def begin(uses: Sequence[Use], device: Device) -> Pending:
@@ -70,7 +70,7 @@ def begin(uses: Sequence[Use], device: Device) -> Pending:
     if device.backend != "cuda" or not compat.has_triton():
         return Pending(None, ())
     pairs = [(job, _marker(job, device)) for use in uses for job in use.jobs]
-    missing = [(job, marker) for job, marker in pairs if not marker.exists()]
+    missing = [(job, marker) for job, marker in pairs if not (folder() / marker).exists()]
     if not missing:
         return Pending(None, ())
     assert isinstance(device.arch, int)
@@ -85,22 +85,29 @@ def results_of(spec: AttentionSpec, problem: Problem) -> tuple[Layout, ...]:
     return out, out, lse
 
 
-def _marker(job: Job, device: Device) -> Path:
+def _marker(job: Job, device: Device) -> str:
     key = digest(f"{job.source.stem}\n{job.inputs}\n{device.arch}\n{compat.triton_build()}")
-    return cache_dir() / "compiled" / f"{key}.json"
+    return f"compiled/{key}.json"
 
 
 def verified(use: Use, device: torch.device | str) -> Check | AttngenError:
-    """The kernel run on ``device`` on random inputs of the problem's sizes (fewer heads if that is very many pairs)."""
-    spec, problem = use.kernel.spec, use.problem
-    if problem.heads * problem.rows * problem.keys > VERIFY_ELEMENTS and problem.batch:
-        problem = Problem((1, *problem.batch[1:]), problem.rows, problem.keys, problem.dynamic)
+    """The kernel run on ``device`` on random inputs of the problem's sizes (of smaller ones if that is very many pairs)."""
+    spec, problem = use.kernel.spec, reduced(use.problem)
     inputs = verify.samples_for(use.kernel, problem, device=device)
     try:
         check = verify.check(import_kernel(kernel_path(use.kernel)).launch(*inputs), spec, inputs)
     except AttngenError as failed:
         return failed
     return check if check.ok else VerificationFailed(f"the kernel's result is off: {check}")
+
+
+def reduced(problem: Problem, most: int = VERIFY_ELEMENTS) -> Problem:
+    """``problem``, or one of fewer heads and then of shorter lengths that has at most so many scores."""
+    if problem.heads * problem.rows * problem.keys > most and problem.batch:
+        problem = replace(problem, batch=(1, *problem.batch[1:]))
+    while problem.heads * problem.rows * problem.keys > most and max(problem.rows, problem.keys) > SHORTEST:
+        problem = replace(problem, rows=-(-problem.rows // 2), keys=-(-problem.keys // 2))
+    return problem
 
 
 def require(uses: Sequence[Use], device: torch.device | str) -> None:

@@ -28,6 +28,10 @@ class SiteReport:
     ``predicted_ms``  of one call, by the cost model
     ``backward``      where gradients are asked for: the tiles of their kernels, or why they are computed block by block
     ``backward_ms``   of the gradients of one call, by the cost model
+    ``backward_tiles`` their tiles as plan files hold them
+    ``source``        where the choice of the tile comes from: "model", "plan", "cache" (tuned here), "shipped" (tuned for
+                      this device by us) or "tuned" (just now); ``backward_source`` where that of the gradients does
+    ``measured_ms``   of one call, where it was tuned; ``backward_measured_ms`` of its gradients
     ``hbm_bytes``     bytes moved to and from device memory by one call, {"before": ..., "after": ...}
     ``error``         largest difference from float64, where verified; ``budget`` is what was allowed
     ``kernel``        name of the generated module
@@ -51,6 +55,11 @@ class SiteReport:
     predicted_ms: float | None = None
     backward: str = ""
     backward_ms: float | None = None
+    backward_tiles: tuple[dict[str, Any], ...] = ()
+    source: str = ""
+    backward_source: str = ""
+    measured_ms: float | None = None
+    backward_measured_ms: float | None = None
     hbm_bytes: dict[str, int] | None = None
     error: float | None = None
     budget: float | None = None

@@ -10,11 +10,9 @@ On the CPU, and wherever Triton cannot be used, the operator computes the same t
 from __future__ import annotations
 
 import importlib.util
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,12 +22,11 @@ from torch import Tensor
 
 from attngen import blockwise, compat, gradient
 from attngen.emit import BackwardKernel, Kernel
-from attngen.errors import Unavailable
+from attngen.errors import Unavailable, say_once
 from attngen.layout import memory_order
-from attngen.paths import cache_dir, write_atomically
+from attngen.paths import kept
 from attngen.spec import ROW, AttentionSpec, Input, digest
 
-log = logging.getLogger("attngen")
 NAMESPACE = "attngen"
 REVISION = 2  # raise when the meaning or the gradient of existing operators changes
 
@@ -42,10 +39,7 @@ _KERNELS: dict[str, tuple[AttentionSpec, Kernel | None]] = {}
 
 def kernel_path(kernel: Kernel | BackwardKernel) -> Path:
     """The file that holds ``kernel``, written if it is not there yet. Content never changes under a name."""
-    path = cache_dir() / "kernels" / f"{kernel.name}.py"
-    if not path.exists() or path.read_text() != kernel.source:
-        write_atomically(path, kernel.source)
-    return path
+    return kept(f"kernels/{kernel.name}.py", kernel.source)
 
 
 def import_kernel(path: Path) -> ModuleType:
@@ -69,11 +63,6 @@ def triton_problem() -> str | None:
     if compat.has_triton():
         return None
     return "Triton cannot be imported: kernels are planned and emitted, but attention runs block by block in ATen."
-
-
-@cache
-def _say_once(problem: str) -> None:
-    log.warning("%s", problem)
 
 
 # ----------------------------------------------------------------------------------------------------------- operators
@@ -126,7 +115,7 @@ def _by_kernel(spec: AttentionSpec, kernel: Kernel) -> Callable[..., Any]:
 def _launcher(spec: AttentionSpec, kernel: Kernel) -> Callable[..., Any]:
     """The kernel's own ``launch``, on the GPU of its inputs. Without Triton this says so, and is the blockwise path."""
     if (problem := triton_problem()) is not None:
-        _say_once(problem)
+        say_once(problem)
         return _by_block(spec)
     launch: Callable[..., Any] = import_kernel(kernel_path(kernel)).launch
     return launch if kernel.otherwise is None else _either(launch, kernel.otherwise)

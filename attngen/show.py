@@ -216,6 +216,8 @@ def _per_call(site: SiteReport) -> Text:
     lines = []
     if site.predicted_ms is not None:
         lines.append(milliseconds(site.predicted_ms))
+    if site.measured_ms is not None:
+        lines.append(f"measured {milliseconds(site.measured_ms)}")
     if site.hbm_bytes is not None:
         lines.append(f"{size(site.hbm_bytes['before'])} -> {size(site.hbm_bytes['after'])}")
     if site.error is not None:

@@ -50,10 +50,18 @@ def sample(spec: AttentionSpec, problem: Problem, *, seed: int = 0, device: torc
 
 def check(buffers: Sequence[Tensor], at: Sample) -> dict[str, Check]:
     """What ``launch`` returned, finished and held against float64 and eager: a verdict on each input's gradient."""
+    return judged(buffers, at, reference(at), eager(at))
+
+
+Gradients = Sequence[Tensor | None]
+
+
+def judged(buffers: Sequence[Tensor], at: Sample, exacts: Gradients, eagers: Gradients) -> dict[str, Check]:
+    """The same where what float64 and eager make of it is known."""
     *made, delta = buffers
     grads = gradient.finish(gradient.backward_of(at.spec), at.inputs, at.needed, made, at.lse, delta)
     verdicts = {}
-    for source, ours, exact, eager in zip(at.spec.inputs, grads, reference(at), _eager(at), strict=True):
+    for source, ours, exact, eager in zip(at.spec.inputs, grads, exacts, eagers, strict=True):
         if ours is not None and exact is not None and eager is not None:
             verdicts[source.name] = verify.within_budget(ours, exact, eager, slack=SLACK)
     return verdicts
@@ -65,7 +73,7 @@ def reference(at: Sample) -> list[Tensor | None]:
     return blockwise.backward(replace(at.spec, out_dtype=torch.float64), doubled, at.grad.double(), at.needed)
 
 
-def _eager(at: Sample) -> list[Tensor | None]:
+def eager(at: Sample) -> list[Tensor | None]:
     """The gradients as torch finds them for a careful model, over all pairs at once."""
     leaves = [x.detach().requires_grad_(needed) for x, needed in zip(at.inputs, at.needed, strict=True)]
     with torch.enable_grad():

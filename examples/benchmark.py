@@ -23,7 +23,7 @@ import transformers
 from torch import Tensor, nn
 
 import attngen
-from attngen.bench.measure import Clock, peak_bytes, samples, summary
+from attngen.measure import Clock, peak_bytes, samples, summary
 
 VARIANTS = ("eager", "inductor eager", "inductor sdpa", "attngen eager", "attngen sdpa")
 SLACK = 2.0  # our error may be that much of eager's own

@@ -21,7 +21,7 @@ from benchmark import Case, Row, budget, compiled, output, record, shared
 from torch import Tensor, nn
 
 import attngen
-from attngen.bench.measure import Clock, peak_bytes, samples, summary
+from attngen.measure import Clock, peak_bytes, samples, summary
 
 SLACK = 3.0  # our error may be that much of a peer's
 

@@ -21,9 +21,9 @@ import torch
 from specs import CAUSAL, DIAGONAL, H, attention, loaded, plus, scaled, softcap, window
 
 from attngen import compat, hopper, verify
+from attngen import measure as clocks
 from attngen.algebra import Int, integer, op, to_float
 from attngen.aot import Layout, launch_of, layout_of
-from attngen.bench import measure as clocks
 from attngen.choose import HOPPER_TILES, TILES, refusal
 from attngen.cost import costs
 from attngen.device import Device, probe

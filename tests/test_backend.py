@@ -335,7 +335,7 @@ def test_a_failure_of_ours_leaves_the_model_running(
         raise ZeroDivisionError("planned for this test")
 
     model, inputs = zoo.nanogpt()
-    for name in ("attngen.passes.lower.run", "attngen.pipeline.emitted"):
+    for name in ("attngen.passes.lower.run", "attngen.decide.emitted"):
         torch._dynamo.reset()
         with monkeypatch.context() as patched, caplog.at_level(logging.WARNING, "attngen"):
             patched.setattr(name, broken)

@@ -17,13 +17,14 @@ import typer.main
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from attngen.bench import command, measure, peers, plot, records, report, spelling, worker
-from attngen.bench.measure import Ceilings, Clock
+from attngen import measure
+from attngen.bench import command, peers, plot, records, report, spelling, worker
 from attngen.bench.problems import PROBLEMS, Problem
 from attngen.bench.records import FAILED, MISSING, NOT_SPELLED, TIMED, WRONG, Record, Row
 from attngen.bench.terms import Missing
 from attngen.cli import app
 from attngen.errors import AttngenError, BadOption, CannotWrite, Unavailable
+from attngen.measure import Ceilings, Clock
 from attngen.show import console
 
 TINY = Problem("tiny", batch=2, heads=2, length=24, head_size=16, dtype="float32")

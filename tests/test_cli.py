@@ -20,7 +20,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import attngen
-from attngen import compat, modelfile, output, pipeline, show, trial, verify
+from attngen import compat, decide, modelfile, output, show, trial, verify
 from attngen.cli import app
 from attngen.device import DEVICES
 from attngen.emit import Kernel, emit
@@ -195,8 +195,8 @@ def test_a_kernel_that_is_off_is_named_and_nothing_is_written(monkeypatch: pytes
         assert source != kernel.source
         return replace(kernel, source=source, name="fwd_broken")
 
-    monkeypatch.setattr(pipeline, "emit", broken)
-    monkeypatch.setattr(pipeline, "_EMITTED", {})
+    monkeypatch.setattr(decide, "emit", broken)
+    monkeypatch.setattr(decide, "_EMITTED", {})
     monkeypatch.setenv("ATTNGEN_CACHE_DIR", "cache")
     done = run("optimize", model_file(ATTENTION.replace("0.25", "0.2371")), "-o", "out/here")
     assert done.exit_code == 7
@@ -229,8 +229,9 @@ def test_on_a_gpu_kernels_are_checked_there_at_the_sizes_of_the_model() -> None:
 # ------------------------------------------------------------------------------------------------------------- explain
 
 
-def test_explain_emits_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "emit", lambda *_, **__: pytest.fail("emitted"))
+def test_explain_registers_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("attngen.runtime.operator", "attngen.paths.write_atomically"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("changed something"))
     done = run("explain", model_file())
     assert done.exit_code == 0 and tree() == {"model.py"}
     assert "layers.0-2  x3" in done.stdout and "softmax(qk*0.25; causal)" in done.stdout

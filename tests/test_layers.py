@@ -11,7 +11,7 @@ import transformers as hf
 import zoo
 from torch import fx, nn
 
-from attngen import cost, index, pipeline
+from attngen import cost, decide, index, pipeline
 from attngen.options import parse
 from attngen.passes import decompose
 from attngen.report import Report
@@ -47,7 +47,7 @@ def optimized(model: nn.Module, inputs: dict[str, Any]) -> tuple[Report, fx.Grap
 
 def proofs() -> int:
     """How many questions about indices have been answered by thinking, not by remembering."""
-    known = (index.never_negative, index.floordiv, index.modulo, index.recombine, index._reshaped, pipeline.chosen)
+    known = (index.never_negative, index.floordiv, index.modulo, index.recombine, index._reshaped, decide.chosen)
     return sum(function.cache_info().misses for function in known)
 
 

@@ -35,17 +35,19 @@ def test_mypy(tmp_path: Path) -> None:
 
 # Each group may import from its own and from groups before it.
 LAYERS = (
-    {"errors", "paths", "compat", "index", "philox", "device"},
+    {"errors", "paths", "compat", "index", "philox", "device", "measure"},
     {"algebra", "text", "evaluate", "abbreviate"},
-    {"normaliser", "spec", "inequalities", "mask", "naming"},
+    {"normaliser", "spec", "inequalities", "mask", "naming", "parcel"},
     {"printer", "work", "formulas", "blockwise", "layout", "simulator", "gluon"},
     {"boxes", "bounds", "scores", "formulas_hopper", "formulas_bwd", "formulas_hopper_bwd", "adjoint"},
     {"finder"},
     {"portable", "hopper", "gradient", "sides", "portable_bwd", "hopper_bwd"},
     {"emit", "cost"},
     {"choose", "choose_bwd", "interpret"},
-    {"verify", "verify_bwd", "aot", "runtime", "plan", "report", "options", "advice", "sample"},
-    {"prepare"},
+    {"verify", "verify_bwd", "aot", "runtime", "plan", "report", "advice", "sample", "tuned"},
+    {"cache"},
+    {"prepare", "options", "decide"},
+    {"tune"},
     {"passes"},
     {"describe"},
     {"pipeline"},
@@ -53,6 +55,8 @@ LAYERS = (
     {"trial", "output", "modelfile"},
     {"info", "show"},
     {"stages", "minify", "bench"},
+    {"commands"},
+    {"cli_cache", "cli_tune"},
     {"cli", "__init__"},
 )
 
@@ -68,7 +72,7 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-MODULES = sorted([*(ROOT / "attngen").glob("*.py"), *(ROOT / "attngen" / "bench").glob("*.py")])
+MODULES = sorted([*(ROOT / "attngen").glob("*.py"), *(ROOT / "attngen").glob("*/*.py")])
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT / "attngen").with_suffix("")))
@@ -95,7 +99,7 @@ def test_wheel_holds_passes_and_templates(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     templates = [f"templates/{name}" for name in ("portable_fwd.py.jinja", "hopper_fwd.py.jinja", "recorded.py.jinja")]
-    for name in ("passes/detect.py", *templates, "bench/peers.py", "py.typed"):
+    for name in ("passes/detect.py", *templates, "bench/peers.py", "cache/store.py", "tuned/h200.json", "py.typed"):
         assert f"attngen/{name}" in names
     assert not any(name.startswith(("passes/", "templates/", "tests/", "examples/")) for name in names)
 

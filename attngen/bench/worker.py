@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 import attngen
-from attngen.bench import measure, peers
+from attngen import measure
+from attngen.bench import peers
 from attngen.bench import spelling as s
-from attngen.bench.measure import Ceilings, Clock
 from attngen.bench.problems import Problem
 from attngen.bench.records import FAILED, MISSING, NOT_SPELLED, TIMED, WRONG, Record, Result, Row
 from attngen.bench.terms import Missing, NotSpelled
 from attngen.errors import AttngenError
+from attngen.measure import Ceilings, Clock
 from attngen.verify import Check, within_budget
 
 PACKAGES = ("triton", "flash-attn-4", "fa3-fwd")

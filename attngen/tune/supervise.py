@@ -1,0 +1,162 @@
+"""The parent of the process that measures: reads its messages, stops it in time, and goes on without what ended it."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import IO
+
+from pydantic import ValidationError
+
+from attngen import parcel
+from attngen.tune.messages import LONGEST_REASON, Message, Task
+
+COMMAND = (sys.executable, "-m", "attngen.tune.worker")
+STEP = 120.0  # seconds for one step of a candidate: to compile it, to check it, to time a call
+ENDING = 10.0  # seconds that a process which has nothing more to say may take to end
+LONGEST_LINE = 10_000
+ENDED = None  # what stands in the queue after the last line
+
+
+@dataclass
+class Outcome:
+    """Medians and failures by the number of a candidate; ``broke``: why there are none, if that is nobody's fault."""
+
+    microseconds: dict[int, float] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+    broke: str = ""
+
+    @property
+    def best(self) -> int | None:
+        return min(self.microseconds, key=lambda number: self.microseconds[number], default=None)
+
+
+def measured(
+    task: Task,
+    deadline: float,
+    *,
+    card: str | None = None,
+    command: Sequence[str] = COMMAND,
+    step: float = STEP,
+    heard: Callable[[Message, Outcome], None] = lambda message, outcome: None,
+) -> Outcome:
+    """Medians of the candidates of ``task`` that are right and could be timed before ``deadline`` (``time.monotonic``).
+
+    ``card`` is the GPU that the process sees, as CUDA_VISIBLE_DEVICES has it. Every candidate that ends its process, or is
+    silent for longer than ``step`` seconds, is lost, and another process goes on with the others.
+    """
+    outcome = Outcome()
+    while time.monotonic() < deadline:
+        lost = dict(outcome.failed)
+        culprit, ending = _once(replace(task, lost=lost), outcome, deadline, card, command, step, heard)
+        if not ending or time.monotonic() >= deadline:
+            break
+        if culprit is None or culprit in lost:
+            outcome.broke = ending
+            break
+        outcome.failed.setdefault(culprit, ending)
+        outcome.microseconds.clear()  # they are timed again, side by side
+    return outcome
+
+
+def _once(
+    task: Task, outcome: Outcome, deadline: float, card: str | None, command: Sequence[str], step: float,
+    heard: Callable[[Message, Outcome], None],
+) -> tuple[int | None, str]:  # fmt: skip
+    """One process over ``task``. If it ended early: the candidate that it was at, and how; else an empty text."""
+    culprit: int | None = None
+    with _process(task, card, command) as (process, lines, complaints):
+        while True:
+            patience = min(step, deadline - time.monotonic())
+            try:
+                line = lines.get(timeout=max(0.0, patience))
+            except queue.Empty:
+                return culprit, f"stopped after {step:.0f} s"
+            if line is ENDED:
+                return culprit, _ending(process, complaints)
+            message = _understood(line, len(task.candidates))
+            if message is None:
+                return culprit, "its process said what it should not"
+            if message.event == "done":
+                return None, ""
+            if message.event == "broke":
+                return None, message.reason or "nothing can be measured"
+            culprit = message.candidate
+            if message.event == "failed":
+                outcome.failed[culprit] = message.reason
+                outcome.microseconds.pop(culprit, None)
+            elif message.event == "timed":
+                outcome.microseconds[culprit] = message.microseconds
+            heard(message, outcome)
+
+
+def _understood(line: bytes, count: int) -> Message | None:
+    try:
+        message = Message.model_validate_json(line)
+    except (ValidationError, ValueError):
+        return None
+    about_one = message.event in ("began", "failed", "timed")
+    sound = message.event != "timed" or message.microseconds > 0
+    return message if sound and (not about_one or 0 <= message.candidate < count) else None
+
+
+def _ending(process: subprocess.Popen[bytes], complaints: IO[bytes]) -> str:
+    try:
+        code = process.wait(ENDING)
+    except subprocess.TimeoutExpired:
+        return "its process stopped to answer"
+    complaints.seek(max(0, complaints.seek(0, os.SEEK_END) - 4000))
+    last = complaints.read().decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    return f"its process {how}: {last[0]}"[:LONGEST_REASON]
+
+
+@contextmanager
+def _process(
+    task: Task, card: str | None, command: Sequence[str]
+) -> Iterator[tuple[subprocess.Popen[bytes], queue.Queue[bytes | None], IO[bytes]]]:
+    """A process in a group of its own, which ends with the block; its lines come from a queue."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["OMP_NUM_THREADS"] = "1"
+    if card is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = card
+    pipe = subprocess.PIPE
+    with tempfile.TemporaryFile() as complaints:
+        process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=complaints, env=environment, start_new_session=True
+        )
+        lines: queue.Queue[bytes | None] = queue.Queue()
+        threading.Thread(target=_listen, args=(process, parcel.packed(task), lines), daemon=True).start()
+        try:
+            yield process, lines, complaints
+        finally:
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _listen(process: subprocess.Popen[bytes], request: bytes, lines: queue.Queue[bytes | None]) -> None:
+    """Hand over the task, then every line; a thread, for either may take as long as it likes.
+
+    The input stays open: that it ends tells the process that nobody waits for it any more.
+    """
+    assert process.stdin is not None and process.stdout is not None
+    with suppress(OSError):  # it ended before it had read all of it
+        process.stdin.write(len(request).to_bytes(8, "little") + request)
+        process.stdin.flush()
+    while line := process.stdout.readline(LONGEST_LINE):
+        lines.put(line)
+    process.stdout.close()
+    with suppress(OSError):
+        process.stdin.close()
+    lines.put(ENDED)
