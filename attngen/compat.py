@@ -38,6 +38,7 @@ from torch.utils._sympy.functions import Max as _TorchMax
 from torch.utils._sympy.functions import Min as _TorchMin
 
 __all__ = [
+    "CHECKPOINT",
     "INLINED_BODIES",
     "DataDependentOutputException",
     "FakeTensor",
@@ -73,6 +74,8 @@ __all__ = [
 
 enter_autocast, exit_autocast = _enter_autocast, _exit_autocast
 enter_vmap, exit_vmap = _vmap_increment_nesting, _vmap_decrement_nesting
+
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint  # what a checkpoint is in a captured graph
 
 # Higher-order operators that run their first argument, a graph, on the rest of their arguments and change nothing else.
 INLINED_BODIES = tuple(

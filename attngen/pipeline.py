@@ -18,6 +18,7 @@ from typing import Any
 import sympy as sp
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from attngen import compat, describe, hopper, runtime
 from attngen.aot import Layout, layout_of
@@ -130,7 +131,8 @@ def planning_device(example_inputs: Sequence[Any], options: Options) -> Device:
 
 def card(example_inputs: Sequence[Any]) -> torch.device | None:
     """The GPU that the inputs are on, if they are on one."""
-    return next((x.device for x in example_inputs if isinstance(x, torch.Tensor) and x.device.type == "cuda"), None)
+    tensors = (x for x in tree_leaves(example_inputs) if isinstance(x, torch.Tensor))
+    return next((x.device for x in tensors if x.device.type == "cuda"), None)
 
 
 # -------------------------------------------------------------------------------------------------------------- analyse
@@ -139,7 +141,7 @@ def card(example_inputs: Sequence[Any]) -> torch.device | None:
 def trains(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
     """Somebody may ask for gradients of this graph's results."""
     known = [*example_inputs, *(n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder"))]
-    return torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in known)
+    return torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in tree_leaves(known))
 
 
 def analyse(

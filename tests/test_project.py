@@ -44,7 +44,7 @@ LAYERS = (
     {"portable", "hopper", "gradient", "sides", "portable_bwd", "hopper_bwd"},
     {"emit", "cost"},
     {"choose", "choose_bwd", "interpret"},
-    {"verify", "verify_bwd", "aot", "runtime", "plan", "report", "options", "advice", "sample"},
+    {"verify", "verify_bwd", "aot", "runtime", "plan", "checkpoints", "report", "options", "advice", "sample"},
     {"prepare"},
     {"passes"},
     {"describe"},
