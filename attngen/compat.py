@@ -48,6 +48,7 @@ __all__ = [
     "ShapeEnv",
     "compile_kernel",
     "cuobjdump",
+    "differentiable",
     "enable_python_dispatcher",
     "enter_autocast",
     "enter_vmap",
@@ -154,6 +155,16 @@ def looking_at(model: Callable[..., Any], backend: Callable[..., Any]) -> Iterat
     unlimited = 1 << 30
     with torch._dynamo.config.patch(recompile_limit=unlimited, accumulated_recompile_limit=unlimited):
         yield compiling(model, backend=backend, dynamic=False, **apart)
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """A context in which gradients are recorded, also inside an operator that was called by a dispatch mode: below autograd."""
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        exclude = exclude.remove(key)
+    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+        yield
 
 
 def storage_of(value: torch.Tensor) -> int:

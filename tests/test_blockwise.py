@@ -9,6 +9,7 @@ import pytest
 import torch
 from specs import BY_NAME, CASES, QK, SLOPE, SLOPES, Case, attention, loaded, plus, softcap
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from attngen import blockwise, runtime
 from attngen.algebra import Const
@@ -105,6 +106,19 @@ def test_gradients_are_finite_differences(case: Case) -> None:
     """Along random directions, at sizes where windows and the like have an effect."""
     small = replace(case.spec, head_dim=min(case.spec.head_dim, 6), value_dim=min(case.spec.value_dim, 5))
     assert gradcheck(small, sample_inputs(small, case.problem(50)), fast=True)
+
+
+@pytest.mark.parametrize("name", ["bias", "sinks", "table_cross"])
+def test_gradients_under_a_dispatch_mode(name: str) -> None:
+    """A mode calls operators below autograd, which this one uses inside."""
+    case = BY_NAME[name]
+    operator = runtime.operator(replace(case.spec, lse=True), None)
+    leaves = [x.requires_grad_() for x in sample_inputs(case.spec, case.problem(20))]
+    out, _ = operator(*leaves)
+    expected = torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True)
+    with FlopCounterMode(display=False):
+        found = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert all(map(torch.equal, found, expected))
 
 
 def test_only_what_is_needed_gets_a_gradient() -> None:
