@@ -159,7 +159,7 @@ def looking_at(model: Callable[..., Any], backend: Callable[..., Any]) -> Iterat
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """A context in which gradients are recorded, also inside an operator that was called by a dispatch mode: below autograd."""
+    """A context in which gradients are recorded, also in an operator that a dispatch mode called: below autograd."""
     include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
         exclude = exclude.remove(key)

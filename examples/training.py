@@ -237,7 +237,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     axes[1, 0].set_ylabel("distance from eager")
     axes[0, 0].legend(frameon=False)
     figure.suptitle(f"{record['device']}, {record['results'][0]['dtype']}", fontsize=10)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
 

@@ -98,3 +98,17 @@ def test_each_model_has_a_process(tmp_path: Path, benchmark: Any, monkeypatch: p
     shared.record("", benchmark.measure, cases=benchmark.CASES, variants=benchmark.VARIANTS, rounds=1)
     (result,) = json.loads(out.read_text())["results"]
     assert result["model"] == "gpt2" and result["rows"][0]["ms"] > 0
+
+
+def test_a_table_says_what_did_not_fit(benchmark: Any) -> None:
+    def row(variant: str, ms: float, problem: str = "") -> dict[str, Any]:
+        return {"variant": variant, "ms": ms, "peak_gib": 1.0, "problem": problem}
+
+    full = [row(name, 0, "OutOfMemoryError: CUDA") for name in ("eager", "inductor eager")] + [row("attngen eager", 2)]
+    some = [row("eager", 9), row("inductor eager", 6), row("inductor flex", 0, "ValueError: no"), row("attngen eager", 3)]
+    record = {"device": "D", "versions": {}, "results": [{"model": "a", "rows": full}, {"model": "b", "rows": some}]}
+    title, _, a, b, _, mean = import_module("tables").models(record)
+    assert title.startswith("| model | eager | inductor eager | attngen eager | inductor flex |")
+    assert a == "| a | out of memory | out of memory | 2.00 ms, 1.00 GiB | - | - / - |"
+    assert b == "| b | 9.00 ms, 1.00 GiB | 6.00 ms, 1.00 GiB | 3.00 ms, 1.00 GiB | - | 2.00x / - |"
+    assert "2.00x" in mean
