@@ -171,9 +171,13 @@ def prepared(
             row.missed += sorted({s.backward for r in reports for s in r.replaced if s.backward.startswith("block")})
             row.peak_gib = peak_bytes(run) / 2**30 if DEVICE == "cuda" else 0.0
         except Exception as problem:
-            row.problem = f"{type(problem).__name__}: {str(problem)[:500]}"
+            row.problem = _told(problem)
         print(f"  {name}: {row}", flush=True)
     return ready
+
+
+def _told(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {str(problem)[:500]}"
 
 
 def measure(case: Case, rounds: int, names: list[str]) -> dict[str, Any]:
@@ -183,7 +187,11 @@ def measure(case: Case, rounds: int, names: list[str]) -> dict[str, Any]:
         weights = torch.randn_like(output(shared(model, "eager" if case.dropout else case.exact), inputs))
     ready = prepared(case, model, inputs, weights, [name for name in names if spelt(model, name)])
     able = {name: run for name, (row, run) in ready.items() if not row.problem}
-    for name, taken in samples(able, rounds, Clock(DEVICE, flush=False), warm_up=2).items():
+
+    def failed(name: str, problem: Exception) -> None:
+        ready[name][0].problem = _told(problem)
+
+    for name, taken in samples(able, rounds, Clock(DEVICE, flush=False), warm_up=2, failed=failed).items():
         ready[name][0].ms = summary(taken).median
     rows = [asdict(row) for row, _ in ready.values()]
     return {"model": case.name, "budget": budget(rows, SLACK), "rows": rows}

@@ -26,6 +26,7 @@ import transformers
 from torch import Tensor, nn
 
 import attngen
+from attngen.bench import plot
 
 STEPS, WARM_UP = 300, 20
 DROPOUT = 0.1
@@ -216,9 +217,7 @@ def titled(result: dict[str, Any]) -> str:
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """The curves above, their distance from eager's below."""
-    from attngen.bench.plot import require
-
-    pyplot = require()
+    pyplot = plot.require()
     results = record["results"]
     layout = {"squeeze": False, "sharex": True, "layout": "constrained", "gridspec_kw": {"height_ratios": [2, 1]}}
     figure, axes = pyplot.subplots(2, len(results), figsize=(3.6 * len(results), 5), **layout)
@@ -252,6 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, default="large" if torch.cuda.is_available() else "small")
     parser.add_argument("--inner", default="inductor" if torch.cuda.is_available() else "eager")
     args = parser.parse_args(arguments)
+    if args.plot:
+        plot.require()
     record = json.loads(args.show.read_text()) if args.show else _recorded(args)
     if args.out:
         args.out.write_text(json.dumps(record) + "\n")

@@ -27,6 +27,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training import AGAIN, OURS, Setting
 
+from attngen.bench import plot
+
 PARALLEL = ("ddp", "fsdp2")
 
 
@@ -100,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--inner", default="inductor" if gpu else "eager")
     parser.add_argument("--bucket-mb", type=float, default=25.0, help="of gradients that DDP sends at once, at least 1")
     args = parser.parse_args(arguments)
+    if args.plot:
+        plot.require()
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(work, (args, folder), nprocs=args.ranks)
         record = json.loads(Path(folder, "record.json").read_text())

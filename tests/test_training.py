@@ -196,3 +196,17 @@ def test_a_loss_curve_is_eagers(name: str, monkeypatch: pytest.MonkeyPatch, tmp_
     pytest.importorskip("matplotlib")
     training.main(["--show", str(out), "--plot", str(picture)])
     assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_a_loss_curve_is_eagers_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In bfloat16, by kernels, with Inductor around them."""
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    out = tmp_path / "out.json"
+    import_module("training").main(["--models", name, "--steps", "40", "--size", "tiny", "--out", str(out)])
+    plain, dropped = json.loads(out.read_text())["results"]
+    assert plain["difference"]["mean"] < 0.03 and dropped["difference"]["mean"] < 0.2
+    for result in (plain, dropped):
+        assert result["dtype"] == "bfloat16" and result["replaced"] and not result["missed"]
