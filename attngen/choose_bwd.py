@@ -44,8 +44,13 @@ class BackwardPlan:
 
 
 @lru_cache(maxsize=4096)
-def choose_backward(spec: AttentionSpec, problem: Problem, device: Device) -> BackwardPlan | Miss:
-    """The plan for the gradients of ``spec``, or why no kernel computes them."""
+def choose_backward(
+    spec: AttentionSpec, problem: Problem, device: Device, *, deterministic: bool = False
+) -> BackwardPlan | Miss:
+    """The plan for the gradients of ``spec``, or why no kernel computes them.
+
+    ``deterministic`` leaves out the family whose programs add to each other's results.
+    """
     if (widest := max(spec.head_dim, spec.value_dim)) > MAX_HEAD:
         return Miss(f"the head size {widest} is over the limit of {MAX_HEAD} for gradients by a kernel")
     try:
@@ -57,7 +62,7 @@ def choose_backward(spec: AttentionSpec, problem: Problem, device: Device) -> Ba
     portable = None
     if queries is not None and keys is not None:
         portable = BackwardPlan((queries[0], keys[0]), queries[1] + keys[1])
-    if device.wgmma and hopper_bwd.unsuited(spec) is None:
+    if device.wgmma and not deterministic and hopper_bwd.unsuited(spec) is None:
         one = BackwardPlan((hopper_bwd.tile_of(spec),), hopper_seconds(plan, problem, device))
         if portable is None or one.seconds < portable.seconds:
             return replace(one, otherwise=portable.tiles if portable else ())

@@ -48,6 +48,7 @@ __all__ = [
     "ShapeEnv",
     "compile_kernel",
     "cuobjdump",
+    "deterministic",
     "differentiable",
     "enable_python_dispatcher",
     "enter_autocast",
@@ -155,6 +156,23 @@ def looking_at(model: Callable[..., Any], backend: Callable[..., Any]) -> Iterat
     unlimited = 1 << 30
     with torch._dynamo.config.patch(recompile_limit=unlimited, accumulated_recompile_limit=unlimited):
         yield compiling(model, backend=backend, dynamic=False, **apart)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """A context in which torch's operators give the same bits each time, those that cannot with a warning.
+
+    Not by ``torch.use_deterministic_algorithms``, which changes how Inductor compiles. Memory is left as it is.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch._C._set_deterministic_algorithms(True, warn_only=not before[0] or before[1])
+    torch.utils.deterministic.fill_uninitialized_memory = filled and before[0]
+    try:
+        yield
+    finally:
+        torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 @contextmanager

@@ -30,8 +30,8 @@ def missed(each: Missed) -> SiteReport:
     return _placed(report, each.anchor)
 
 
-def found(each: Found, device: Device, status: str) -> SiteReport:
-    report = replace(_planned(each.plan, device), where=each.where, status=status)
+def found(each: Found, device: Device, status: str, *, deterministic: bool = False) -> SiteReport:
+    report = replace(_planned(each.plan, device, deterministic), where=each.where, status=status)
     if len(each.terms) > 1:
         number = 1 + next(place for place, term in enumerate(each.terms) if term is each.placed)
         report = replace(report, computes=f"{report.computes}, term {number} of {len(each.terms)}")
@@ -46,10 +46,12 @@ def _placed(report: SiteReport, anchor: fx.Node | None) -> SiteReport:
 
 
 @lru_cache(maxsize=4096)
-def _planned(plan: Plan, device: Device) -> SiteReport:
+def _planned(plan: Plan, device: Device, deterministic: bool) -> SiteReport:
     """What a report says of every site that has this plan."""
     before = int(cost.eager_hbm_bytes(plan.spec, plan.problem))
-    gradients = choose_backward(plan.spec, plan.problem, device) if plan.spec.lse else None
+    gradients = None
+    if plan.spec.lse:
+        gradients = choose_backward(plan.spec, plan.problem, device, deterministic=deterministic)
     report = SiteReport(
         "",
         "found",

@@ -25,6 +25,7 @@ class Options(BaseModel):
     target: str = Field("auto", description="device to plan for where inputs are on the CPU")
     plan: str | None = Field(None, description="a plan.json whose choices are used")
     verify: bool = Field(False, description="check each kernel against float64 before it is used")
+    deterministic: bool = Field(False, description="gradients that are the same bits in every run")
     strict: bool = Field(False, description="raise instead of leaving a graph as it was (also ATTNGEN_STRICT=1)")
 
     @property
@@ -54,5 +55,5 @@ def _explained(wrong: ValidationError) -> str:
             lines.append(f"attngen has no option {name!r}.")
         else:
             lines.append(f"option {name!r}: {error['msg']}, not {error['input']!r}.")
-    known = "\n".join(f"  {name:<8} {field.description}" for name, field in Options.model_fields.items())
+    known = "\n".join(f"  {name:<13} {field.description}" for name, field in Options.model_fields.items())
     return "\n".join([*lines, "Known options:", known])

@@ -298,8 +298,9 @@ def _replace(
     try:
         kernels = [_kernel(each, device) for each in terms]
         specs = [each.placed.specialised.spec for each in terms]
-        backwards = [_backward(each, device) for each in terms]
-        targets = [runtime.operator(*of_site) for of_site in zip(specs, kernels, backwards, strict=True)]
+        backwards = [_backward(each, device, options.deterministic) for each in terms]
+        made = zip(specs, kernels, backwards, strict=True)
+        targets = [runtime.operator(*of_site, deterministic=options.deterministic) for of_site in made]
         miss = replacing.run(first.terms, lowered, targets)
     except Exception as problem:
         if options.raises:
@@ -311,7 +312,7 @@ def _replace(
     reports = []
     for each, kernel, backward, target in zip(terms, kernels, backwards, targets, strict=True):
         uses.setdefault(kernel.name, Use(kernel, each.problem, each.inputs, backward))
-        described = describe.found(each, device, "replaced")
+        described = describe.found(each, device, "replaced", deterministic=options.deterministic)
         reports.append(replace(described, kernel=kernel.name, operator=str(target.name())))
     return reports
 
@@ -322,10 +323,10 @@ def _kernel(each: Found, device: Device) -> Kernel:
     return kernel
 
 
-def _backward(each: Found, device: Device) -> BackwardKernel | None:
+def _backward(each: Found, device: Device, deterministic: bool) -> BackwardKernel | None:
     """The kernels of the site's gradients, if it has gradients and there are such kernels."""
     spec = each.plan.spec
-    plan = choose_backward(spec, each.problem, device) if spec.lse else None
+    plan = choose_backward(spec, each.problem, device, deterministic=deterministic) if spec.lse else None
     if not isinstance(plan, BackwardPlan):
         return None
     key = (spec.text, plan.tiles, device.l2_bytes)

@@ -10,10 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from specs import CAUSAL, attention
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, dropout
 
 import attngen
+from attngen import runtime
+from attngen.choose_bwd import BackwardPlan, choose_backward
+from attngen.device import resolve
+from attngen.spec import Problem
 from attngen.verify import within_budget
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -210,3 +215,62 @@ def test_a_loss_curve_is_eagers_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPa
     assert plain["difference"]["mean"] < 0.03 and dropped["difference"]["mean"] < 0.2
     for result in (plain, dropped):
         assert result["dtype"] == "bfloat16" and result["replaced"] and not result["missed"]
+
+
+# -------------------------------------------------------------------------------------------------------- deterministic
+
+
+def test_a_deterministic_gradient_is_another_operator() -> None:
+    """Chosen by an option, and never by the family whose programs add to each other's results."""
+    names, found = [], []
+    for options in ({}, {"deterministic": True}):
+        torch._dynamo.reset()
+        of = model()
+        with attngen.record() as reports:
+            fast = torch.compile(of, backend="attngen", options={"inner": "eager", "strict": True, **options})
+            fast(tokens()).backward()
+        names.append([site.operator for report in reports for site in report.replaced])
+        found.append(gradients(of))
+    assert set(names[0]).isdisjoint(names[1]) and len(names[1]) == LAYERS
+    assert all(map(torch.equal, *found))
+    spec = attention(dtype=torch.bfloat16, head_dim=128, mask=CAUSAL, lse=True)
+    problem, device = Problem((2, 8), 2048, 2048), resolve("h200")
+    usual, plan = (choose_backward(spec, problem, device, deterministic=asked) for asked in (False, True))
+    assert isinstance(usual, BackwardPlan) and isinstance(plan, BackwardPlan)
+    assert len(usual.tiles) == 1 and plan.tiles == usual.otherwise
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_deterministic_gradient_leaves_the_users_setting(asked: bool) -> None:
+    seen: list[bool] = []
+
+    def run(*_: Any) -> list[Tensor]:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        raise KeyError
+
+    torch.use_deterministic_algorithms(asked)
+    try:
+        with pytest.raises(KeyError):
+            runtime._same_bits(run)(*[torch.ones(1)] * 3, [], [])
+        assert seen == [True] and torch.are_deterministic_algorithms_enabled() == asked
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+def test_the_option_gives_the_same_bits_in_a_hundred_steps() -> None:
+    """Of a bias that heads share too, which several programs would add to."""
+    shapes = [(2, 8, 512, 64)] * 3 + [(512, 512)]
+    generator = torch.Generator("cuda").manual_seed(0)
+    leaves = [torch.randn(s, device="cuda", dtype=torch.bfloat16, generator=generator).requires_grad_() for s in shapes]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return plain + (q @ k.mT * 0.125 + bias).softmax(-1) @ v
+
+    fast = torch.compile(attend, backend="attngen", options={"deterministic": True, "strict": True})
+    grad = torch.randn(shapes[0], device="cuda", dtype=torch.bfloat16, generator=generator)
+    first, *others = (torch.autograd.grad(fast(*leaves), leaves, grad) for _ in range(100))
+    assert all(torch.equal(x, y) for grads in others for x, y in zip(first, grads, strict=True))
