@@ -165,14 +165,15 @@ def deterministic() -> Iterator[None]:
     Not by ``torch.use_deterministic_algorithms``, which changes how Inductor compiles. Memory is left as it is.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
     torch._C._set_deterministic_algorithms(True, warn_only=not before[0] or before[1])
-    torch.utils.deterministic.fill_uninitialized_memory = filled and before[0]
+    memory.fill_uninitialized_memory = filled and before[0]
     try:
         yield
     finally:
         torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        memory.fill_uninitialized_memory = filled
 
 
 @contextmanager
