@@ -94,6 +94,9 @@ def _optimized(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Optio
 
 def _inner(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     if options.inner == "eager":
+        from attngen import checkpoints
+
+        checkpoints.keep_random_numbers(gm)
         return gm.forward
     import torch._inductor
     from torch._inductor.compile_fx import compile_fx

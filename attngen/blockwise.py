@@ -13,6 +13,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
+from attngen import compat
 from attngen.algebra import ONE, TRUE, Expr, Int, Op, number
 from attngen.compat import FloorDiv
 from attngen.evaluate import Evaluator
@@ -67,14 +68,14 @@ def backward(
     """The gradient of each needed input for ``grad``, that of the output. Forward is computed again per block."""
     leaves = [x.detach().requires_grad_(n and x.is_floating_point()) for x, n in zip(inputs, needed, strict=True)]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    with torch.enable_grad():
+    with compat.differentiable():
         call = arrange(spec, leaves)
     sums = [torch.zeros(leaf.shape, dtype=call.dtype, device=leaf.device) for leaf in wanted]
     grad = _back_to_batch(call, grad)
     step = call.rows_per_block()
     for first in range(0, call.sizes[ROW], step):
         last = min(first + step, call.sizes[ROW])
-        with torch.enable_grad():
+        with compat.differentiable():
             call = arrange(spec, leaves)
             out, _ = _block(call, first, last)
             grads = torch.autograd.grad(out, wanted, grad[..., first:last, :].to(out.dtype), allow_unused=True)

@@ -45,18 +45,28 @@ class BackwardPlan:
 
 @lru_cache(maxsize=4096)
 def choose_backward(
-    spec: AttentionSpec, problem: Problem, device: Device, given: tuple[Tile, ...] | None = None
-) -> BackwardPlan | Miss:  # fmt: skip
-    """The plan for the gradients of ``spec``, or why no kernel computes them. Given tiles are taken if they can run."""
-    able = _ranked(spec, problem, device)
+    spec: AttentionSpec,
+    problem: Problem,
+    device: Device,
+    given: tuple[Tile, ...] | None = None,
+    *,
+    deterministic: bool = False,
+) -> BackwardPlan | Miss:
+    """The plan for the gradients of ``spec``, or why no kernel computes them. Given tiles are taken if they can run.
+
+    ``deterministic`` leaves out the family whose programs add to each other's results.
+    """
+    able = _ranked(spec, problem, device, deterministic)
     if isinstance(able, Miss):
         return able
     return able.of(given) or min(able.best(1), key=lambda plan: plan.seconds)
 
 
-def candidates(spec: AttentionSpec, problem: Problem, device: Device, count: int) -> list[BackwardPlan]:
+def candidates(
+    spec: AttentionSpec, problem: Problem, device: Device, count: int, *, deterministic: bool = False
+) -> list[BackwardPlan]:
     """The fastest ``count`` of each family, as predicted, of what can run."""
-    able = _ranked(spec, problem, device)
+    able = _ranked(spec, problem, device, deterministic)
     return [] if isinstance(able, Miss) else able.best(count)
 
 
@@ -88,7 +98,7 @@ class _Able:
 
 
 @lru_cache(maxsize=4096)
-def _ranked(spec: AttentionSpec, problem: Problem, device: Device) -> _Able | Miss:
+def _ranked(spec: AttentionSpec, problem: Problem, device: Device, deterministic: bool) -> _Able | Miss:
     if (widest := max(spec.head_dim, spec.value_dim)) > MAX_HEAD:
         return Miss(f"the head size {widest} is over the limit of {MAX_HEAD} for gradients by a kernel")
     try:
@@ -98,7 +108,7 @@ def _ranked(spec: AttentionSpec, problem: Problem, device: Device) -> _Able | Mi
     sides = zip(sides_of(plan, problem), REGISTER_LIMITS, strict=True)
     queries, keys = (_fitting(times_of(*side, device), device, limit) for side, limit in sides)
     able = _Able(queries, keys, None)
-    if device.wgmma and hopper_bwd.unsuited(spec) is None:
+    if device.wgmma and not deterministic and hopper_bwd.unsuited(spec) is None:
         otherwise = able.best(1)[0].tiles if able.queries and able.keys else ()
         seconds = hopper_seconds(plan, problem, device)
         able = replace(able, one=BackwardPlan((hopper_bwd.tile_of(spec),), seconds, otherwise))

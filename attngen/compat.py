@@ -38,6 +38,7 @@ from torch.utils._sympy.functions import Max as _TorchMax
 from torch.utils._sympy.functions import Min as _TorchMin
 
 __all__ = [
+    "CHECKPOINT",
     "INLINED_BODIES",
     "DataDependentOutputException",
     "FakeTensor",
@@ -47,6 +48,8 @@ __all__ = [
     "ShapeEnv",
     "compile_kernel",
     "cuobjdump",
+    "deterministic",
+    "differentiable",
     "enable_python_dispatcher",
     "enter_autocast",
     "enter_vmap",
@@ -74,6 +77,8 @@ __all__ = [
 
 enter_autocast, exit_autocast = _enter_autocast, _exit_autocast
 enter_vmap, exit_vmap = _vmap_increment_nesting, _vmap_decrement_nesting
+
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint  # what a checkpoint is in a captured graph
 
 # Higher-order operators that run their first argument, a graph, on the rest of their arguments and change nothing else.
 INLINED_BODIES = tuple(
@@ -152,6 +157,34 @@ def looking_at(model: Callable[..., Any], backend: Callable[..., Any]) -> Iterat
     unlimited = 1 << 30
     with torch._dynamo.config.patch(recompile_limit=unlimited, accumulated_recompile_limit=unlimited):
         yield compiling(model, backend=backend, dynamic=False, **apart)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """A context in which torch's operators give the same bits each time, those that cannot with a warning.
+
+    Not by ``torch.use_deterministic_algorithms``, which changes how Inductor compiles. Memory is left as it is.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    torch._C._set_deterministic_algorithms(True, warn_only=not before[0] or before[1])
+    memory.fill_uninitialized_memory = filled and before[0]
+    try:
+        yield
+    finally:
+        torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = filled
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """A context in which gradients are recorded, also in an operator that a dispatch mode called: below autograd."""
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        exclude = exclude.remove(key)
+    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+        yield
 
 
 def storage_of(value: torch.Tensor) -> int:

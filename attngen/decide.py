@@ -44,11 +44,11 @@ def gradients(wanted: Wanted, choices: Choices) -> tuple[BackwardPlan | Miss | N
     if not wanted.spec.lse:
         return None, None
     about = (wanted.spec, wanted.problem, wanted.device)
-    plan = choose_backward(*about)
+    plan = choose_backward(*about, deterministic=wanted.deterministic)
     if isinstance(plan, Miss):
         return plan, None
     given = choices.find(wanted)
-    plan = choose_backward(*about, given.tiles if given else None)
+    plan = choose_backward(*about, given.tiles if given else None, deterministic=wanted.deterministic)
     assert isinstance(plan, BackwardPlan)
     return plan, _followed(given, plan.tiles, wanted, choices)
 

@@ -16,7 +16,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from attngen import blockwise
+from attngen import blockwise, compat
 from attngen.adjoint import SCORE_GRAD, WEIGHT_GRAD, gradients
 from attngen.algebra import ONE, TRUE, Const, Expr, Int, Load, op, substitute, transform
 from attngen.compat import FloorDiv
@@ -260,7 +260,7 @@ def _gathered(spec: AttentionSpec, target: Target, buffer: Tensor, tensor: Tenso
         return buffer
     leaf = tensor.detach().float().requires_grad_()
     axes = target.place.index
-    with torch.enable_grad():
+    with compat.differentiable():
         if target.kind == PAIR:
             read = blockwise.arranged(target.source, leaf, axes, sizes)
         else:
@@ -306,7 +306,7 @@ def _of_sinks(
     leaf = tensors[name].requires_grad_()
     parts: list[Tensor] = []
     for sink in sinks:
-        with torch.enable_grad():
+        with compat.differentiable():
             value = _evaluated(spec, tensors, sizes)(sink)
             value = torch.broadcast_to(value, [*lse.shape, 1])
         share = -torch.exp(value.detach() - lse.unsqueeze(-1)) * delta.unsqueeze(-1)

@@ -31,6 +31,7 @@ class Options(BaseModel):
     tune: Literal["off", "quick", "full"] = Field("off", description="measure the best few tiles of each site on the GPU")
     tune_seconds: float = Field(120.0, gt=0, description="what tuning may take, for all graphs of a process")
     verify: bool = Field(False, description="check each kernel against float64 before it is used")
+    deterministic: bool = Field(False, description="gradients that are the same bits in every run")
     strict: bool = Field(False, description="raise instead of leaving a graph as it was (also ATTNGEN_STRICT=1)")
 
     @property
@@ -62,5 +63,5 @@ def _explained(wrong: ValidationError) -> str:
             lines.append(f"attngen has no option {name!r}.")
         else:
             lines.append(f"option {name!r}: {error['msg']}, not {error['input']!r}.")
-    known = "\n".join(f"  {name:<8} {field.description}" for name, field in Options.model_fields.items())
+    known = "\n".join(f"  {name:<13} {field.description}" for name, field in Options.model_fields.items())
     return "\n".join([*lines, "Known options:", known])

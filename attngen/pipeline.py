@@ -17,6 +17,7 @@ from typing import Any
 import sympy as sp
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from attngen import compat, decide, describe, runtime
 from attngen.aot import Layout, layout_of
@@ -138,7 +139,8 @@ def planning_device(example_inputs: Sequence[Any], options: Options) -> Device:
 
 def card(example_inputs: Sequence[Any]) -> torch.device | None:
     """The GPU that the inputs are on, if they are on one."""
-    return next((x.device for x in example_inputs if isinstance(x, torch.Tensor) and x.device.type == "cuda"), None)
+    tensors = (x for x in tree_leaves(example_inputs) if isinstance(x, torch.Tensor))
+    return next((x.device for x in tensors if x.device.type == "cuda"), None)
 
 
 # -------------------------------------------------------------------------------------------------------------- analyse
@@ -147,7 +149,7 @@ def card(example_inputs: Sequence[Any]) -> torch.device | None:
 def trains(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
     """Somebody may ask for gradients of this graph's results."""
     known = [*example_inputs, *(n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder"))]
-    return torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in known)
+    return torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in tree_leaves(known))
 
 
 def analyse(
@@ -205,7 +207,7 @@ def _analysed(
         return plan
     if isinstance(kernel := decide.emitted(plan, device, where), Miss):
         return kernel
-    backward, given_backward = decide.gradients(replace(wanted, phase=BACKWARD), choices)
+    backward, given_backward = decide.gradients(replace(wanted, phase=BACKWARD, deterministic=options.deterministic), choices)
     placed = replace(placed, specialised=replace(specialised, spec=spec))
     return Found(placed, where, problem, plan, wanted.inputs, backward, (given, given_backward))
 
@@ -290,7 +292,8 @@ def _replace(
         kernels = [_kernel(each, device) for each in terms]
         specs = [each.placed.specialised.spec for each in terms]
         backwards = [_backward(each, device) for each in terms]
-        targets = [runtime.operator(*of_site) for of_site in zip(specs, kernels, backwards, strict=True)]
+        made = zip(specs, kernels, backwards, strict=True)
+        targets = [runtime.operator(*of_site, deterministic=options.deterministic) for of_site in made]
         miss = replacing.run(first.terms, lowered, targets)
     except Exception as problem:
         if options.raises:

@@ -68,17 +68,19 @@ def triton_problem() -> str | None:
 # ----------------------------------------------------------------------------------------------------------- operators
 
 
-def operator(spec: AttentionSpec, kernel: Kernel | None, backward: BackwardKernel | None = None) -> Any:
+def operator(
+    spec: AttentionSpec, kernel: Kernel | None, backward: BackwardKernel | None = None, *, deterministic: bool = False
+) -> Any:
     """The overload that computes ``spec``: by ``kernel`` on a GPU, block by block elsewhere or if there is no kernel.
 
     With ``spec.lse`` it returns (output, log-sum-exp) and has a gradient, by ``backward`` on a GPU if there is such a
-    kernel; without, the output alone.
+    kernel; without, the output alone. ``deterministic`` has its gradient be the same bits in every run.
     """
-    kernels = [each.name if each else "no kernel" for each in (kernel, backward)]
-    name = "fwd_" + digest("\n".join([str(REVISION), spec.text, *kernels]))
+    parts = [each.name if each else "no kernel" for each in (kernel, backward)] + ["deterministic"] * deterministic
+    name = "fwd_" + digest("\n".join([str(REVISION), spec.text, *parts]))
     if name not in _KERNELS:
         _KERNELS[name] = (spec, kernel)
-        _register(name, spec, kernel, backward)
+        _register(name, spec, kernel, backward, deterministic)
     return getattr(torch.ops.attngen, name).default
 
 
@@ -87,7 +89,9 @@ def registered(name: str) -> tuple[AttentionSpec, Kernel | None] | None:
     return _KERNELS.get(name.split("::")[-1])
 
 
-def _register(name: str, spec: AttentionSpec, kernel: Kernel | None, backward: BackwardKernel | None) -> None:
+def _register(
+    name: str, spec: AttentionSpec, kernel: Kernel | None, backward: BackwardKernel | None, deterministic: bool
+) -> None:
     qualified = f"{NAMESPACE}::{name}"
     tensors = ", ".join(f"Tensor {x.name}" for x in spec.inputs)
     result = "(Tensor, Tensor)" if spec.lse else "Tensor"
@@ -97,7 +101,10 @@ def _register(name: str, spec: AttentionSpec, kernel: Kernel | None, backward: B
     _LIBRARY.impl(name, on_gpu, "CUDA")
     torch.library.register_fake(qualified, _fake(spec), lib=_LIBRARY)
     if spec.lse:
-        _register_gradient(name, spec, on_gpu, backward)
+        by_block = _gradient_by_block(spec)
+        gradient_on_gpu = by_block if backward is None else _gradient_by_kernel(spec, backward)
+        gradients = by_block, _same_bits(gradient_on_gpu) if deterministic else gradient_on_gpu
+        _register_gradient(name, spec, on_gpu, *gradients)
 
 
 def _by_kernel(spec: AttentionSpec, kernel: Kernel) -> Callable[..., Any]:
@@ -155,15 +162,14 @@ def _fake(spec: AttentionSpec) -> Callable[..., Any]:
 
 
 def _register_gradient(
-    name: str, spec: AttentionSpec, on_gpu: Callable[..., Any], kernel: BackwardKernel | None
+    name: str, spec: AttentionSpec, on_gpu: Callable[..., Any], by_block: Gradient, gradient_on_gpu: Gradient
 ) -> None:
     """``bwd_<sha12>``: the gradients of the needed inputs. An operator of its own, so that compilers need not look inside."""
     backward = name.replace("fwd_", "bwd_")
     schema = "(Tensor grad, Tensor out, Tensor lse, Tensor[] inputs, bool[] needed) -> Tensor[]"
     _LIBRARY.define(backward + schema, tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag))
-    by_block = _gradient_by_block(spec)
     _LIBRARY.impl(backward, by_block, "CPU")
-    _LIBRARY.impl(backward, by_block if kernel is None else _gradient_by_kernel(spec, kernel), "CUDA")
+    _LIBRARY.impl(backward, gradient_on_gpu, "CUDA")
 
     def fake(grad: Tensor, out: Tensor, lse: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
         return [_dense(spec, source, x) for source, x, n in zip(spec.inputs, inputs, needed, strict=True) if n]
@@ -210,6 +216,16 @@ def _gradient_by_kernel(spec: AttentionSpec, kernel: BackwardKernel) -> Gradient
             return _laid_out(spec, inputs, gradient.finish(plan, inputs, needed, buffers, lse, delta))
 
     return run
+
+
+def _same_bits(run: Gradient) -> Gradient:
+    """As under ``torch.use_deterministic_algorithms``, whatever the user has set."""
+
+    def same(grad: Tensor, out: Tensor, lse: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+        with compat.deterministic():
+            return run(grad, out, lse, inputs, needed)
+
+    return same
 
 
 def _launched(kernel: BackwardKernel, *args: Any) -> Sequence[Tensor] | None:

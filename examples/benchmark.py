@@ -11,15 +11,21 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import benchmark_models as models
 import torch
 import transformers
+from benchmark_models import DEVICE, Case, Size
 from torch import Tensor, nn
 
 import attngen
@@ -29,82 +35,13 @@ VARIANTS = ("eager", "inductor eager", "inductor sdpa", "attngen eager", "attnge
 SLACK = 2.0  # our error may be that much of eager's own
 
 
-@dataclass(frozen=True)
-class Case:
-    """A model, what to call it with, and whether it has an sdpa spelling."""
-
-    name: str
-    build: Callable[[], nn.Module]
-    inputs: Callable[[], dict[str, Tensor]]
-    sdpa: bool = True
-    exact: str = "sdpa"  # the spelling of the float32 reference: one that computes the same and needs little memory
-
-
-def _ids(batch: int, length: int, vocabulary: int = 1000) -> dict[str, Tensor]:
-    return {"input_ids": torch.randint(0, vocabulary, (batch, length), device="cuda")}
-
-
-def _llama() -> nn.Module:
-    return transformers.LlamaModel(
-        transformers.LlamaConfig(
-            hidden_size=2048, intermediate_size=8192, num_hidden_layers=4, num_attention_heads=32,
-            num_key_value_heads=8, vocab_size=1000, max_position_embeddings=8192, use_cache=False,
-        )
-    )  # fmt: skip
-
-
-def _gemma2() -> nn.Module:
-    return transformers.Gemma2Model(
-        transformers.Gemma2Config(
-            hidden_size=2304, intermediate_size=9216, num_hidden_layers=4, num_attention_heads=8,
-            num_key_value_heads=4, head_dim=256, vocab_size=1000, sliding_window=1024, use_cache=False,
-        )
-    )  # fmt: skip
-
-
-def _bloom() -> nn.Module:
-    return transformers.BloomModel(
-        transformers.BloomConfig(hidden_size=2048, n_layer=4, n_head=16, vocab_size=1000, use_cache=False)
-    )
-
-
-def _t5() -> nn.Module:
-    return transformers.T5EncoderModel(
-        transformers.T5Config(
-            d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, vocab_size=1000, use_cache=False
-        )
-    )
-
-
-def _gpt2() -> nn.Module:
-    return transformers.GPT2Model(
-        transformers.GPT2Config(n_embd=1024, n_layer=6, n_head=16, n_positions=1024, vocab_size=1000, use_cache=False)
-    )
-
-
-def _bert() -> nn.Module:
-    return transformers.BertModel(
-        transformers.BertConfig(
-            hidden_size=1024, num_hidden_layers=6, num_attention_heads=16, intermediate_size=4096, vocab_size=1000
-        ),
-        add_pooling_layer=False,
-    )
-
-
-def _padded(batch: int, length: int) -> dict[str, Tensor]:
-    """Sequences of between half and the whole length."""
-    lengths = torch.linspace(length // 2, length, batch, device="cuda").long()
-    mask = (torch.arange(length, device="cuda") < lengths[:, None]).long()
-    return {**_ids(batch, length), "attention_mask": mask}
-
-
 CASES = (
-    Case("llama", _llama, lambda: _ids(2, 8192)),
-    Case("gemma2", _gemma2, lambda: _ids(4, 4096), exact="eager"),
-    Case("bloom", _bloom, lambda: _ids(8, 2048), sdpa=False, exact="eager"),
-    Case("t5", _t5, lambda: _ids(8, 2048)),
-    Case("gpt2", _gpt2, lambda: _ids(16, 1024)),
-    Case("bert", _bert, lambda: _padded(32, 512)),
+    Case("llama", models.llama, Size(2, 8192, 4, 2048, 32, 8)),
+    Case("gemma2", models.gemma2, Size(4, 4096, 4, 2304, 8, 4), exact="eager"),
+    Case("bloom", models.bloom, Size(8, 2048, 4, 2048, 16), sdpa=False, exact="eager"),
+    Case("t5", models.t5, Size(8, 2048, 12, 768, 12)),
+    Case("gpt2", models.gpt2, Size(16, 1024, 6, 1024, 16)),
+    Case("bert", models.bert, Size(32, 512, 6, 1024, 16), padded=True),
 )
 
 
@@ -188,9 +125,9 @@ def time_all(ready: dict[str, Any], inputs: dict[str, Tensor], rounds: int) -> N
 
 
 def measure(case: Case, rounds: int, names: list[str]) -> dict[str, Any]:
-    torch._dynamo.reset()
     torch.manual_seed(0)
-    model = case.build().eval().to("cuda", torch.bfloat16)
+    names = [name for name in names if case.sdpa or not name.endswith("sdpa")]
+    model = case.model().eval()
     inputs = case.inputs()
     with torch.no_grad():
         exact = reference(case, model, inputs).float()
@@ -213,25 +150,48 @@ def show(result: dict[str, Any]) -> None:
         print(f"{result['model']:8} {row['variant']:16} {cost}  error {row['error']:.2e}  {verdict}", flush=True)
 
 
-def record(describes: str | None, measured: Callable[[Case, int, list[str]], dict[str, Any]], rounds: int) -> None:
-    """What a benchmark of all models is as a program: ``measured`` gives the result of one model, written as it comes."""
+def record(
+    describes: str | None,
+    measured: Callable[[Case, int, list[str]], dict[str, Any]],
+    *,
+    cases: Sequence[Case] = CASES,
+    variants: Sequence[str] = VARIANTS,
+    rounds: int,
+) -> None:
+    """What a benchmark of all models is as a program: ``measured`` gives the result of one model.
+
+    Each model has a process of its own, which leaves nothing on the device. Results are written as they come.
+    """
     parser = argparse.ArgumentParser(description=describes, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--models", default=",".join(case.name for case in CASES))
-    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--models", default=",".join(case.name for case in cases))
+    parser.add_argument("--variants", default=",".join(variants))
     parser.add_argument("--rounds", type=int, default=rounds)
     args = parser.parse_args()
     torch._dynamo.config.recompile_limit = 64
     versions = {"torch": torch.__version__, "attngen": attngen.__version__, "transformers": transformers.__version__}
-    found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "versions": versions, "results": []}
-    for case in CASES:
-        if case.name in args.models.split(","):
-            names = [v for v in args.variants.split(",") if case.sdpa or not v.endswith("sdpa")]
-            found["results"].append(measured(case, args.rounds, names))
-            args.out.write_text(json.dumps(found, indent=1) + "\n")
-            torch.cuda.empty_cache()
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    found: dict[str, Any] = {"device": device, "versions": versions, "results": []}
+    chosen = [case for case in cases if case.name in args.models.split(",")]
+    for case in chosen:
+        if len(chosen) == 1:
+            small = case if DEVICE == "cuda" else replace(case, size=case.size.small)
+            found["results"].append(measured(small, args.rounds, args.variants.split(",")))
+        else:
+            found["results"] += _in_process(case, args)
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
     for result in found["results"]:
         show(result)
+
+
+def _in_process(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The result of one model, none if its process failed. Segments that grow keep what other variants freed in use."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out.json")
+        options = ["--models", case.name, "--out", str(out), "--variants", args.variants, "--rounds", str(args.rounds)]
+        environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
+        subprocess.run([sys.executable, sys.argv[0], *options], env=environment, check=False)
+        return list(json.loads(out.read_text())["results"]) if out.exists() else []
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def launch() -> dict[str, float]:
 def first_call(name: str, variant: str) -> float:
     """Seconds from the model on the GPU to its first compiled result, in this process."""
     case = next(case for case in benchmark.CASES if case.name == name)
-    model = case.build().eval().to("cuda", torch.bfloat16)
+    model = case.model().eval()
     inputs = case.inputs()
     torch.cuda.synchronize()
     started = time.perf_counter()

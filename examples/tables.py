@@ -15,30 +15,44 @@ Record = dict[str, Any]
 
 def models(record: Record) -> list[str]:
     """Milliseconds and peak memory of each variant, a line per model."""
-    names = [row["variant"] for row in record["results"][0]["rows"]]
+    names = list(dict.fromkeys(row["variant"] for result in record["results"] for row in result["rows"]))
     lines = [f"| model | {' | '.join(names)} | speed-up over compiled eager / sdpa |", "|---" * (len(names) + 2) + "|"]
     for result in record["results"]:
         rows = {row["variant"]: row for row in result["rows"]}
         cells = [_cell(rows.get(name)) for name in names]
-        lines.append(f"| {result['model']} | {' | '.join(cells)} | {_ratio(rows, 'eager')} / {_ratio(rows, 'sdpa')} |")
-    ratios = [_speedup({row["variant"]: row for row in result["rows"]}, "eager") for result in record["results"]]
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        ratios = " / ".join(f"{x:.2f}x" if (x := _speedup(rows, spelling)) else "-" for spelling in ("eager", "sdpa"))
+        lines.append(f"| {result['model']} | {' | '.join(cells)} | {ratios} |")
+    found = [_speedup({row["variant"]: row for row in result["rows"]}, "eager") for result in record["results"]]
+    logarithms = [math.log(ratio) for ratio in found if ratio]
+    mean = math.exp(sum(logarithms) / len(logarithms))
     return [*lines, "", f"Geometric mean over the compiled eager spelling: {mean:.2f}x. {_machine(record)}"]
 
 
 def _cell(row: Record | None) -> str:
+    if row is not None and "OutOfMemory" in row["problem"]:
+        return "out of memory"
     return "-" if row is None or row["problem"] else f"{row['ms']:.2f} ms, {row['peak_gib']:.2f} GiB"
 
 
-def _speedup(rows: dict[str, Record], spelling: str) -> float:
-    """Compiled by Inductor over our best spelling."""
-    ours = min(row["ms"] for name, row in rows.items() if name.startswith("attngen") and not row["problem"])
-    return float(rows[f"inductor {spelling}"]["ms"] / ours)
-
-
-def _ratio(rows: dict[str, Record], spelling: str) -> str:
+def _speedup(rows: dict[str, Record], spelling: str) -> float | None:
+    """What Inductor compiles over our best spelling; None where one of them has no time."""
     peer = rows.get(f"inductor {spelling}")
-    return "-" if peer is None or peer["problem"] else f"{_speedup(rows, spelling):.2f}x"
+    ours = [row["ms"] for name, row in rows.items() if name.startswith("attngen") and not row["problem"]]
+    return None if peer is None or peer["problem"] or not ours else float(peer["ms"] / min(ours))
+
+
+def curves(record: Record) -> list[str]:
+    """Of each training, the last losses, and how far attngen's curve and eager's second one are from eager's first."""
+    titles = ("model", "dropout", "loss in eager", "by attngen", "distance from eager", "of eager again", "sites")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for result in record["results"]:
+        eager, ours = (sum(result["curves"][name][-20:]) / 20 for name in ("eager", "attngen"))
+        distances = (f"{result[name]['mean']:.1e}" for name in ("difference", "noise"))
+        cells = (result["model"], result["dropout"], f"{eager:.3f}", f"{ours:.3f}", *distances, result["replaced"])
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    dtype = record["results"][0]["dtype"]
+    note = "Losses are means of the last 20 steps, distances of all of them"
+    return [*lines, "", f"{note}: {record['steps']} steps in {dtype}. {_machine(record)}"]
 
 
 def coverage(record: Record) -> list[str]:
@@ -92,6 +106,7 @@ def _machine(record: Record) -> str:
 TABLES: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
     "coverage": ("tests/data/coverage.json", coverage),
     "models": ("examples/results/models.json", models),
+    "curves": ("examples/results/curves.json", curves),
     "long": ("examples/results/long.json", long),
     "starts": ("examples/results/starts.json", starts),
 }

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves, tree_map
 
 from attngen import compat
 from attngen.passes import versions
@@ -65,7 +66,7 @@ def run(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Lowered:
             origins.setdefault(node.all_input_nodes[0], []).append(captured)
     emitted = {node: [n for n in new if n in kept] for node, new in record.emitted.items()}
     placeholders = lowered.graph.find_nodes(op="placeholder")
-    weights = (n for n, x in zip(placeholders, inputs, strict=True) if isinstance(x, torch.nn.Parameter))
+    weights = (n for n, x in zip(placeholders, tree_leaves(inputs), strict=True) if isinstance(x, torch.nn.Parameter))
     return Lowered(lowered.graph, origins, emitted, frozenset(weights))
 
 
@@ -214,16 +215,17 @@ def _fake_inputs(
     known = [n.meta.get("example_value", n.meta.get("val")) for n in placeholders]
     if any(value is None for value in known):
         known = list(examples)
-    mode = next((v.fake_mode for v in known if isinstance(v, compat.FakeTensor)), None)
+    leaves = tree_leaves(known)  # the graph of a backward gets lists of tensors
+    mode = next((v.fake_mode for v in leaves if isinstance(v, compat.FakeTensor)), None)
     if mode is None:
-        shape_env = next((v.node.shape_env for v in known if isinstance(v, torch.SymInt)), None)
+        shape_env = next((v.node.shape_env for v in leaves if isinstance(v, torch.SymInt)), None)
         mode = compat.FakeTensorMode(allow_non_fake_inputs=True, shape_env=shape_env)
 
     def fake(value: Any) -> Any:
         real = isinstance(value, torch.Tensor) and not isinstance(value, compat.FakeTensor)
         return mode.from_tensor(value, static_shapes=True) if real else value
 
-    return mode, [fake(value) for value in [*known, *attributes]]
+    return mode, tree_map(fake, [*known, *attributes])
 
 
 class _restored_autocast:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from analysis import analysed, scores, weights
 from specs import CAUSAL, SEED, B, H, attention, dropped
 from torch import Tensor, nn
 from torch.nn.functional import dropout, scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import attngen
 from attngen import blockwise, gradient, philox, pipeline, verify
@@ -218,23 +219,49 @@ def test_two_calls_in_one_graph_draw_anew() -> None:
     assert not torch.equal(first, second)
 
 
-def test_checkpoints_draw_the_same_again() -> None:
-    """Under Inductor: torch's own backend="eager" does not keep the state of random numbers for what it computes again."""
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_checkpoints_draw_the_same_again(inner: str, reentrant: bool) -> None:
+    """What is random besides attention too. The result is linear in the values, and its gradient tells of the same masks."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dropout(SPELLINGS["softmax"](q, k, v), P)
+
+    def inside(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return checkpoint(attend, q, k, v, use_reentrant=reentrant) * 3  # type: ignore[no-any-return]
 
     def outer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return checkpoint(SPELLINGS["softmax"], q, k, v, use_reentrant=False).tanh()  # type: ignore[no-any-return]
+        return dropout(checkpoint(inside, q, k, v, use_reentrant=reentrant), P)
 
-    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return SPELLINGS["softmax"](q, k, v).tanh()
+    fast, (q, k, v) = compiled(outer, inner), operands()
+    out = seeded(fast, q, k, v)
+    torch.randn(5)  # so that the state at the time of the backward is another one
+    state, direction = torch.get_rng_state(), torch.ones_like(out)
+    (grad,) = torch.autograd.grad(out, v, direction)
+    torch.testing.assert_close((grad * v).sum(), (out * direction).sum(), rtol=1e-4, atol=1e-4)
+    assert inner == "inductor" or torch.equal(torch.get_rng_state(), state)
+    later = fast(q, k, v)
+    assert not torch.equal(later, out)
 
-    results = []
-    for function in (outer, plain):
-        fast, inputs = compiled(function, "inductor"), operands()
-        out = seeded(fast, *inputs)
-        torch.randn(5)  # so that the state at the time of the backward is another one
-        results.append([out, *torch.autograd.grad(out.sum(), inputs)])
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_selective_checkpoints_save_what_they_are_told_to(saved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy is asked about our operator, and what it saves is not computed again."""
+
+    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if saved and "fwd_" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def outer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        contexts = partial(create_selective_checkpoint_contexts, policy)
+        return checkpoint(SPELLINGS["softmax"], q, k, v, use_reentrant=False, context_fn=contexts).tanh()  # type: ignore[no-any-return]
+
+    plain, inputs = compiled(lambda q, k, v: SPELLINGS["softmax"](q, k, v).tanh(), "eager"), operands()
+    expected = torch.autograd.grad(seeded(plain, *inputs).sum(), inputs)
+    fast, forward, calls = compiled(outer, "eager"), blockwise.forward, []
+    monkeypatch.setattr(blockwise, "forward", lambda *args: calls.append(args) or forward(*args))
+    for mine, exact in zip(torch.autograd.grad(seeded(fast, *inputs).sum(), inputs), expected, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-5, atol=1e-6)
+    assert len(calls) == (1 if saved else 2)
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])

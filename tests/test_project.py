@@ -44,7 +44,7 @@ LAYERS = (
     {"portable", "hopper", "gradient", "sides", "portable_bwd", "hopper_bwd"},
     {"emit", "cost"},
     {"choose", "choose_bwd", "interpret"},
-    {"verify", "verify_bwd", "aot", "runtime", "plan", "report", "advice", "sample", "tuned"},
+    {"verify", "verify_bwd", "aot", "runtime", "plan", "checkpoints", "report", "advice", "sample", "tuned"},
     {"cache"},
     {"prepare", "options", "decide"},
     {"tune"},

@@ -33,6 +33,7 @@ class Wanted:
     inputs: tuple[Layout, ...]
     device: Device
     where: str = field(default="", compare=False)
+    deterministic: bool = False  # gradients must be the same bits in every run
 
 
 class Key(Record):
@@ -45,6 +46,7 @@ class Key(Record):
     keys: int = Field(ge=1)
     dtype: str = Field(max_length=32)
     layout: str = Field(max_length=1000)
+    deterministic: bool = False
     device: str = Field(max_length=200)
     sms: int = Field(ge=1)
     attngen: str = Field(max_length=64)
@@ -68,6 +70,7 @@ def key_of(wanted: Wanted) -> Key:
         keys=_class(problem.keys),
         dtype=str(spec.query.dtype).removeprefix("torch."),
         layout=" ".join(map(_arrangement, wanted.inputs)),
+        deterministic=wanted.deterministic,
         device=wanted.device.label,
         sms=wanted.device.sms,
         **versions(),

@@ -1,0 +1,114 @@
+"""The benchmark of training steps, at sizes for a CPU: every model of it is replaced, and passes the check it makes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CASES = ("gpt2", "gpt2-dropout", "bert", "bert-dropout", "llama", "gemma2", "bloom", "mpt", "t5", "deberta")
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The benchmark, where attngen leaves the rest of a graph as it is."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, options={"inner": "eager", "strict": True}))
+    torch._dynamo.reset()
+    yield import_module("benchmark_training")
+    torch._dynamo.reset()
+
+
+def measured(benchmark: Any, name: str, *variants: str) -> dict[str, Any]:
+    (case,) = [case for case in benchmark.CASES if case.name == name]
+    result: dict[str, Any] = benchmark.measure(replace(case, size=case.size.small), 1, list(variants))
+    return result
+
+
+def test_all_cases_are_tested(benchmark: Any) -> None:
+    assert tuple(case.name for case in benchmark.CASES) == CASES
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_model(name: str, benchmark: Any) -> None:
+    result = measured(benchmark, name, "eager", "attngen eager")
+    assert [row["variant"] for row in result["rows"]] == ["eager", "attngen eager"]
+    for row in result["rows"]:
+        assert not row["problem"] and row["ms"] > 0 and not row["missed"], row
+        assert row["error"] <= result["budget"] < 0.3
+    assert result["rows"][1]["replaced"] == 1
+
+
+def test_a_deterministic_run_is_one(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is so no longer when it is over."""
+    seen, step = [], benchmark.step
+
+    def watched(*given: Any) -> None:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        step(*given)
+
+    monkeypatch.setattr(benchmark, "step", watched)
+    result = measured(benchmark, "gpt2", "attngen eager deterministic")
+    assert not result["rows"][0]["problem"] and seen and all(seen)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("name", ["bloom", "bert-dropout"])
+def test_wrong_gradients_are_over_budget(name: str, benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = benchmark.step_of
+
+    def halved(model: Any, variant: str, inputs: Any, weights: Any) -> Any:
+        return made(model, variant, inputs, weights if variant == "eager" else weights / 2)
+
+    monkeypatch.setattr(benchmark, "step_of", halved)
+    result = measured(benchmark, name, "eager", "attngen eager")
+    eager, ours = result["rows"]
+    assert eager["error"] <= result["budget"] < ours["error"]
+
+
+def test_only_spellings_that_the_library_has_are_run(benchmark: Any) -> None:
+    models = {case.name: replace(case, size=case.size.small).model() for case in benchmark.CASES}
+    spelt = {name: [v for v in benchmark.VARIANTS if benchmark.spelt(model, v)] for name, model in models.items()}
+    assert spelt["llama"] == list(benchmark.VARIANTS)
+    assert spelt["mpt"] == ["eager", "inductor eager", "attngen eager", "attngen eager deterministic"]
+
+
+def test_each_model_has_a_process(tmp_path: Path, benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails in one is not in the record, and the others are."""
+    out = tmp_path / "out.json"
+    given = ["--models", "gpt2,t5", "--variants", "eager", "--rounds", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLES / "benchmark_training.py"), *given])
+    shared = import_module("benchmark")
+    run = shared.subprocess.run
+
+    def failing(command: list[str], **options: Any) -> Any:
+        return run([sys.executable, "-c", "raise SystemExit(1)"] if "t5" in command else command, **options)
+
+    monkeypatch.setattr(shared.subprocess, "run", failing)
+    shared.record("", benchmark.measure, cases=benchmark.CASES, variants=benchmark.VARIANTS, rounds=1)
+    (result,) = json.loads(out.read_text())["results"]
+    assert result["model"] == "gpt2" and result["rows"][0]["ms"] > 0
+
+
+def test_a_table_says_what_did_not_fit(benchmark: Any) -> None:
+    def row(variant: str, ms: float, problem: str = "") -> dict[str, Any]:
+        return {"variant": variant, "ms": ms, "peak_gib": 1.0, "problem": problem}
+
+    full = [row(name, 0, "OutOfMemoryError: CUDA") for name in ("eager", "inductor eager")] + [row("attngen eager", 2)]
+    some = [row("eager", 9), row("inductor eager", 6), row("inductor flex", 0, "ValueError: no"), row("attngen eager", 3)]
+    record = {"device": "D", "versions": {}, "results": [{"model": "a", "rows": full}, {"model": "b", "rows": some}]}
+    title, _, a, b, _, mean = import_module("tables").models(record)
+    assert title.startswith("| model | eager | inductor eager | attngen eager | inductor flex |")
+    assert a == "| a | out of memory | out of memory | 2.00 ms, 1.00 GiB | - | - / - |"
+    assert b == "| b | 9.00 ms, 1.00 GiB | 6.00 ms, 1.00 GiB | 3.00 ms, 1.00 GiB | - | 2.00x / - |"
+    assert "2.00x" in mean
