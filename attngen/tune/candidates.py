@@ -28,7 +28,8 @@ def candidates(wanted: Wanted, count: int) -> tuple[tuple[Tile, ...], ...]:
     """None where no kernel can compute it."""
     about = (wanted.spec, wanted.problem, wanted.device)
     if wanted.phase != FORWARD:
-        plans = sorted(choose_bwd.candidates(*about, count, deterministic=wanted.deterministic), key=lambda plan: plan.seconds)
+        able = choose_bwd.candidates(*about, count, deterministic=wanted.deterministic)
+        plans = sorted(able, key=lambda plan: plan.seconds)
         return tuple(plan.tiles for plan in plans)
     plan = decide.chosen(*about, None, decide.misaligned(wanted.spec, wanted.inputs))
     if isinstance(plan, Miss):
