@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from attngen import advice, cost, naming
+from attngen import advice, candidates, cost, naming
 from attngen.algebra import ONE, TRUE
 from attngen.choose import Plan
 from attngen.choose_bwd import BackwardPlan, choose_backward
@@ -31,7 +31,7 @@ def missed(each: Missed) -> SiteReport:
 
 
 def found(each: Found, device: Device, status: str) -> SiteReport:
-    report = replace(_planned(each.plan, device), where=each.where, status=status)
+    report = replace(planned(each.plan, device), where=each.where, status=status)
     if len(each.terms) > 1:
         number = 1 + next(place for place, term in enumerate(each.terms) if term is each.placed)
         report = replace(report, computes=f"{report.computes}, term {number} of {len(each.terms)}")
@@ -46,7 +46,7 @@ def _placed(report: SiteReport, anchor: fx.Node | None) -> SiteReport:
 
 
 @lru_cache(maxsize=4096)
-def _planned(plan: Plan, device: Device) -> SiteReport:
+def planned(plan: Plan, device: Device) -> SiteReport:
     """What a report says of every site that has this plan."""
     before = int(cost.eager_hbm_bytes(plan.spec, plan.problem))
     gradients = choose_backward(plan.spec, plan.problem, device) if plan.spec.lse else None
@@ -61,6 +61,7 @@ def _planned(plan: Plan, device: Device) -> SiteReport:
         sizes={"batch": list(plan.problem.batch), "rows": plan.problem.rows, "keys": plan.problem.keys},
         formula=tuple(cost.formula(plan, device)),
         refused=tuple(f"{r.tile}: {r.reason}" for r in plan.refused),
+        candidates=candidates.of(plan, device),
     )
     if isinstance(gradients, BackwardPlan):
         return replace(report, backward=str(gradients), backward_ms=gradients.seconds * 1e3)

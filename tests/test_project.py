@@ -47,11 +47,13 @@ LAYERS = (
     {"verify", "verify_bwd", "aot", "runtime", "plan", "report", "options", "advice", "sample"},
     {"prepare"},
     {"passes"},
+    {"candidates"},
     {"describe"},
     {"pipeline"},
     {"backend", "capture"},
     {"trial", "output", "modelfile"},
     {"info", "show"},
+    {"page"},
     {"stages", "minify", "bench"},
     {"cli", "__init__"},
 )
@@ -68,7 +70,7 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-MODULES = sorted([*(ROOT / "attngen").glob("*.py"), *(ROOT / "attngen" / "bench").glob("*.py")])
+MODULES = sorted(each for part in ("", "bench", "page") for each in (ROOT / "attngen" / part).glob("*.py"))
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT / "attngen").with_suffix("")))
@@ -95,7 +97,7 @@ def test_wheel_holds_passes_and_templates(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     templates = [f"templates/{name}" for name in ("portable_fwd.py.jinja", "hopper_fwd.py.jinja", "recorded.py.jinja")]
-    for name in ("passes/detect.py", *templates, "bench/peers.py", "py.typed"):
+    for name in ("passes/detect.py", *templates, "bench/peers.py", "page/page.html.jinja", "py.typed"):
         assert f"attngen/{name}" in names
     assert not any(name.startswith(("passes/", "templates/", "tests/", "examples/")) for name in names)
 
