@@ -38,6 +38,7 @@ class Pictures:
     notes: tuple[str, ...]
     mask: Markup
     roofline: Markup | None
+    points: tuple[str, ...]
     time: Markup
 
 
@@ -94,8 +95,9 @@ def pictures_of(site: SiteReport, use: Use, device: Device) -> Pictures:
     assert site.sizes is not None
     spec, problem = use.kernel.spec, Problem(tuple(site.sizes["batch"]), site.sizes["rows"], site.sizes["keys"])
     blocks, roof = masks.blocks_of(spec, problem, use.kernel.tile), roofline.of(site, spec, problem, device)
-    drawing = None if roof is None else roofline.drawn(roof)
-    return Pictures(blocks, _notes(blocks, use.kernel.tile), masks.drawn(blocks), drawing, spent.drawn(site.candidates[0]))
+    drawing, points = (None, ()) if roof is None else (roofline.drawn(roof), tuple(map(roofline.said, roof.points)))
+    time = spent.drawn(site.candidates[0])
+    return Pictures(blocks, _notes(blocks, use.kernel.tile), masks.drawn(blocks), drawing, points, time)
 
 
 def _notes(blocks: masks.Blocks, tile: Tile) -> tuple[str, ...]:

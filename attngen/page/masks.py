@@ -25,6 +25,7 @@ KINDS = ("empty", "partial", "full", "data")
 MOST = 64  # cells along each side of a picture
 SIDE = 240.0  # of the picture, in pixels
 MARGIN = 18.0  # for what is written beside it
+LONG = 80.0  # how long that is
 
 Kinds = np.ndarray  # [cells of rows, cells of keys], each one of ``KINDS``
 
@@ -114,7 +115,7 @@ def drawn(blocks: Blocks) -> Markup:
         svg.text(-MARGIN, MARGIN - 6, f"{problem.rows} queries", transform="rotate(-90)", text_anchor="end"),
     ]
     label = f"Blocks of {problem.rows} queries and {problem.keys} keys"
-    return svg.picture(width + MARGIN + 2, height + MARGIN + 2, label, shapes, "map")
+    return svg.picture(max(width, LONG) + MARGIN + 2, max(height, LONG) + MARGIN + 2, label, shapes, "map")
 
 
 def _runs(marked: np.ndarray) -> list[tuple[int, tuple[int, int]]]:

@@ -22,6 +22,7 @@ from attngen.work import bindings, count_blocks
 
 WIDTH, HEIGHT = 440.0, 270.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 18.0, 12.0, 38.0
+LINE = 14.0  # from one line of words to the next
 PREFIXES = {0: "", 3: "k", 6: "M", 9: "G", 12: "T", 15: "P", 18: "E"}
 
 
@@ -112,18 +113,21 @@ def drawn(roofline: Roofline) -> Markup:
     shapes = [*_grid(scales), *_ceilings(roofline, scales)]
     places = [(scales.x(point.intensity), scales.y(point.rate)) for point in roofline.points]
     shapes.append(svg.line(places, class_="move"))
-    for place, point in zip(places, roofline.points, strict=True):
-        shapes += _marked(point, *place)
+    (x, y), (right, below) = places
+    apart = LINE if abs(x - right) < 4 * LINE and abs(y - below) < LINE else 0.0  # of names that would lie on each other
+    for place, point, more in zip(places, roofline.points, (0.0, apart), strict=True):
+        shapes += _marked(point, *place, more)
     return svg.picture(WIDTH, HEIGHT, "Roofline: FLOP/s over FLOP per byte of device memory", shapes)
 
 
-def _marked(point: Point, x: float, y: float) -> list[Markup]:
-    """A dot, and beside it, on the side with room, what it says."""
-    side = -1 if x > (LEFT + WIDTH) / 2 else 1
-    anchor = "end" if side < 0 else "start"
-    words = (point.kind, f"{digits(point.intensity)} FLOP/byte", rate_text(point.rate))
-    lines = [svg.text(x + 9 * side, y + 16 + 12 * n, word, class_="name", text_anchor=anchor) for n, word in enumerate(words)]
-    return [svg.element("circle", cx=x, cy=y, r=5.0, class_=point.kind), *lines]
+def _marked(point: Point, x: float, y: float, more: float) -> list[Markup]:
+    """A dot, and its name under it."""
+    dot = svg.element("circle", cx=x, cy=y, r=5.0, class_=point.kind)
+    return [dot, svg.text(x + 8, y + LINE + more, point.kind, class_="name")]
+
+
+def said(point: Point) -> str:
+    return f"{digits(point.intensity)} FLOP per byte, {rate_text(point.rate)}"
 
 
 def _grid(scales: Scales) -> list[Markup]:
