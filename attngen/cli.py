@@ -81,6 +81,7 @@ def optimize(
     with ending(traceback):
         from attngen import output as outputs
         from attngen import plan, show, stages
+        from attngen.page import document
 
         options = options_of(target, only, skip, traceback)
         folder = output or Path("attngen-out") / model.stem
@@ -98,7 +99,8 @@ def optimize(
                 plans = plan.of(report, [use.kernel for use in uses])
                 kernels = [(use.kernel.name, use.kernel.source) for use in uses]
                 text = plans.model_dump_json(indent=1)
-                outputs.write(stage, model.name, report.device, text, report.to_json(), kernels)
+                page = document.rendered(report, uses, device, model.name)
+                outputs.write(stage, model.name, report.device, text, report.to_json(), page, kernels)
         _print(report, json)
         if not json:
             show.console().print(show.written(folder))

@@ -85,7 +85,7 @@ def _cost(at: dict[sp.Symbol, float]) -> Cost:
         alu=steps * at[f.t_alu],
         load=max(steps * at[f.t_load], at[f.t_hbm]),
         waves=at[f.t_grid] - steps * at[f.t_step],
-        launch=at[f.launch],
+        launch=at[f.seconds] - max(at[f.t_grid], at[f.t_hbm]),
     )
     return Cost(at[f.seconds], round(at[f.hbm]), round(at[f.smem]), round(at[f.registers]), parts)
 

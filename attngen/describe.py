@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from attngen import advice, cost, naming
+from attngen import advice, candidates, cost, naming
 from attngen.algebra import ONE, TRUE
 from attngen.cache.lookup import MODEL, Choice
 from attngen.choose import Plan
@@ -33,7 +33,7 @@ def missed(each: Missed) -> SiteReport:
 
 
 def found(each: Found, device: Device, status: str) -> SiteReport:
-    report = replace(_planned(each.plan, device, each.backward), where=each.where, status=status)
+    report = replace(planned(each.plan, device, each.backward), where=each.where, status=status)
     report = _chosen(report, *each.given)
     if len(each.terms) > 1:
         number = 1 + next(place for place, term in enumerate(each.terms) if term is each.placed)
@@ -49,7 +49,7 @@ def _placed(report: SiteReport, anchor: fx.Node | None) -> SiteReport:
 
 
 @lru_cache(maxsize=4096)
-def _planned(plan: Plan, device: Device, gradients: BackwardPlan | Miss | None) -> SiteReport:
+def planned(plan: Plan, device: Device, gradients: BackwardPlan | Miss | None) -> SiteReport:
     """What a report says of every site that has this plan."""
     before = int(cost.eager_hbm_bytes(plan.spec, plan.problem))
     report = SiteReport(
@@ -63,6 +63,7 @@ def _planned(plan: Plan, device: Device, gradients: BackwardPlan | Miss | None) 
         sizes={"batch": list(plan.problem.batch), "rows": plan.problem.rows, "keys": plan.problem.keys},
         formula=tuple(cost.formula(plan, device)),
         refused=tuple(f"{r.tile}: {r.reason}" for r in plan.refused),
+        candidates=candidates.of(plan, device),
     )
     if isinstance(gradients, BackwardPlan):
         tiles = tuple(map(asdict, gradients.tiles))

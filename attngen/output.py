@@ -1,4 +1,4 @@
-"""The directory that ``attngen optimize`` writes: kernels, plan, report and a loader; all of it or nothing.
+"""The directory that ``attngen optimize`` writes: kernels, plan, report, page and loader; all of it or nothing.
 
 It is staged in a directory inside the one to fill, which shows before any work that it can be written, and moved into
 place at the end, the plan last: whatever happens, the plan that is there names what is there.
@@ -17,7 +17,7 @@ from pathlib import Path
 from attngen import paths
 from attngen.errors import CannotWrite
 
-PLAN, REPORT, LOADER, KERNELS = "plan.json", "report.json", "load.py", "kernels"
+PLAN, REPORT, PAGE, LOADER, KERNELS = "plan.json", "report.json", "report.html", "load.py", "kernels"
 STAGE = ".attngen-"
 SCRIPT = "Cut out by attngen"  # stands in every script of ``attngen minify``
 
@@ -62,13 +62,16 @@ def staged(folder: Path) -> Iterator[Path]:
                 each.rmdir()
 
 
-def write(stage: Path, model: str, device: str, plan: str, report: str, kernels: Sequence[tuple[str, str]]) -> None:
-    """Fill a stage: ``plan`` and ``report`` as JSON, ``kernels`` as (name, source)."""
+def write(
+    stage: Path, model: str, device: str, plan: str, report: str, page: str, kernels: Sequence[tuple[str, str]]
+) -> None:
+    """Fill a stage: ``plan`` and ``report`` as JSON, the report as a ``page`` too, ``kernels`` as (name, source)."""
     with _writing(stage.parent):
         (stage / KERNELS).mkdir()
         for name, source in kernels:
             (stage / KERNELS / f"{name}.py").write_text(source)
         (stage / REPORT).write_text(report + "\n")
+        (stage / PAGE).write_text(page, encoding="utf-8")
         (stage / LOADER).write_text(LOADER_TEXT.format(model=model, device=device))
         (stage / PLAN).write_text(plan + "\n")
 
@@ -108,7 +111,7 @@ def _move(stage: Path, folder: Path) -> None:
     fresh = {source.name for source in (stage / KERNELS).iterdir()}
     for name in fresh:
         os.replace(stage / KERNELS / name, folder / KERNELS / name)
-    for name in (REPORT, LOADER, PLAN):
+    for name in (REPORT, PAGE, LOADER, PLAN):
         os.replace(stage / name, folder / name)
     for old in (folder / KERNELS).glob("fwd_*.py"):
         if old.name not in fresh:

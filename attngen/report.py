@@ -13,6 +13,23 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A tile that could run, and what was predicted for it.
+
+    ``parts_ms``     milliseconds of its parts: each resource is busy at the same time as the others ("products",
+                     "exponentials", "arithmetic", "loads"), the rest adds to the busiest ("waiting", "shares", "launch")
+    ``lost``         what it takes longer for than the tile that was chosen; empty for that one
+    ``measured_ms``  of one call, where somebody measured it
+    """
+
+    tile: str
+    predicted_ms: float
+    parts_ms: dict[str, float]
+    lost: str = ""
+    measured_ms: float | None = None
+
+
+@dataclass(frozen=True)
 class SiteReport:
     """One place in the model that computes attention, or looks like it.
 
@@ -38,6 +55,8 @@ class SiteReport:
     ``sizes``         of one call: batch extents, query rows, keys
     ``compiled``      what the ahead-of-time compiler made of the kernel: arch, registers, spills, shared memory
     ``formula``       the cost formula with numbers, line by line
+    ``refused``       tiles that cannot run, or cannot run well, and why
+    ``candidates``    the tile that was chosen, and the best of the others
     """
 
     where: str
@@ -69,6 +88,7 @@ class SiteReport:
     compiled: dict[str, Any] | None = None
     formula: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True)

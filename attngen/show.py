@@ -290,7 +290,7 @@ def verdict(values: Collection[Check | AttngenError]) -> str:
 
 def written(folder: Path) -> Text:
     return Text.assemble(
-        (f"Written to {folder}: kernels/, plan.json, report.json, load.py.\n", "bold"),
+        (f"Written to {folder}: report.html, kernels/, plan.json, report.json, load.py.\n", "bold"),
         f'Use it: torch.compile(model, backend=attngen.load("{folder}"))',
     )
 

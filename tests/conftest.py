@@ -6,11 +6,14 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 GOLDEN = Path(__file__).parent / "golden"
+# Files that take longest begin first, so that no worker is left alone with one of them at the end.
+LONG = ("aot", "backend", "detect_dynamic", "fuzz", "inductor", "kernels", "models_half", "zoo_kernels")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,12 +26,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def asked(request: pytest.FixtureRequest) -> Callable[[str], list[dict[str, Any]]]:
+    """The parameters that a test function of some name will run with: what is made once for all of them is made for those."""
+
+    def parameters(name: str) -> list[dict[str, Any]]:
+        functions = [item for item in request.session.items if isinstance(item, pytest.Function)]
+        return [item.callspec.params for item in functions if item.originalname == name]
+
+    return parameters
 
 
 @pytest.fixture

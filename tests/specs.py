@@ -237,3 +237,15 @@ CASES = (
 )
 
 BY_NAME = {case.name: case for case in CASES}
+
+# Their kernels are of the same head size and type as others, and made of lines that stand in those (``test_emit`` looks).
+ALIKE = (
+    "dense_lse", "unscaled", "causal_lse", "cross", "window", "padding", "empty_rows_nan", "fill_lowest",
+    "dropped_causal",
+)  # fmt: skip
+FOR_OLDEST = (  # call all that any kernel calls: those that are run with the oldest Triton
+    "dense_bf16", "dense_fp32", "wide", "head_40", "grouped", "window_symmetric", "softcap_window", "streaming", "dilated",
+    "bias", "mask_added_in_half", "table_cross", "padding_causal", "lengths", "documents", "sinks_by_query", "fill_shows",
+    "fill_added_in_half", "decay", "dropped",
+)  # fmt: skip
+DISTINCT = tuple(case for case in CASES if case.name not in ALIKE)  # for compilers, to which numbers are all the same

@@ -1,13 +1,14 @@
-"""Every kernel compiles ahead of time: all for sm_90, a few for sm_80 and sm_89, without a GPU."""
+"""Every kernel compiles ahead of time: all kinds for sm_90, a few for sm_80 or sm_89, without a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from specs import BY_NAME, CASES, CAUSAL, HALF, Case, attention
+from specs import BY_NAME, CASES, CAUSAL, DISTINCT, FOR_OLDEST, HALF, Case, attention
 from test_emit import emitted
 
 from attngen import aot, compat
@@ -19,7 +20,11 @@ from attngen.verify import sample_inputs
 
 pytest.importorskip("triton")
 
-EVERY_ARCH = ("causal", "dense_bf16", "dense_fp32", "head_96", "softcap_window", "table_cross", "fill_shows", "sinks")
+OTHER_ARCHS = {
+    80: ("causal", "dense_fp32", "softcap_window", "fill_shows"),
+    89: ("dense_bf16", "head_96", "table_cross", "sinks"),
+}
+OLDEST = {(90, name) for name in FOR_OLDEST}
 # Tiles for large problems on Hopper: the largest that keep everything in registers.
 TYPICAL = (
     Case("d64", attention(dtype=torch.bfloat16, mask=CAUSAL), Tile(128, 64, 4, 3)),
@@ -39,19 +44,24 @@ def job_of(kernel: Kernel, problem: Problem, path: Path) -> Job:
 
 
 @pytest.fixture(scope="session")
-def binaries(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], Binary | VerificationFailed]:
-    """Everything this file compiles, by capability and name, compiled in parallel and from nothing."""
+def binaries(
+    tmp_path_factory: pytest.TempPathFactory, asked: Callable[[str], list[dict[str, Any]]]
+) -> dict[tuple[int, str], Binary | VerificationFailed]:
+    """Everything that tests ask for, by capability and name, compiled in parallel and from nothing."""
     found: dict[tuple[int, str], Binary | VerificationFailed] = {}
-    some = tuple(BY_NAME[name] for name in EVERY_ARCH)
+    wanted = {(params["arch"], params["name"]) for params in asked("test_kernel_compiles")} | {(90, "d128")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        for arch, cases in ((90, (*CASES, *TYPICAL)), (80, some), (89, some)):
+        for arch in sorted({arch for arch, _ in wanted}):
+            cases = tuple(case for case in (*DISTINCT, *TYPICAL) if (arch, case.name) in wanted)
             results = compiled(cases, tmp_path_factory.mktemp(f"sm{arch}"), arch)
             found |= {(arch, name): result for name, result in results.items()}
     return found
 
 
-WANTED = [(90, case.name) for case in (*CASES, *TYPICAL)] + [(arch, name) for arch in (80, 89) for name in EVERY_ARCH]
+NAMES = [(90, case.name) for case in (*DISTINCT, *TYPICAL)]
+NAMES += [(arch, name) for arch, names in OTHER_ARCHS.items() for name in names]
+WANTED = [pytest.param(*each, marks=() if each in OLDEST else pytest.mark.newest) for each in NAMES]
 
 
 @pytest.mark.parametrize(("arch", "name"), WANTED)

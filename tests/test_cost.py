@@ -282,7 +282,6 @@ COMPILED = [
     for arch, candidates in {
         90: [
             ("d64", attention(dtype=BF16), Tile(128, 64, 4, 3)),
-            ("d64_deep", attention(dtype=BF16, mask=CAUSAL), Tile(64, 32, 8, 4)),
             ("d128", attention(dtype=BF16, head_dim=128), Tile(128, 64, 8, 3)),
             ("d128_unstaged", attention(dtype=BF16, head_dim=128, mask=CAUSAL), Tile(64, 64, 4, 1)),
             ("d256", attention(dtype=BF16, head_dim=256), Tile(128, 32, 8, 2)),
@@ -290,7 +289,6 @@ COMPILED = [
             ("values_128", attention(dtype=BF16, head_dim=192, value_dim=128), Tile(64, 32, 4, 3)),
             ("fp32", attention(dtype=torch.float32, head_dim=64), Tile(16, 32, 4, 2)),
             ("tf32", attention(dtype=torch.float32, head_dim=64, tf32=True), Tile(64, 32, 4, 3)),
-            ("bias", BIASED, Tile(64, 64, 4, 2)),
             ("bias_deep", BIASED, Tile(128, 64, 8, 3)),
             ("documents", BY_NAME["documents"].spec, Tile(64, 32, 4, 4)),
             ("padding_wide", attention(head_dim=128, mask=PADDING, extras=BOOLEANS), Tile(64, 128, 4, 2)),
@@ -299,7 +297,6 @@ COMPILED = [
             ("again", AGAIN, Tile(128, 32, 8, 2)),
         ],
         80: [
-            ("d64", attention(dtype=BF16), Tile(64, 64, 4, 3)),
             ("d128", attention(dtype=BF16, head_dim=128, mask=CAUSAL), Tile(64, 64, 4, 2)),
             ("d256", attention(dtype=BF16, head_dim=256), Tile(64, 32, 8, 2)),
             ("few_rows", attention(dtype=BF16, head_dim=128), Tile(16, 32, 4, 4)),
@@ -313,10 +310,8 @@ COMPILED = [
 ]
 SPILLING = [  # hundreds of bytes per thread that live in memory: what the limit must refuse
     (90, "d128", attention(dtype=BF16, head_dim=128), Tile(128, 64, 4, 2)),
-    (90, "d256", attention(dtype=BF16, head_dim=256, mask=CAUSAL), Tile(128, 16, 4, 2)),
     (90, "bias", BIASED, Tile(128, 128, 4, 2)),
     (90, "again", AGAIN, Tile(64, 64, 4, 2)),
-    (90, "head_36", attention(head_dim=36), Tile(64, 128, 4, 3)),
     (80, "head_36", attention(head_dim=36), Tile(32, 128, 4, 2)),
     (80, "d256", attention(dtype=BF16, head_dim=256), Tile(64, 64, 4, 2)),
     (90, "fp32", attention(dtype=torch.float32, head_dim=128), Tile(32, 32, 4, 2)),

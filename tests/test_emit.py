@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import sympy as sp
 import torch
-from specs import BY_NAME, CASES, CAUSAL, Case, attention, loaded, scaled, softcap, window
+from specs import ALIKE, BY_NAME, CASES, CAUSAL, DISTINCT, FOR_OLDEST, Case, attention, loaded, scaled, softcap, window
 from test_hopper import SUITED, tiles_for
 
 from attngen.algebra import Const, Op, op
@@ -52,6 +53,26 @@ def emitted(case: Case) -> Kernel:
     kernel = emit(case.spec, case.tile)
     assert isinstance(kernel, Kernel), kernel
     return kernel
+
+
+def lines_of(case: Case) -> set[str]:
+    """The lines of a kernel, whatever their numbers."""
+    code = emitted(case).source.split('"""')[2]
+    return {re.sub(r"\b[0-9.]+(e[-+]?[0-9]+)?\b", "N", line.strip()) for line in code.splitlines()}
+
+
+def test_cases_that_are_alike_have_no_line_of_their_own() -> None:
+    known = set().union(*(lines_of(case) for case in DISTINCT))
+    heads = {(case.spec.head_dim, case.spec.value_dim, case.spec.query.dtype) for case in DISTINCT}
+    for name in ALIKE:
+        spec = BY_NAME[name].spec
+        assert not lines_of(BY_NAME[name]) - known, name
+        assert (spec.head_dim, spec.value_dim, spec.query.dtype) in heads, name
+
+
+def test_the_cases_for_the_oldest_triton_call_all_that_is_called() -> None:
+    calls = {case.name: set(re.findall(r"[\w.]*\w(?=\()", emitted(case).source.split('"""')[2])) for case in CASES}
+    assert set().union(*calls.values()) == set().union(*(calls[name] for name in FOR_OLDEST))
 
 
 @pytest.mark.parametrize("case", [*(BY_NAME[name] for name in REVIEWED), *HOPPER_REVIEWED], ids=lambda case: case.name)

@@ -80,8 +80,8 @@ def test_each_is_explained(name: str) -> None:
 
 
 @pytest.mark.skipif(compat.interpreter_problem() is not None, reason="no interpreter of Triton")
-@pytest.mark.parametrize("name", ["llama", "t5"])
-def test_kernels_are_compiled_verified_and_written(name: str, tmp_path: Path) -> None:
+def test_kernels_are_compiled_verified_and_written(tmp_path: Path) -> None:
+    name = "llama"
     arguments = ["--json", "--target", "h200", "-o", str(tmp_path / "out")]
     done = CliRunner().invoke(app, ["optimize", str(EXAMPLES / f"{name}.py"), *arguments])
     assert done.exit_code == 0, done.stderr

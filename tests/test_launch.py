@@ -25,9 +25,8 @@ from attngen.verify import sample_inputs
 
 pytest.importorskip("triton")
 
-PORTABLE = ("causal_lse", "head_40", "bias", "sinks")
+PORTABLE = ("causal_lse", "head_40", "bias")
 HOPPER = {
-    "hopper_causal": ("causal", PERSISTENT),
     "hopper_grid_lse": ("causal_lse", GRID),
     "hopper_bias": ("bias", GRID),
     "hopper_sinks": ("sinks", PERSISTENT),

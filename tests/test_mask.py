@@ -24,7 +24,7 @@ from attngen.text import index_text
 SIZES = ((9, 9), (12, 7), (5, 13), (1, 6))
 TILES = (1, 3, 4)
 LOADED = Load("m", (Int(ROW), Int(KEY)), "bool")
-MANY = settings(max_examples=300, deadline=None)
+MANY = settings(max_examples=150, deadline=None)  # others in each run
 
 
 def dense(mask: Expr, rows: int, keys: int) -> np.ndarray:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
-from attngen import capture, minify, sample
+from attngen import blockwise, capture, minify, sample
 from attngen.cli import app
 
 MODEL = """
@@ -74,8 +77,16 @@ def written(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["minify", "model.py", *arguments])
 
 
-def child(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+def alone(script: str) -> tuple[int, str]:
+    """The exit code of a script and what it prints, run in this process."""
+    torch._dynamo.reset()
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), torch.enable_grad():
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0), printed.getvalue()
+    return 0, printed.getvalue()
 
 
 # -------------------------------------------------------------------------------------------------------------- scripts
@@ -90,39 +101,37 @@ def test_a_replaced_site_runs_alone_and_is_right() -> None:
     assert imported == {"import sys", "import torch", "import attngen", "from attngen.verify import within_budget"}
     assert "def attention(query, keys, values, mask):" in text and "linear" not in text
     assert "runs((2, 20), [1, 0], [33, 7], torch.int64),  # mask" in text
-    run = child("model_layers.1.py")
+    run = subprocess.run([sys.executable, "model_layers.1.py"], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert re.search(r"^replaced: softmax\(qk\*0.3; causal & padding\), 2x3 heads, 20 x 20", run.stdout, re.MULTILINE)
     assert len(re.findall(r"^right: error \S+ \(budget", run.stdout, re.MULTILINE)) == 1
 
 
-def test_a_wrong_site_ends_with_one() -> None:
+def test_a_wrong_site_ends_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
     written("--site", "layers.0", "-o", "made/alone.py")
-    spoilt = (
-        "import runpy\nfrom attngen import blockwise, runtime\nforward = blockwise.forward\n"
-        "blockwise.forward = lambda *a, **k: tuple(x * (1 if k else 1.01) for x in forward(*a, **k))\n"
-        "blockwise.plain = lambda spec: None\n"
-        "runpy.run_path('made/alone.py', run_name='__main__')"
+    forward = blockwise.forward
+    monkeypatch.setattr(
+        blockwise, "forward", lambda *a, **k: tuple(x * (1 if k else 1.01) for x in forward(*a, **k))
     )
-    run = child("-c", spoilt)
-    assert run.returncode == 1 and re.search("^WRONG: error", run.stdout, re.MULTILINE), run.stdout + run.stderr
+    monkeypatch.setattr(blockwise, "plain", lambda spec: None)
+    code, said = alone("made/alone.py")
+    assert code == 1 and re.search("^WRONG: error", said, re.MULTILINE), said
 
 
 def test_a_missed_site_gives_the_same_reason_alone() -> None:
     done = written("--site", "layers.2")
     assert done.exit_code == 0 and "Note:" not in done.output, done.output
-    run = child("model_layers.2.py")
-    assert run.returncode == 0, run.stderr
-    assert "missed: kernels do not compute in float64" in run.stdout
-    assert len(re.findall("^right: ", run.stdout, re.MULTILINE)) == 1
+    code, said = alone("model_layers.2.py")
+    assert code == 0 and "missed: kernels do not compute in float64" in said, said
+    assert len(re.findall("^right: ", said, re.MULTILINE)) == 1
 
 
 def test_training_compares_gradients_too() -> None:
     done = written("--site", "layers.0", "--train")
     assert done.exit_code == 0, done.output
-    run = child("model_layers.0.py")
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert len(re.findall("^right: ", run.stdout, re.MULTILINE)) == 4  # the result; gradients of query, keys, values
+    code, said = alone("model_layers.0.py")
+    assert code == 0, said
+    assert len(re.findall("^right: ", said, re.MULTILINE)) == 4  # the result; gradients of query, keys, values
 
 
 @pytest.mark.parametrize("site", ["layers.7", "layers.0#2", "nowhere.py:3"])

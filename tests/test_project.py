@@ -49,11 +49,13 @@ LAYERS = (
     {"prepare", "options", "decide"},
     {"tune"},
     {"passes"},
+    {"candidates"},
     {"describe"},
     {"pipeline"},
     {"backend", "capture"},
     {"trial", "output", "modelfile"},
     {"info", "show"},
+    {"page"},
     {"stages", "minify", "bench"},
     {"commands"},
     {"cli_cache", "cli_tune"},
@@ -99,7 +101,8 @@ def test_wheel_holds_passes_and_templates(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     templates = [f"templates/{name}" for name in ("portable_fwd.py.jinja", "hopper_fwd.py.jinja", "recorded.py.jinja")]
-    for name in ("passes/detect.py", *templates, "bench/peers.py", "cache/store.py", "tuned/h200.json", "py.typed"):
+    chosen = ("bench/peers.py", "cache/store.py", "tuned/h200.json", "page/page.html.jinja", "py.typed")
+    for name in ("passes/detect.py", *templates, *chosen):
         assert f"attngen/{name}" in names
     assert not any(name.startswith(("passes/", "templates/", "tests/", "examples/")) for name in names)
 

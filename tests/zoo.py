@@ -5,11 +5,12 @@ Weights are random; sizes are the smallest that keep what matters apart (heads f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
@@ -309,6 +310,23 @@ ROWS: list[Row] = [
 
 MASKS = {name: [site.mask for site in sites] for name, (_, sites) in {**_FAMILIES, **_EAGER_ONLY}.items()}
 HOWS = {name: ("eager", "sdpa") if name in _FAMILIES else ("eager",) for name in MASKS}
+
+
+def spread(names: Iterable[str], *values: Any, first: int = 0) -> list[Any]:
+    """Every family with each of two ``values``, one in each of its spellings; the two take turns from family to family.
+
+    Spellings and such values do not interact. Another ``first`` gives what this leaves out of their product.
+    """
+    given = []
+    for name in names:
+        place = [*MASKS].index(name) + first
+        hows = HOWS[name] if len(HOWS[name]) == len(values) else HOWS[name] * len(values)
+        given += [(name, how, values[(n + place) % len(values)]) for n, how in enumerate(hows)]
+    return [pytest.param(*each, id="-".join(map(_short, each))) for each in given]
+
+
+def _short(value: object) -> str:
+    return str(value).removeprefix("torch.")
 
 
 def build(name: str, how: str) -> Example:
