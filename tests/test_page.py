@@ -36,7 +36,7 @@ def planned(case: Case, length: int = LENGTH) -> tuple[Plan, Use]:
 
 def reported(case: Case, *paths: str, **changes: object) -> tuple[list[SiteReport], Use]:
     plan, use = planned(case)
-    site = replace(describe.planned(plan, H200), status="replaced", kernel=use.kernel.name, error=1e-3, budget=4e-3)
+    site = replace(describe.planned(plan, H200, None), status="replaced", kernel=use.kernel.name, error=1e-3, budget=4e-3)
     return [replace(site, where=f"{path} (model.py:7)", **changes) for path in paths], use  # type: ignore[arg-type]
 
 
@@ -196,7 +196,7 @@ def test_runs_cover_each_marked_cell_once() -> None:
 def test_points_lie_under_the_roof_and_work_counts_what_the_mask_keeps() -> None:
     case = BY_NAME["causal"]
     plan, _ = planned(case, 4096)
-    site = describe.planned(plan, H200)
+    site = describe.planned(plan, H200, None)
     roof = roofline.of(site, case.spec, plan.problem, H200)
     assert roof is not None and site.hbm_bytes is not None and site.predicted_ms is not None
     pairs = 4 * 4096 * 4097 // 2
@@ -219,7 +219,7 @@ def test_the_ceiling_is_that_of_the_dtype(name: str, rate: float) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_parts_make_up_the_predicted_time(case: Case) -> None:
     plan, _ = planned(case)
-    chosen, *others = describe.planned(plan, H200).candidates
+    chosen, *others = describe.planned(plan, H200, None).candidates
     assert chosen.tile == str(plan.tile) and chosen.predicted_ms == plan.cost.seconds * 1e3 and not chosen.lost
     assert len({each.tile for each in (chosen, *others)}) == 1 + len(others) <= 8
     for each in (chosen, *others):
