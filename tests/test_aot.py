@@ -35,7 +35,7 @@ TYPICAL = (
 
 def compiled(cases: tuple[Case, ...], folder: Path, arch: int) -> dict[str, Binary | VerificationFailed]:
     jobs = [job_of(emitted(case), case.problem(1024), folder / f"{case.name}.py") for case in cases]
-    return dict(zip((case.name for case in cases), compile_all(jobs, arch), strict=True))
+    return dict(zip((case.name for case in cases), compile_all(jobs, arch, workers=2 if arch == 90 else 1), strict=True))
 
 
 def job_of(kernel: Kernel, problem: Problem, path: Path) -> Job:

@@ -146,7 +146,7 @@ def binaries(tmp_path_factory: pytest.TempPathFactory, sites: Sites) -> Binaries
             folder = tmp_path_factory.mktemp(f"sm{arch}")
             wanted = [key for key in WANTED_BINARIES if key[0] == arch]
             jobs = [job(sites[name, 0, torch.float16], device, length, folder) for _, name, length in wanted]
-            running.append((wanted, begin(jobs, arch, workers=2)))
+            running.append((wanted, begin(jobs, arch, workers=1)))
         return {key: b for wanted, c in running for key, b in zip(wanted, c.results(), strict=True)}
 
 
