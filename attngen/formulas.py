@@ -63,8 +63,8 @@ t_mma, t_exp, t_alu, t_spill, t_load, t_wait = sp.symbols("t_mma t_exp t_alu t_s
 t_busy, t_chain, t_step, t_start, t_program, t_last, t_grid = sp.symbols(
     "t_busy t_chain t_step t_start t_program t_last t_grid", nonnegative=True
 )
-streamed, in_flight, kv_read, pairs_streamed, pairs_read, hbm, t_hbm, seconds = sp.symbols(
-    "streamed in_flight kv_read pairs_streamed pairs_read hbm t_hbm seconds", nonnegative=True
+streamed, in_flight, together, kv_read, pairs_streamed, pairs_read, hbm, t_hbm, seconds = sp.symbols(
+    "streamed in_flight together kv_read pairs_streamed pairs_read hbm t_hbm seconds", nonnegative=True
 )
 
 
@@ -215,10 +215,16 @@ FORMULAS = (
         kv_once * sp.Min(1, sp.Max(1, sms * resident / tiles) / heads),
     ),
     Formula(
+        together,
+        "",
+        "programs of one head that go through its keys side by side: they meet in half of the L2 cache, if it holds a block for each",
+        sp.Max(1, sp.Min(tiles, sms * resident, l2 / (2 * keys * (d + e) * kv_width))),
+    ),
+    Formula(
         kv_read,
         "B",
-        "of these, read from HBM: once, and again as far as half of the L2 cache does not hold them",
-        sp.Min(kv_once, streamed) + sp.Max(0, streamed - kv_once) * sp.Max(0, 1 - l2 / (2 * in_flight)),
+        "of these, read from HBM: once, and again for all that run together as far as half of the L2 cache does not hold them",
+        sp.Min(kv_once, streamed) + sp.Max(0, streamed / together - kv_once) * sp.Max(0, 1 - l2 / (2 * in_flight)),
     ),
     Formula(pairs_streamed, "B", "loaded pairs of all programs", heads * queries * live * keys * pair_width),
     Formula(

@@ -15,18 +15,19 @@ import sympy as sp
 from attngen import formulas as f
 from attngen.formulas import Formula
 
-SOFTMAX_INSTRUCTIONS = 2.6  # per pair: maximum, shift and scale, sum, conversion
-MASK_INSTRUCTIONS = 7.7  # per pair of a masked block, besides the mask itself
-EXPOSED = 0.23  # of the less busy unit, what does not overlap
-STEP_CYCLES = 270  # of each step: barriers
-STAY_CYCLES = 177  # of each step of a program that stays: whether the tile ends, and where the next one begins
-START_CYCLES = 5550  # of each program: its barriers, first loads, first product, results
-TILE_CYCLES = 974  # of each further tile of a program that stays
-LOOKUP_CYCLES = 0.173  # per pair and load of it by two warpgroups: addresses, and words that come one by one
-PLANE_CYCLES = 0.032  # per byte that TMA copies for each pair: to shared memory, and from there to the threads of the scores
-VECTOR_CYCLES = 288  # of a step that reads something per key
-AHEAD_CYCLES = 1650  # of each further tile, for each stage below three: the next tile is loaded late
-SCORE_SHARE = 0.25  # of the operations of a score program; the others are folded into fused multiply-adds
+SOFTMAX_INSTRUCTIONS = 4.53  # per pair: maximum, shift and scale, sum, conversion
+MASK_INSTRUCTIONS = 12.5  # per pair of a masked block, besides the mask itself
+EXPOSED = 0.02  # of the less busy unit, what does not overlap
+STEP_CYCLES = 282  # of each step: barriers
+STAY_CYCLES = 77.5  # of each step of a program that stays: whether the tile ends, and where the next one begins
+START_CYCLES = 6500  # of each program: its barriers, first loads, first product, results
+TILE_CYCLES = 300  # of each further tile of a program that stays
+LOOKUP_CYCLES = 0.0869  # per pair and load of it by two warpgroups: addresses, and words that come one by one
+PLANE_CYCLES = 0.048  # per byte that TMA copies for each pair: to shared memory, and from there to the threads of the scores
+VECTOR_CYCLES = 1090  # of a step that reads something per key
+RESULT_CYCLES = 8  # of each further tile, for each feature of its results: written, and begun anew
+AHEAD_CYCLES = 400  # of each further tile, for each stage below three: the next tile is loaded late
+SCORE_SHARE = 0.15  # of the operations of a score program; the others are folded into fused multiply-adds
 OTHER_REGISTERS = 32  # of a thread, besides results, scores and weights
 LOOKUP_REGISTERS = 0.6  # of a thread, for each key of a block and table: no kernel that was compiled spills where these fit
 PIECE_REGISTERS = 4  # of a thread, for each further piece of queries and keys
@@ -114,21 +115,24 @@ _OWN = (
         f.t_start,
         "s",
         "start and end of a tile",
-        (START_CYCLES * (1 - persistent) + (TILE_CYCLES + AHEAD_CYCLES * sp.Max(0, 3 - f.stages)) * persistent)
+        (
+            START_CYCLES * (1 - persistent)
+            + (TILE_CYCLES + RESULT_CYCLES * f.e_pad + AHEAD_CYCLES * sp.Max(0, 3 - f.stages)) * persistent
+        )
         / f.clock
         / f.resident,
     ),
     Formula(
         f.seconds,
         "s",
-        "the call, with the one before it that finds bounds",
-        f.launch * (1 + finds) + sp.Max(f.t_grid, f.t_hbm),
+        "the call, with the one before it that finds bounds, and the start of programs that stay",
+        f.launch * (1 + finds) + persistent * START_CYCLES / f.clock + sp.Max(f.t_grid, f.t_hbm),
     ),
 )
 _BY_SYMBOL = {formula.symbol: formula for formula in _OWN}
 _ORDER = (
     f.tiles, f.programs, f.threads, f.smem, f.registers, f.resident, f.t_mma, f.t_exp, f.t_alu, f.t_load, f.t_wait, t_soft,
-    f.t_busy, f.t_step, f.t_start, f.t_program, f.t_last, f.t_grid, f.streamed, f.in_flight, f.kv_read, f.pairs_streamed,
+    f.t_busy, f.t_step, f.t_start, f.t_program, f.t_last, f.t_grid, f.streamed, f.in_flight, f.together, f.kv_read, f.pairs_streamed,
     f.pairs_read, f.hbm, f.t_hbm, f.seconds,
 )  # fmt: skip
 FORMULAS = tuple(_BY_SYMBOL.get(symbol) or _SHARED[symbol] for symbol in _ORDER)

@@ -99,6 +99,22 @@ def long(record: Record) -> list[str]:
     return [f"{record['tokens']} tokens: {record['peak_gib']:.2f} GiB beside the parameters; {whole}. {_machine(record)}"]
 
 
+def dense(record: Record) -> list[str]:
+    """TFLOP/s of every peer at every problem, ours first, and ours over the best of the others."""
+    peers = list(dict.fromkeys(row["peer"] for result in record["results"] for row in result["rows"]))
+    lines = [f"| problem | {' | '.join(peers)} | over the best |", "|---" * (len(peers) + 2) + "|"]
+    ratios = []
+    for result in record["results"]:
+        rates = {row["peer"]: row["tflops"] for row in result["rows"] if row["status"] == "timed"}
+        best = max((rate for peer, rate in rates.items() if peer != "attngen"), default=math.nan)
+        ratios.append(rates.get("attngen", math.nan) / best)
+        cells = [f"{rates[peer]:.0f}" if peer in rates else "-" for peer in peers]
+        lines.append(f"| {result['problem']['name']} | {' | '.join(cells)} | {ratios[-1]:.2f}x |")
+    known = [math.log(ratio) for ratio in ratios if not math.isnan(ratio)]
+    mean = math.exp(sum(known) / len(known))
+    return [*lines, "", f"TFLOP/s. Geometric mean over the best of the others: {mean:.2f}x. {_machine(record)}"]
+
+
 def _machine(record: Record) -> str:
     return f"{record['device']}, {', '.join(f'{name} {version}' for name, version in record['versions'].items())}."
 
@@ -107,6 +123,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
     "coverage": ("tests/data/coverage.json", coverage),
     "models": ("examples/results/models.json", models),
     "curves": ("examples/results/curves.json", curves),
+    "dense": ("examples/results/dense.json", dense),
     "long": ("examples/results/long.json", long),
     "starts": ("examples/results/starts.json", starts),
 }

@@ -112,9 +112,9 @@ def test_the_fastest_is_not_refused(name: str) -> None:
     ("name", "slow", "fast"),
     [
         ("d128 causal 16x16 1024x1024", "128x128 w8 s2 hopper", "128x128 w8 s2 hopper persistent"),  # starts are hidden
-        ("d128 full 1x16 16384x16384", "128x128 w8 s2 hopper persistent", "128x128 w8 s2 hopper"),  # each step costs more
-        ("d128 full 1x16 16384x16384", "128x64 w8 s2 hopper", "128x128 w8 s2 hopper"),  # twice the steps
-        ("d64 full 32x16 512x512", "128x128 w8 s2 hopper persistent", "128x128 w8 s3 hopper persistent"),  # loaded late
+        ("d128 full 1x16 1024x16384", "128x128 w8 s2 hopper persistent", "128x128 w8 s2 hopper"),  # there is one tile each
+        ("d128 full 1x16 16384x16384", "192x64 w12 s2 hopper", "128x128 w8 s2 hopper"),  # twice the steps
+        ("d64 full 16x32 1024x1024", "128x128 w8 s2 hopper persistent", "128x128 w8 s3 hopper persistent"),  # loaded late
         ("d64 table 8x12 2048x2048", "128x64 w8 s2 hopper", "192x64 w12 s2 hopper"),
     ],
 )
