@@ -99,7 +99,7 @@ def long(record: Record) -> list[str]:
     return [f"{record['tokens']} tokens: {record['peak_gib']:.2f} GiB beside the parameters; {whole}. {_machine(record)}"]
 
 
-def dense(record: Record) -> list[str]:
+def attention(record: Record) -> list[str]:
     """TFLOP/s of every peer at every problem, ours first, and ours over the best of the others."""
     peers = list(dict.fromkeys(row["peer"] for result in record["results"] for row in result["rows"]))
     lines = [f"| problem | {' | '.join(peers)} | over the best |", "|---" * (len(peers) + 2) + "|"]
@@ -123,7 +123,8 @@ TABLES: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
     "coverage": ("tests/data/coverage.json", coverage),
     "models": ("examples/results/models.json", models),
     "curves": ("examples/results/curves.json", curves),
-    "dense": ("examples/results/dense.json", dense),
+    "dense": ("examples/results/dense.json", attention),
+    "variants": ("examples/results/variants.json", attention),
     "long": ("examples/results/long.json", long),
     "starts": ("examples/results/starts.json", starts),
 }
