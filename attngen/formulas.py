@@ -217,13 +217,13 @@ FORMULAS = (
     Formula(
         together,
         "",
-        "programs of one head that go through its keys side by side: they meet in half of the L2 cache, if it holds a block for each",
+        "programs of one head that go through its keys side by side, if half of the L2 cache holds a block for each",
         sp.Max(1, sp.Min(tiles, sms * resident, l2 / (2 * keys * (d + e) * kv_width))),
     ),
     Formula(
         kv_read,
         "B",
-        "of these, read from HBM: once, and again for all that run together as far as half of the L2 cache does not hold them",
+        "of these, read from HBM: once, and again for all that go together as far as half of the L2 cache lacks room",
         sp.Min(kv_once, streamed) + sp.Max(0, streamed / together - kv_once) * sp.Max(0, 1 - l2 / (2 * in_flight)),
     ),
     Formula(pairs_streamed, "B", "loaded pairs of all programs", heads * queries * live * keys * pair_width),

@@ -132,7 +132,7 @@ _OWN = (
 _BY_SYMBOL = {formula.symbol: formula for formula in _OWN}
 _ORDER = (
     f.tiles, f.programs, f.threads, f.smem, f.registers, f.resident, f.t_mma, f.t_exp, f.t_alu, f.t_load, f.t_wait, t_soft,
-    f.t_busy, f.t_step, f.t_start, f.t_program, f.t_last, f.t_grid, f.streamed, f.in_flight, f.together, f.kv_read, f.pairs_streamed,
-    f.pairs_read, f.hbm, f.t_hbm, f.seconds,
+    f.t_busy, f.t_step, f.t_start, f.t_program, f.t_last, f.t_grid, f.streamed, f.in_flight, f.together, f.kv_read,
+    f.pairs_streamed, f.pairs_read, f.hbm, f.t_hbm, f.seconds,
 )  # fmt: skip
 FORMULAS = tuple(_BY_SYMBOL.get(symbol) or _SHARED[symbol] for symbol in _ORDER)

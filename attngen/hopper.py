@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import torch
+
 from attngen import boxes
 from attngen.algebra import ONE, Load, Op
 from attngen.bounds import Bounds, loop_bounds
@@ -27,6 +29,7 @@ from attngen.spec import FEATURE, KEY, ROW, AttentionSpec, Input, Tile
 MAX_SIDE = 256  # of a box that TMA copies, and of a product
 MAX_RANK = 5
 MOST_ALTERNATING = 128  # features of a head; of more, products take so much longer than exponentials that turns do not pay
+PAIRS = {torch.float16: "f16x2", torch.bfloat16: "bf16x2"}  # two of them in one word, as PTX has it
 PART = 32  # columns of a block that are masked together, where the mask is loaded
 _PLACES = Places(row="rows", key="cols", row_beside="", key_beside="", key_float="col_floats")
 
@@ -155,6 +158,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "extra_strides": extras["call"],
         "extra_names": [x.name for x in _pointed(spec)],
         "gluon_dtype": DTYPES[spec.query.dtype],
+        "pair": PAIRS[spec.query.dtype],
         **copied,
         "accs": [f"acc{e.suffix}" for e in copied["e_pieces"]],
         "weighted": [f"weighted{e.suffix}" for e in copied["e_pieces"]],

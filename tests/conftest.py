@@ -36,12 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def asked(request: pytest.FixtureRequest) -> Callable[[str], list[dict[str, Any]]]:
-    """The parameters that a test function of some name will run with: what is made once for all of them is made for those."""
+def asked(request: pytest.FixtureRequest) -> Callable[[str, str], list[dict[str, Any]]]:
+    """The parameters that a test function of a module will run with: what is made once for all of them is made for those."""
 
-    def parameters(name: str) -> list[dict[str, Any]]:
+    def parameters(module: str, name: str) -> list[dict[str, Any]]:
         functions = [item for item in request.session.items if isinstance(item, pytest.Function)]
-        return [item.callspec.params for item in functions if item.originalname == name]
+        return [item.callspec.params for item in functions if (item.module.__name__, item.originalname) == (module, name)]
 
     return parameters
 

@@ -45,11 +45,11 @@ def job_of(kernel: Kernel, problem: Problem, path: Path) -> Job:
 
 @pytest.fixture(scope="session")
 def binaries(
-    tmp_path_factory: pytest.TempPathFactory, asked: Callable[[str], list[dict[str, Any]]]
+    tmp_path_factory: pytest.TempPathFactory, asked: Callable[[str, str], list[dict[str, Any]]]
 ) -> dict[tuple[int, str], Binary | VerificationFailed]:
     """Everything that tests ask for, by capability and name, compiled in parallel and from nothing."""
     found: dict[tuple[int, str], Binary | VerificationFailed] = {}
-    wanted = {(params["arch"], params["name"]) for params in asked("test_kernel_compiles")} | {(90, "d128")}
+    wanted = {(params["arch"], params["name"]) for params in asked(__name__, "test_kernel_compiles")} | {(90, "d128")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         for arch in sorted({arch for arch, _ in wanted}):

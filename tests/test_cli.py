@@ -167,7 +167,7 @@ def attend(q, k, v):
 def model(q, k, v, few):
     return attend(q, k, v), attend(few, few, few)
 
-example_inputs = (*(torch.empty(2, 16, 1024, 64, dtype=torch.bfloat16) for _ in range(3)), torch.empty(1, 2, 40, 64))
+example_inputs = (*(torch.empty(4, 16, 2048, 64, dtype=torch.bfloat16) for _ in range(3)), torch.empty(1, 2, 40, 64))
 """
 
 

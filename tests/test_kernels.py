@@ -58,8 +58,8 @@ JOBS = {name: job for case in CASES for name, *job in jobs_of(case)}
 
 
 @pytest.fixture(scope="session")
-def interpreted(asked: Callable[[str], list[dict[str, Any]]]) -> dict[str, Check | VerificationFailed]:
-    names = [params["name"] for params in asked("test_kernel_is_within_budget") if "name" in params]
+def interpreted(asked: Callable[[str, str], list[dict[str, Any]]]) -> dict[str, Check | VerificationFailed]:
+    names = [params["name"] for params in asked(__name__, "test_kernel_is_within_budget") if "name" in params]
     results = verify_all_interpreted([(kernel, problem) for kernel, problem in map(JOBS.__getitem__, names)])
     return dict(zip(names, results, strict=True))
 
