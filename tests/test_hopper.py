@@ -73,7 +73,17 @@ def right(spec: AttentionSpec, tile: Tile, inputs: list[Tensor]) -> tuple[Tensor
     return result
 
 
-RUNS = [(case, tile, rows) for case in SUITED for tile, lengths in tiles_for(case.spec) for rows in lengths]
+def runs() -> list[tuple[Case, Tile, int]]:
+    """Every case where programs stay, over several tiles; other tiles and lengths take turns, a case each."""
+    chosen = []
+    for turn, case in enumerate(SUITED):
+        (first, lengths), *others = tiles_for(case.spec)
+        rest = [(first, lengths[0]), *((tile, rows) for tile, several in others for rows in several)]
+        chosen += [(case, first, lengths[-1]), (case, *rest[turn % len(rest)])]
+    return chosen
+
+
+RUNS = runs()
 
 
 @pytest.mark.parametrize(("case", "tile", "rows"), RUNS, ids=[f"{case.name}-{tile}-{rows}" for case, tile, rows in RUNS])
