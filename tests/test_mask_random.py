@@ -1,4 +1,4 @@
-"""A thousand random mask expressions against brute force: what a kernel's loops visit, and what they leave unmasked.
+"""Thousands of random mask expressions against brute force: what a kernel's loops visit, and what they leave unmasked.
 
 ``python tests/test_mask_random.py`` looks at twice as many, and prints how much is visited beyond what matters and how long
 deriving takes.
@@ -27,7 +27,7 @@ from attngen.spec import KEY, ROW
 from attngen.work import loops_of
 
 PROBLEMS = (((240, 240), (32, 16)), ((90, 200), (32, 32)), ((200, 150), (64, 32)))  # lengths; rows and keys of a tile
-COUNTS = {1: 100, 2: 550, 3: 300, 4: 100}  # of random expressions, by their number of leaves
+COUNTS = {1: 200, 2: 1100, 3: 600, 4: 200}  # of random expressions, by their number of leaves
 ALLOWED = 1.1  # blocks visited over blocks that matter
 Draw = Callable[[random.Random], Expr]
 
