@@ -20,69 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
-SECONDS = 10.0  # a thread may wait for a barrier
+from attngen import barriers
+from attngen.barriers import Barrier, Stuck, Turn
+
 MOST_PRODUCTS = 8  # that may be on their way
 _here = threading.local()
 
 
-class Stuck(Exception):
-    """A thread waited in vain, or a barrier was arrived at once too often."""
-
-
 # ------------------------------------------------------------------------------------------------------------ barriers
-
-
-class Barrier:
-    """Phases with a count of arrivals and of bytes to come."""
-
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.count = self.pending = self.bytes = self.phase = 0
-
-    def init(self, count: int) -> None:
-        self.count = self.pending = count
-
-    def step(self, arrivals: int, incoming: int) -> None:
-        with self.changed:
-            self.pending -= arrivals
-            self.bytes += incoming
-            if self.pending < 0:
-                raise Stuck("more arrivals than the barrier counts")
-            if self.pending == 0 and self.bytes == 0:
-                self.phase += 1
-                self.pending = self.count
-                self.changed.notify_all()
-
-    def wait(self, parity: int) -> None:
-        """Until a phase of that parity is over."""
-        until = time.monotonic() + SECONDS
-        with self.changed:
-            while (self.phase & 1) == (parity & 1):
-                self.changed.wait(0.2)
-                if time.monotonic() > until:
-                    raise Stuck("nobody completes this phase")
-
-
-class Turn:
-    """A barrier of the hardware, with a number for a name, where some threads arrive and others also wait."""
-
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.arrived = self.met = 0
-
-    def meet(self, threads: int, stays: bool) -> None:
-        """A warpgroup arrives; where it ``stays``, until as many ``threads`` have."""
-        until = time.monotonic() + SECONDS
-        with self.changed:
-            mine = self.met
-            self.arrived += 128
-            if self.arrived == threads:
-                self.arrived, self.met = 0, self.met + 1
-                self.changed.notify_all()
-            while stays and self.met == mine:
-                self.changed.wait(0.2)
-                if time.monotonic() > until:
-                    raise Stuck("nobody else comes to this barrier")
 
 
 def _jitter() -> None:
@@ -361,7 +306,7 @@ def _specialised(partitions: Sequence[tuple[Any, Any]], warps: Any, registers: A
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(6 * SECONDS)
+        thread.join(6 * barriers.SECONDS)
     if failures:
         raise failures[0]
     if any(thread.is_alive() for thread in threads):

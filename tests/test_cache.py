@@ -197,6 +197,14 @@ def test_what_was_tuned_is_used_and_said() -> None:
     torch.testing.assert_close(out, Layer()(*inputs()))
 
 
+def test_gradients_that_must_be_the_same_each_time_have_a_choice_of_their_own() -> None:
+    forward, backward = asked(grad=True)
+    tuned_for(forward, backward)
+    assert Choices().find(backward) is not None
+    assert Choices().find(replace(backward, deterministic=True)) is None
+    assert compiled(grad=True, deterministic=True)[1].sites[0].backward_source == "model"
+
+
 @pytest.mark.parametrize(("mode", "source"), [("use", "cache"), ("skip", "model"), ("refresh", "model"), ("assert", "cache")])
 def test_modes(mode: Mode, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tuned_for(*asked())

@@ -132,12 +132,21 @@ def test_a_database_of_somebody_else_is_moved_aside(tmp_path: Path) -> None:
 
 def as_another_user(run: Callable[[], None]) -> None:
     """``run`` in a process without the rights of root."""
+
+    def demoted() -> None:
+        if os.geteuid() == 0:
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+        run()
+
+    in_a_child(demoted)
+
+
+def in_a_child(run: Callable[[], None]) -> None:
+    """In a process of its own, which must succeed."""
     child = os.fork()
     if child == 0:
         try:
-            if os.geteuid() == 0:
-                os.setgid(NOBODY)
-                os.setuid(NOBODY)
             run()
             os._exit(0)
         except BaseException as problem:
@@ -213,15 +222,7 @@ def test_a_full_disk_loses_the_new_row_and_nothing_else(tmp_path: Path, monkeypa
         found = Choices(store=store).find(wanted())
         assert found is not None and found.tiles == (OTHER,)
 
-    child = os.fork()
-    if child == 0:
-        try:
-            run()
-            os._exit(0)
-        except BaseException as problem:
-            print(repr(problem), file=sys.stderr, flush=True)
-            os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0
+    in_a_child(run)
     assert Choices(store=store).find(wanted()) is not None
 
 

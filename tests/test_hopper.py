@@ -18,12 +18,13 @@ from specs import BOTTOM_RIGHT, BY_NAME, CASES, CAUSAL, HALF, ZERO, B, Case, H, 
 from test_blockwise import emptied
 from torch import Tensor
 
-from attngen import boxes, hopper, simulator
+from attngen import barriers, boxes, hopper, simulator
 from attngen.algebra import Const
+from attngen.barriers import Stuck
 from attngen.emit import Kernel, emit
 from attngen.errors import VerificationFailed
 from attngen.index import Axis
-from attngen.simulator import Promise, Stuck, simulated
+from attngen.simulator import Promise, simulated
 from attngen.spec import HOPPER, KEY, ROW, AttentionSpec, Input, Problem, Tile
 from attngen.verify import Check, check, eager, sample_inputs, samples_for, verify_all_interpreted
 
@@ -329,7 +330,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.004)
         return wait(pending, deps)
 
-    monkeypatch.setattr(simulator, "SECONDS", 1.0)
+    monkeypatch.setattr(barriers, "SECONDS", 1.0)
     monkeypatch.setattr(simulator, "_mma_wait", slow)
 
 

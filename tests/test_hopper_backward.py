@@ -13,11 +13,12 @@ import torch
 from specs import ALIBI, BOTTOM_RIGHT, BY_NAME, CASES, CAUSAL, QK, SLOPES, Case, attention, softcap, window
 from test_hopper import instead, lost, swapped
 
-from attngen import hopper_bwd, simulator, verify_bwd
+from attngen import barriers, hopper_bwd, simulator, verify_bwd
 from attngen.algebra import Expr
+from attngen.barriers import Stuck
 from attngen.emit import BackwardKernel, emit_backward
 from attngen.errors import Miss
-from attngen.simulator import Promise, Stuck, simulated
+from attngen.simulator import Promise, simulated
 from attngen.spec import AttentionSpec, Problem
 from attngen.verify import Check
 from attngen.verify_bwd import Sample
@@ -222,7 +223,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.12)  # longer than a step
         wait(pending)
 
-    monkeypatch.setattr(simulator, "SECONDS", 1.5)
+    monkeypatch.setattr(barriers, "SECONDS", 1.5)
     monkeypatch.setattr(simulator, "_mma_wait", slow)
     monkeypatch.setattr(simulator._tma, "store_wait", slow_store)
 
