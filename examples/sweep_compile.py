@@ -1,0 +1,95 @@
+"""Kernels compiled by processes that stay: what a launch then finds in Triton's disk cache. A compiler that crashes, or takes
+too long, costs one kernel.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from multiprocessing.connection import Connection
+from typing import Any
+
+from attngen import aot
+from attngen.aot import Job
+from attngen.errors import AttngenError
+
+SECONDS = 100.0  # that one kernel may take
+
+Compile = Callable[[Job, int], object]
+
+
+def _serve(pipe: Connection, compiles: Compile, arch: int) -> None:
+    """Runs in a process: answers each job with what is wrong, nothing if it was compiled."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what compilers say as they crash
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        try:
+            compiles(job, arch)
+            pipe.send("")
+        except AttngenError as failed:
+            pipe.send(str(failed))
+
+
+class Compilers:
+    """So many processes; jobs are taken in the order in which they come. The result of each is what is wrong, if anything."""
+
+    def __init__(self, workers: int, arch: int, compiles: Compile = aot.compile_for, seconds: float = SECONDS) -> None:
+        self._jobs: queue.Queue[tuple[Job, Future[str]] | None] = queue.Queue()
+        self._about = compiles, arch
+        self._seconds = seconds
+        self._children: set[Any] = set()
+        self._closed = False
+        for _ in range(workers):
+            threading.Thread(target=self._work, daemon=True).start()
+
+    def submit(self, job: Job) -> Future[str]:
+        future: Future[str] = Future()
+        self._jobs.put((job, future))
+        return future
+
+    def close(self) -> None:
+        """Stop at once, whatever is being compiled."""
+        self._closed = True
+        for child in list(self._children):
+            child.kill()
+
+    def _work(self) -> None:
+        child = pipe = None
+        while not self._closed:
+            try:
+                item = self._jobs.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            assert item is not None
+            if child is None or pipe is None:
+                child, pipe = self._start()
+            problem = self._answered(pipe, item[0])
+            if problem is None:
+                child.kill()
+                self._children.discard(child)
+                child = pipe = None
+            item[1].set_result("the compiler crashed, or took too long" if problem is None else problem)
+
+    def _answered(self, pipe: Connection, job: Job) -> str | None:
+        """What the process says of ``job``; None if it says nothing."""
+        try:
+            pipe.send(job)
+            return str(pipe.recv()) if pipe.poll(self._seconds) else None
+        except (EOFError, OSError):
+            return None
+
+    def _start(self) -> tuple[Any, Connection]:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        child = context.Process(target=_serve, args=(theirs, *self._about), daemon=True)
+        child.start()
+        theirs.close()
+        self._children.add(child)
+        return child, ours
