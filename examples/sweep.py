@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     sites = [site for site in SITES.values() if given.only in site.name]
     if given.report:
-        print("\n".join(sweep_report.lines(Store.load(given.report))))
+        store = Store.load(given.report)
+        print("\n".join(sweep_report.lines(store)))
+        print(sweep_report.choosing(sites, sweep_report.device_of(store)))
     elif given.dry_run:
         print("\n".join(estimate(sites, resolve(given.target))))
     elif given.out:

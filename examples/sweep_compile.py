@@ -40,10 +40,18 @@ def _serve(pipe: Connection, compiles: Compile, arch: int) -> None:
 class Compilers:
     """So many processes; jobs are taken in the order in which they come. The result of each is what is wrong, if anything."""
 
-    def __init__(self, workers: int, arch: int, compiles: Compile = aot.compile_for, seconds: float = SECONDS) -> None:
+    def __init__(
+        self,
+        workers: int,
+        arch: int,
+        compiles: Compile = aot.compile_for,
+        seconds: float = SECONDS,
+        start: str = "spawn",
+    ) -> None:
         self._jobs: queue.Queue[tuple[Job, Future[str]] | None] = queue.Queue()
         self._about = compiles, arch
         self._seconds = seconds
+        self._context: Any = multiprocessing.get_context(start)
         self._children: set[Any] = set()
         self._closed = False
         for _ in range(workers):
@@ -86,9 +94,8 @@ class Compilers:
             return None
 
     def _start(self) -> tuple[Any, Connection]:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        child = context.Process(target=_serve, args=(theirs, *self._about), daemon=True)
+        ours, theirs = self._context.Pipe()
+        child = self._context.Process(target=_serve, args=(theirs, *self._about), daemon=True)
         child.start()
         theirs.close()
         self._children.add(child)

@@ -45,7 +45,11 @@ class Store:
 
     @classmethod
     def load(cls, path: Path) -> Store:
-        data = json.loads(path.read_text())
+        return cls.of(json.loads(path.read_text()))
+
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> Store:
+        """What a file holds."""
         labels: list[str] = data["configurations"]
         return cls(data["device"], data["versions"], {name: _read(labels, row) for name, row in data["sites"].items()})
 

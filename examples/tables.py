@@ -115,6 +115,14 @@ def attention(record: Record) -> list[str]:
     return [*lines, "", f"TFLOP/s. Geometric mean over the best of the others: {mean:.2f}x. {_machine(record)}"]
 
 
+def choices(record: Record) -> list[str]:
+    """How good the cost model's picks are by a sweep: for each half, for programs of neither, and for each phase."""
+    import sweep_report
+    from sweep_store import Store
+
+    return [*sweep_report.table(sweep_report.ratings(Store.of(record))), "", f"{sweep_report.NOTE} {_machine(record)}"]
+
+
 def _machine(record: Record) -> str:
     return f"{record['device']}, {', '.join(f'{name} {version}' for name, version in record['versions'].items())}."
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -12,6 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sweep
+import sweep_runs
+import sweep_space
+from sweep_compile import Compilers
+from sweep_problems import FP16, SITES, Site, groups, spec_of
+from sweep_runs import REFERENCE, REFERENCE_TILE, Ahead, Run, identity, planned
+from sweep_store import Store, Timed
+from sweep_worker import Batch
 from test_cache import own_cache
 
 from attngen import compat
@@ -21,18 +30,6 @@ from attngen.errors import AttngenError, VerificationFailed
 from attngen.spec import HOPPER, Problem, Tile
 from attngen.tune import supervise
 from attngen.tune.supervise import Outcome
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import sweep
-import sweep_runs
-import sweep_space
-from sweep_compile import Compilers
-from sweep_problems import FP16, SITES, Site, groups, spec_of
-from sweep_runs import REFERENCE, REFERENCE_TILE, Ahead, Run, identity, planned
-from sweep_store import Store, Timed
-from sweep_worker import Batch
 
 __all__ = ["own_cache"]  # for every test here
 H100 = DEVICES["h100"]
@@ -57,7 +54,7 @@ def test_a_site_stays_in_its_half() -> None:
     assert SITES["forward full d64 bf16 4x32 4000x4000"].half == "held out"
 
 
-@pytest.mark.parametrize("site", SITES.values(), ids=lambda site: site.name)
+@pytest.mark.parametrize("site", [group[0] for group in groups(list(SITES.values()))], ids=lambda site: site.name)
 def test_configurations_are_a_declared_part_of_what_is_ranked(site: Site) -> None:
     space = sweep_space.space(site, H100)
     ranked = sweep_space.ranked(site, H100)
@@ -171,8 +168,7 @@ def test_what_does_not_compile_is_measured_by_nobody(tmp_path: Path) -> None:
 
     machine = Broken()
     store = go(machine, tmp_path / "sweep.json", FEW)
-    assert [list(store.sites[site.name].failed.values()) for site in FEW][0] == ["does not compile"]
-    assert all(len(store.sites[site.name].microseconds) + len(store.sites[site.name].failed) > 9 for site in FEW)
+    assert all(list(store.sites[site.name].failed.values()) == ["does not compile"] for site in FEW)
     (batch,) = machine.measured
     assert len(batch.candidates) == 1 + sum(len(store.sites[site.name].microseconds) for site in FEW)
 
@@ -225,7 +221,7 @@ def test_the_store_gives_back_what_it_was_given(tmp_path: Path) -> None:
 def fate(job: Job, arch: int) -> None:
     """What becomes of a job, by its name."""
     if job.source.name == "crash":
-        os.abort()
+        os.kill(os.getpid(), signal.SIGKILL)
     if job.source.name == "hang":
         time.sleep(60)
     if job.source.name == "bad":
@@ -233,7 +229,7 @@ def fate(job: Job, arch: int) -> None:
 
 
 def test_a_compiler_that_crashes_or_hangs_costs_one_kernel() -> None:
-    compilers = Compilers(1, 90, fate, seconds=8.0)
+    compilers = Compilers(1, 90, fate, seconds=1.0, start="fork")
     try:
         names = ("good", "crash", "bad", "hang", "good")
         futures = [compilers.submit(Job(Path(name), ())) for name in names]
