@@ -30,7 +30,7 @@ from attngen.tune import supervise
 from attngen.tune.supervise import Outcome
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("sweep_worker.py")))
-ROUNDS = 5  # interleaved calls of each, which the tuner's worker times in one go
+ROUNDS = 10  # interleaved calls of each
 ENDING = 8.0  # seconds before the end of a run from which on no batch is begun
 
 REFERENCE = Site("reference", "forward", spec_of("causal", 128, 128, BF16, False), Problem((2, 16), 4096, 4096))
@@ -145,6 +145,8 @@ class Run:
         for thread in threads:
             thread.start()
         for group in groups(left):
+            if time.monotonic() > self.stops:
+                break
             ready.put([self.ahead.compiled(planned(site, self.device)) for site in group])
         for _ in threads:
             ready.put(None)

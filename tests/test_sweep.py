@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sweep
@@ -188,6 +189,22 @@ def test_without_time_nothing_is_begun(tmp_path: Path) -> None:
     machine = Slow()
     go(machine, tmp_path / "sweep.json", FEW, seconds=0.1)
     assert not machine.measured
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of it but the GPU, and but compilers."""
+    machine = Machine()
+    compilers = SimpleNamespace(submit=machine.submit, close=lambda: None)
+    monkeypatch.setattr(sweep, "resolve", lambda target: H100)
+    monkeypatch.setattr(sweep, "cards", lambda which, device: ["0", "1"])
+    monkeypatch.setattr(sweep, "Compilers", lambda workers, arch: compilers)
+    monkeypatch.setattr(
+        sweep_runs.supervise, "measured", lambda batch, deadline, **more: machine.measure(batch, deadline, "")
+    )
+    path = tmp_path / "sweep.json"
+    sweep.main(["--out", str(path), "--only", "decode full"])
+    assert f"8 sites in {path}; done" in capsys.readouterr().out
+    assert len(Store.load(path).sites) == 8 and Store.load(path).versions["attngen"]
 
 
 def test_another_gpu_needs_another_file() -> None:
