@@ -64,6 +64,7 @@ class Cover:
 EVERYTHING = Interval(sp.Integer(0), SIZE)
 
 
+@remembered
 def derive(mask: Expr) -> Cover:
     """The cover of ``mask`` over the spec's row and key axes."""
     visit, visit_exact = _eliminate_rows(mask)

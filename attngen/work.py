@@ -12,7 +12,7 @@ import sympy as sp
 
 from attngen.algebra import TRUE, Expr, Int, Load, Op, number
 from attngen.compat import FloorDiv
-from attngen.index import Axis
+from attngen.index import Axis, remembered
 from attngen.inequalities import Datum
 from attngen.mask import EVERYTHING, FIRST, LAST, MAX_RUNS, Cover, Interval, by_position, grouped, may_be_full
 from attngen.printer import apart
@@ -272,6 +272,7 @@ def _run(group: tuple[Interval, ...], at: Mapping[sp.Symbol, Value]) -> tuple[Va
     return low, high
 
 
+@remembered
 def _barely_masked(interval: Interval) -> Interval:
     if not interval.data:
         return interval
