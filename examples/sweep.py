@@ -9,6 +9,9 @@ what the chooser ranks. Lengths are arguments of kernels, so each distinct kerne
 share kernels are measured in one batch, by a process of their own that may crash or hang, after a reference kernel. Every
 result is held against float64 before its time counts. A run of ``--seconds`` keeps what is complete in FILE; the next one
 goes on from there.
+
+What was measured lies in ``tests/data/sweep_<gpu>.json``, beside the other measured sites: it is evidence for the cost model,
+which tests and README read, and no part of what is installed.
 """
 
 from __future__ import annotations
