@@ -22,6 +22,7 @@ import torch
 
 from attngen import barriers
 from attngen.barriers import Barrier, Stuck, Turn
+from attngen.proxies import Ground, Witness
 
 MOST_PRODUCTS = 8  # that may be on their way
 _here = threading.local()
@@ -38,27 +39,29 @@ def _jitter() -> None:
 def _wait(barrier: Barrier, parity: Any, pred: Any = True, deps: Any = ()) -> None:
     _jitter()
     if pred:
-        barrier.wait(int(parity))
+        barrier.wait(int(parity), _here.witness)
 
 
 def _arrive(barrier: Barrier, count: int = 1, pred: Any = True) -> None:
     _jitter()
     if pred:
-        if _here.unfenced:
-            raise Stuck("a thread that has read or written what TMA copies or products read hands it on without a fence")
-        barrier.step(count, 0)
+        barrier.step(count, 0, _here.witness)
+
+
+def _expect(barrier: Barrier, size: int, pred: Any = True) -> None:
+    barrier.step(1, size, _here.witness)
 
 
 def _fence() -> None:
     """What this thread did to shared memory comes before what TMA does to it from here on."""
-    _here.unfenced = False
+    _here.witness.fence()
 
 
 _mbarrier = types.SimpleNamespace(
     init=lambda barrier, count: barrier.init(count),
     wait=_wait,
     arrive=_arrive,
-    expect=lambda barrier, size, pred=True: barrier.step(1, size),
+    expect=_expect,
     MBarrierLayout=lambda: None,
 )
 
@@ -139,11 +142,11 @@ class Shared:
         return Shared(self.data[tuple(place)])
 
     def store(self, values: np.ndarray) -> None:
-        _here.unfenced |= self.data.dtype.kind == "f"
+        _here.witness.touch(self.data)
         self.data[...] = values
 
     def load(self, layout: Any) -> Block:
-        _here.unfenced |= self.data.dtype.kind == "f"  # the record of a tile, in integers, is for threads alone
+        _here.witness.touch(self.data)
         return block(self.data.copy())
 
 
@@ -223,16 +226,19 @@ def _load_tile(descriptor: Descriptor, place: Sequence[Any], barrier: Barrier, s
     _jitter()
     cut = descriptor.window(place)
     assert shared.data.shape == tuple(descriptor.block_shape)
+    _here.witness.use(shared.data)
     shared.data[...] = 0
     shared.data[tuple(slice(0, size) for size in cut.shape)] = cut.float().numpy()
-    barrier.step(0, -descriptor.base.element_size() * shared.data.size)
+    barrier.step(0, -descriptor.base.element_size() * shared.data.size, _here.witness)
 
 
 def _store_tile(descriptor: Descriptor, place: Sequence[Any], shared: Shared) -> None:
+    _here.witness.use(shared.data)
     _here.stores.append((torch.Tensor.copy_, descriptor, [int(p) for p in place], shared))
 
 
 def _add_tile(descriptor: Descriptor, place: Sequence[Any], shared: Shared) -> None:
+    _here.witness.use(shared.data)
     _here.stores.append((torch.Tensor.add_, descriptor, [int(p) for p in place], shared))
 
 
@@ -270,6 +276,9 @@ def _mma(a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = Fal
         product = left.astype(np.float32) @ b.data
         return block(product + (acc.get() if isinstance(acc, Promise) else acc) if use_acc else product)
 
+    for operand in (a, b):
+        if isinstance(operand, Shared):
+            _here.witness.use(operand.data)
     promise = Promise(compute)
     _here.products = [*_here.products[-MOST_PRODUCTS:], promise]
     return promise
@@ -291,9 +300,10 @@ def _specialised(partitions: Sequence[tuple[Any, Any]], warps: Any, registers: A
     failures: list[BaseException] = []
     program = _here.program
     named: dict[str, Turn] = {}
+    ground = Ground()
 
     def run(function: Any, arguments: Any) -> None:
-        _here.program, _here.stores, _here.products, _here.unfenced = program, [], [], False
+        _here.program, _here.stores, _here.products, _here.witness = program, [], [], Witness(ground)
         _here.named = named
         try:
             with np.errstate(all="ignore"):  # registers hold infinities and NaN without ado
@@ -438,7 +448,7 @@ class _Kernel:
         def launch(*args: Any, **options: Any) -> None:
             given = [Pointer(a) if isinstance(a, torch.Tensor) else Scalar(a) if isinstance(a, int) else a for a in args]
             for program in range(grid[0]):
-                _here.program, _here.stores, _here.unfenced = (Scalar(program), Scalar(grid[0])), [], False
+                _here.program, _here.stores, _here.witness = (Scalar(program), Scalar(grid[0])), [], Witness(Ground())
                 self.function(*given)
 
         return launch

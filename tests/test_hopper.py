@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attngen import barriers, boxes, hopper, simulator
 from attngen.algebra import Const
-from attngen.barriers import Stuck
+from attngen.proxies import Broken
 from attngen.emit import Kernel, emit
 from attngen.errors import VerificationFailed
 from attngen.index import Axis
@@ -316,7 +316,7 @@ DAMAGE = {
 def outcome(source: str, spec: AttentionSpec, inputs: list[Tensor]) -> str:
     try:
         result = run(source, inputs)
-    except Stuck:
+    except Broken:
         return "stuck"
     return "right" if check(result, spec, inputs).ok else "wrong"
 

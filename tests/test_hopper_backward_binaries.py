@@ -23,6 +23,7 @@ __all__ = ["from_nothing"]  # a fixture
 
 COMPLAINTS = (*SERIALISED, "C7514", "C7517")
 EVERYWHERE = {(64, "causal"), (128, "full"), (128, "grouped"), (128, "softcap")}
+SPILLS = {"softcap": WORTH_IT, "alibi": 8}  # bytes: two registers are kept aside until the loop is over, by the oldest Triton
 ABLE = [(d, name) for d in (64, 96, 128) for name, spec in BY_HEAD[d].items() if hopper_bwd.unsuited(spec) is None]
 PROGRAMS = [
     pytest.param(*each, id=f"d{each[0]}-{each[1]}", marks=() if each in EVERYWHERE else (pytest.mark.gpu,))
@@ -50,7 +51,7 @@ def test_what_is_compiled_everywhere_is_among_them() -> None:
 @pytest.mark.parametrize(("head_dim", "name"), PROGRAMS)
 def test_program_compiles_as_it_should(head_dim: int, name: str, tmp_path: Path) -> None:
     binary, complaints = compiled(head_dim, name, tmp_path)
-    assert binary.spills <= (WORTH_IT if name == "softcap" else 0)
+    assert binary.spills <= SPILLS.get(name, 0)
     assert binary.hgmma and not any(code in complaints for code in COMPLAINTS)
     assert binary.shared <= H200.smem_block and binary.registers <= hopper_bwd.LIMIT
     # Three times four warps: those that compute, and those that load and write with the ones that fill up.
