@@ -1,8 +1,8 @@
 """The kernel of every site of the zoo, in one spelling of each family: right in Triton's interpreter, and compiled for
 several GPUs without spills.
 
-In the interpreter each kernel runs twice: on the very tensors that the model passes, whatever their strides, and on random
-ones over several tiles of rows and keys.
+In the interpreter each kernel runs twice: on the very tensors that the model passes, the whole batch and whatever its
+strides, and on random ones over several tiles of rows and keys, with the heads of one of the batch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from attngen.verify import check, run_interpreted, sample_inputs
 pytest.importorskip("triton")
 
 BY_NAME = {row.name: row for row in zoo.ROWS}
-MORE_ROWS = 25  # than the site has, so that tiles of 16 are four and ragged
+MORE_ROWS = 25  # than the site has, so that tiles of 16 are three and ragged
+HEADS = 4  # of one of the batch: two groups of two
 # In half precision each family in one spelling, for both have one spec; those that mask by a lowest number mostly as eager.
 LIBRARY = ("gpt2", "llama", "llama_padded", "mistral", "vit", "whisper")
 FAMILIES = [f"{name}_{'sdpa' if name in LIBRARY else 'eager'}" for name in zoo.MASKS]
@@ -56,7 +57,8 @@ class SiteKernel:
     @cached_property
     def random(self) -> list[Tensor]:
         rows, keys = self.problem.rows + MORE_ROWS, self.problem.keys + MORE_ROWS
-        return sample_inputs(self.spec, replace(self.problem, rows=rows, keys=keys))
+        *others, heads = self.problem.batch
+        return sample_inputs(self.spec, Problem((*[1] * len(others), min(heads, HEADS)), rows, keys))
 
 
 def kernel_for(spec: AttentionSpec, problem: Problem, device: str) -> Kernel:
