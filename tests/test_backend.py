@@ -89,9 +89,10 @@ def test_only_and_skip_select_by_path() -> None:
 
 BY_NAME = {row.name: row for row in zoo.ROWS}
 PLAIN = [name for name in BY_NAME if not name.endswith(("_eager", "_sdpa"))]
-# Families are run in one spelling and trained in the other, in turn; plain modules both.
+# Families are run in one spelling and trained in the other, in turn. Plain modules are trained, where results are compared
+# too, and run in ``test_models_half``.
 IN_TURN = [case.values for case in zoo.spread(zoo.MASKS, "run", "trained")]
-RUN, TRAINED = ([f"{name}_{how}" for name, how, does in IN_TURN if does == which] + PLAIN for which in ("run", "trained"))
+RUN, TRAINED = ([f"{name}_{how}" for name, how, does in IN_TURN if does == which] for which in ("run", "trained"))
 
 
 @pytest.mark.parametrize("name", RUN)
@@ -105,38 +106,39 @@ def test_every_model_of_the_zoo(name: str) -> None:
     torch.testing.assert_close(_first(actual), expected, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_gradients_of_every_parameter(name: str) -> None:
+@pytest.mark.parametrize("name", TRAINED + PLAIN)
+def test_results_and_gradients_of_every_parameter(name: str) -> None:
     """At most three times the error that eager makes against float64; close to eager where float64 cannot be had."""
     row = BY_NAME[name]
     model, inputs = row.build()
-    eager = _gradients(model, inputs)
-    exact = _exact_gradients(model, inputs)
+    eager = _trained(model, inputs)
+    exact = _trained_exactly(model, inputs)
     with attngen.record() as reports:
-        mine = _gradients(torch.compile(model, backend="attngen", options=EAGER), inputs)
+        mine = _trained(torch.compile(model, backend="attngen", options=EAGER), inputs)
     assert replaced(reports) == len(row.sites)
-    for grad, theirs, reference in zip(mine, eager, exact or eager, strict=True):
-        assert (grad is None) == (reference is None)
-        if grad is not None and theirs is not None and reference is not None:
+    for ours, theirs, reference in zip(mine, eager, exact or eager, strict=True):
+        assert (ours is None) == (reference is None)
+        if ours is not None and theirs is not None and reference is not None:
             slack = 1e-6 if exact else 2e-4
-            assert (grad - reference).norm() <= 3 * (theirs - reference).norm() + slack * reference.norm()
+            assert (ours - reference).norm() <= 3 * (theirs - reference).norm() + slack * reference.norm()
 
 
-def _exact_gradients(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor | None] | None:
+def _trained_exactly(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor | None] | None:
     """In float64; None for models that cannot compute in it (grouped products), or whose fill values overflow there."""
     try:
-        exact = _gradients(copy.deepcopy(model).double(), {name: _double(x) for name, x in inputs.items()})
+        exact = _trained(copy.deepcopy(model).double(), {name: _double(x) for name, x in inputs.items()})
     except RuntimeError:
         return None
     return exact if all(grad is None or grad.isfinite().all() for grad in exact) else None
 
 
-def _gradients(model: Any, inputs: dict[str, Any]) -> list[Tensor | None]:
+def _trained(model: Any, inputs: dict[str, Any]) -> list[Tensor | None]:
+    """The result, and the gradients of inputs and parameters."""
     inputs = {name: _leaf(x) for name, x in inputs.items()}
     out = _first(model(**inputs)).nan_to_num()
     (out * torch.arange(out.numel()).cos().view_as(out)).sum().backward()  # a sum of squares is constant after a norm
     leaves = [*(x for x in inputs.values() if x.requires_grad), *model.parameters()]
-    return [_taken(leaf) for leaf in leaves]
+    return [out.detach(), *map(_taken, leaves)]
 
 
 def _leaf(x: Tensor) -> Tensor:
