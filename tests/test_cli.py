@@ -264,6 +264,16 @@ def test_train_plans_for_gradients() -> None:
     assert training - plain == 2 * 3 * 70 * 4
 
 
+def test_deterministic_plans_for_gradients_that_add_nothing_up_in_memory() -> None:
+    """The one kernel in which programs add to each other's results is left out; inference has nothing to choose."""
+    text = BOTH_FAMILIES.replace("dtype=torch.bfloat16)", "dtype=torch.bfloat16, requires_grad=True)")
+    usual, asked, inference = (
+        explained(text, *extra)[0] for extra in (("--train",), ("--train", "--deterministic"), ("--deterministic",))
+    )
+    assert "hopper" in usual["backward"] and "hopper" not in asked["backward"] and asked["backward"]
+    assert inference["backward"] == ""
+
+
 def test_target_decides_what_is_planned_for() -> None:
     reports = [json.loads(run("explain", model_file(), "--json", "--target", t).stdout) for t in ("a100", "h200")]
     assert [report["device"] for report in reports] == ["NVIDIA A100 80GB", "NVIDIA H200"]
