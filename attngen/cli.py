@@ -105,7 +105,7 @@ def optimize(
                 outputs.write(stage, model.name, report.device, text, report.to_json(), page, kernels)
         _print(report, json)
         if not json:
-            show.console().print(show.written(folder))
+            show.console().print(show.written(folder, report))
 
 
 @app.command(help=f"Show what optimize would do and why; nothing is written.\n\n{CONVENTION}", epilog=EXIT_CODES)

@@ -355,6 +355,7 @@ def test_what_kernels_do_not_do_is_a_reason_and_no_error(sample: str, said: str)
     done = run("optimize", model_file(f"{PLAIN}example_inputs = ({sample},) * 3"))
     assert done.exit_code == 0
     assert said in done.stdout and "Nothing was replaced: 1 site left as it was" in done.stdout
+    assert "Written to" in done.stdout and "Use it" not in done.stdout
     assert json.loads(Path("attngen-out/model/plan.json").read_text())["entries"] == []
 
 
