@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import attngen
 from attngen import runtime, verify
 from attngen.backend import attngen as attngen_backend
-from attngen.errors import BadOption
+from attngen.errors import BadOption, CannotTrace
 from attngen.options import Options, parse
 from attngen.report import Report
 from attngen.spec import Problem
@@ -170,6 +170,29 @@ def test_inductor_inference_and_training(spelling: str) -> None:
     run(model, options={"strict": True}, **inputs)[0][0].square().sum().backward()
     for parameter, grad in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-3, atol=1e-3)
+
+
+def test_optimize_gives_the_model_compiled_for_such_inputs() -> None:
+    model, inputs = zoo.llama("eager")
+    with torch.no_grad(), attngen.record() as reports:
+        fast = attngen.optimize(model, options=EAGER, **inputs)
+        assert replaced(reports) == 2
+        close(fast(**inputs)[0], model(**inputs)[0])
+    assert len(reports) == 1  # such a call compiles nothing more
+    assert isinstance(fast, nn.Module) and [*fast.parameters()] == [*model.parameters()]
+
+
+def test_optimize_says_what_is_wrong() -> None:
+    def unequal(x: Tensor) -> Any:
+        return torch.cond(x.sum() > 0, lambda x: x, lambda x: (x, x), (x,))
+
+    def refused(x: Tensor) -> Tensor:
+        raise AssertionError("this ran")
+
+    with pytest.raises(CannotTrace, match="cond"):
+        attngen.optimize(unequal, torch.ones(2))
+    with pytest.raises(BadOption, match="no option 'tile'"):
+        attngen.optimize(refused, torch.ones(2), options={"tile": 64})
 
 
 def test_fullgraph_and_dynamic_compile_once_for_several_lengths() -> None:

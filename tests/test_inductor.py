@@ -305,6 +305,27 @@ def test_no_more_kernels_than_with_the_library() -> None:
 # ---------------------------------------------------------------------------------------------------- recompilations
 
 
+def test_inductor_compiles_once_for_all_lengths() -> None:
+    """With ``dynamic=True``, in inference and in training: a graph each, and none for other lengths and batches."""
+    model, graphs = Split(), []
+
+    def counted(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        graphs.append(gm)
+        return attngen_backend(gm, example_inputs, options=STRICT)
+
+    run = torch.compile(model, backend=counted, dynamic=True, fullgraph=True)
+    for train in (False, True):
+        for batch, length in ((2, 12), (3, 7), (2, 30)):
+            x = torch.randn(batch, length, 64)
+            with torch.set_grad_enabled(train):
+                ours, theirs = run(x), model(x)
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+            if train:
+                grads = [torch.autograd.grad(y.square().sum(), [*model.parameters()]) for y in (ours, theirs)]
+                torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
+    assert len(graphs) == 2
+
+
 SHAPES: dict[str, tuple[zoo.Build, bool | None]] = {
     "nanogpt": (zoo.nanogpt, None),
     "t5_encoder": (partial(zoo.t5_encoder, "eager"), None),
