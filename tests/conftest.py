@@ -33,7 +33,7 @@ def pytest_collection_finish() -> None:
     """Garbage is looked for seldom, which took a sixth of the time: libraries and tests are most of what there is."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 20, 20)
+    gc.set_threshold(100_000, 10, 10)
 
 
 def pytest_unconfigure() -> None:
