@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from analysis import analyse
+from analysis import Analysis, analyse
 from specs import WORTH_IT
+from test_detect_dynamic import against_float64, masks
 from test_models_half import in_dtype, short
 from torch import Tensor
 
@@ -69,9 +70,7 @@ def kernel_for(spec: AttentionSpec, problem: Problem, device: str) -> Kernel:
     return kernel
 
 
-def kernels_of(name: str, dtype: torch.dtype) -> Iterator[SiteKernel]:
-    found = analyse(*in_dtype(BY_NAME[name].build(), dtype))
-    assert len(found.hits) == len(BY_NAME[name].sites)
+def kernels_of(found: Analysis) -> Iterator[SiteKernel]:
     for site, special in found.hits:
         operands = [found.values[operand.node] for operand in (site.query, site.keys, site.values)]
         inputs = [*operands, *(found.bound(binding) for binding in special.bindings)]
@@ -84,8 +83,25 @@ Sites = dict[tuple[str, int, torch.dtype], SiteKernel]
 
 
 @pytest.fixture(scope="session")
-def sites() -> Sites:
-    return {(name, n, d): site for name, d in WANTED for n, site in enumerate(kernels_of(name, d))}
+def analyses() -> dict[tuple[str, torch.dtype], Analysis]:
+    return {(name, dtype): analyse(*in_dtype(BY_NAME[name].build(), dtype)) for name, dtype in WANTED}
+
+
+@pytest.fixture(scope="session")
+def sites(analyses: dict[tuple[str, torch.dtype], Analysis]) -> Sites:
+    assert all(len(found.hits) == len(BY_NAME[name].sites) for (name, _), found in analyses.items())
+    return {(name, n, d): site for (name, d), found in analyses.items() for n, site in enumerate(kernels_of(found))}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_specs_in_half_precision(name: str, analyses: dict[tuple[str, torch.dtype], Analysis]) -> None:
+    """That of float32, and no further from float64 than the model (in bfloat16: ``test_detect_dynamic``)."""
+    found = analyses[name, torch.float16]
+    assert found.misses == [] and masks(found) == [site.mask for site in BY_NAME[name].sites]
+    for site, special in found.hits:
+        assert special.spec.query.dtype == special.spec.out_dtype == found.values[site.output].dtype == torch.float16
+    for ours, theirs in against_float64(found):
+        assert ours <= 2 * theirs + 1e-6
 
 
 # -------------------------------------------------------------------------------------------------------- interpreter
