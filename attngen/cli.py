@@ -12,6 +12,7 @@ from attngen import cli_cache, cli_tune
 from attngen.commands import (
     CONVENTION,
     EXIT_CODES,
+    Deterministic,
     Json,
     Model,
     Only,
@@ -75,6 +76,7 @@ def optimize(
     only: Only = None,
     skip: Skip = None,
     train: Train = False,
+    deterministic: Deterministic = False,
     json: Json = False,
     traceback: Traceback = False,
 ) -> None:
@@ -83,7 +85,7 @@ def optimize(
         from attngen import plan, show, stages
         from attngen.page import document
 
-        options = options_of(target, only, skip, traceback)
+        options = options_of(target, only, skip, traceback, deterministic=deterministic)
         folder = output or Path("attngen-out") / model.stem
         outputs.refuse_bad_cache()
         with outputs.staged(folder) as stage:
@@ -103,7 +105,7 @@ def optimize(
                 outputs.write(stage, model.name, report.device, text, report.to_json(), page, kernels)
         _print(report, json)
         if not json:
-            show.console().print(show.written(folder))
+            show.console().print(show.written(folder, report))
 
 
 @app.command(help=f"Show what optimize would do and why; nothing is written.\n\n{CONVENTION}", epilog=EXIT_CODES)
@@ -114,13 +116,14 @@ def explain(
     skip: Skip = None,
     formula: Annotated[bool, typer.Option("--formula", help="Print the cost formula with its numbers.")] = False,
     train: Train = False,
+    deterministic: Deterministic = False,
     json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     with ending(traceback):
         from attngen import capture, show, stages
 
-        options = options_of(target, only, skip, traceback)
+        options = options_of(target, only, skip, traceback, deterministic=deterministic)
         progress = show.Progress(show.console(stderr=True))
         with opened(progress, model, train) as example, progress.stage("analyse", "tracing the model") as stage:
             found = capture.explain(example.model, example.args, example.kwargs, options, may_run=True)

@@ -41,16 +41,21 @@ Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on 
 Only = Annotated[list[str] | None, typer.Option(help="Replace only sites whose module path matches, e.g. 'layers.0.*'.")]
 Skip = Annotated[list[str] | None, typer.Option(help="Leave sites whose module path matches.")]
 Train = Annotated[bool, typer.Option("--train", help="Plan for training: gradients will be asked for.")]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="Plan for gradients that are the same bits in every run; with --train.")
+]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")]
 
 
-def options_of(target: str, only: list[str] | None, skip: list[str] | None, traceback: bool) -> dict[str, Any]:
+def options_of(
+    target: str, only: list[str] | None, skip: list[str] | None, traceback: bool, *, deterministic: bool = False
+) -> dict[str, Any]:
     """Options of the backend. Checked here, before any work."""
     from attngen import device, options
 
     if target != "auto":
         device.resolve(target)
-    chosen = {"target": target, "only": only or [], "skip": skip or [], "strict": traceback}
+    chosen = {"target": target, "only": only or [], "skip": skip or [], "deterministic": deterministic, "strict": traceback}
     options.parse(chosen)
     return chosen
 

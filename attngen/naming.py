@@ -75,8 +75,15 @@ def _named(part: Expr) -> str | None:
     if isinstance(part, Op) and part.name in COMPARISONS and row and key:
         return "documents" if part.name == "eq" else "causal(loaded positions)"
     if isinstance(part, Op) and part.name in COMPARISONS and not key:
-        return "causal(loaded positions)"
+        of_batch = not row and any(load.axes for load in loads)
+        return ("lengths" if _ends_keys(part) else "padding") if of_batch else "causal(loaded positions)"
     return "padding" if ROW not in part.axes else None
+
+
+def _ends_keys(part: Op) -> bool:
+    """``j < n`` or ``n > j``."""
+    smaller = {"lt": 0, "le": 0, "gt": 1, "ge": 1}.get(part.name)
+    return smaller is not None and KEY in part.args[smaller].axes
 
 
 def _named_position(part: Expr) -> str | None:

@@ -288,11 +288,11 @@ def verdict(values: Collection[Check | AttngenError]) -> str:
     return f"{failed} failed" if failed else "within the error budget"
 
 
-def written(folder: Path) -> Text:
-    return Text.assemble(
-        (f"Written to {folder}: report.html, kernels/, plan.json, report.json, load.py.\n", "bold"),
-        f'Use it: torch.compile(model, backend=attngen.load("{folder}"))',
-    )
+def written(folder: Path, report: Report) -> Text:
+    """What was written, and how to use it where there is anything to use."""
+    text = Text(f"Written to {folder}: report.html, kernels/, plan.json, report.json, load.py.", "bold")
+    use = f'\nUse it: torch.compile(model, backend=attngen.load("{folder}"))'
+    return Text.assemble(text, use if report.replaced else "")
 
 
 # ------------------------------------------------------------------------------------------------------------- progress

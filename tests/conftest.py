@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
+
+from attngen import verify
 
 GOLDEN = Path(__file__).parent / "golden"
 # Files that take longest begin first, so that no worker is left alone with one of them at the end.
@@ -25,6 +29,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
 
 
+def pytest_collection_finish() -> None:
+    """Garbage is looked for seldom, which took a sixth of the time: libraries and tests are most of what there is."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 10, 10)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else extension modules complain of what is never freed
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
     if torch.cuda.is_available():
@@ -33,6 +48,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_interpreter() -> Iterator[None]:
+    """One process for all kernels that are interpreted; the child process of users is started by the command line's tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "_interpret", forked.interpret)
+        yield
 
 
 @pytest.fixture(scope="session")

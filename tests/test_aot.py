@@ -83,6 +83,26 @@ def test_binary_says_what_the_tile_asks_for(binaries: dict[tuple[int, str], Bina
     assert binary.seconds > 0 and binary.cubin_bytes > 1000 and binary.ptx_bytes > 1000
 
 
+@pytest.mark.parametrize(("count", "shares"), [(7, ["036", "14", "25"]), (2, ["0", "1"]), (0, [])])
+def test_kernels_are_compiled_side_by_side(count: int, shares: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each processor has a child process with its share, all begun before anybody waits; results are in order."""
+    begun: list[str] = []
+
+    def child(jobs: list[Job], arch: int) -> str:
+        begun.append("".join(job.source.name for job in jobs))
+        return begun[-1]
+
+    def collect(share: str, *_: object) -> list[VerificationFailed]:
+        assert begun == shares
+        return [VerificationFailed(name) for name in share]
+
+    monkeypatch.setattr(aot, "_child", child)
+    monkeypatch.setattr(aot, "_collect", collect)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    results = aot.begin([Job(Path(str(number)), ()) for number in range(count)], 90).results()
+    assert [str(result) for result in results] == [*map(str, range(count))]
+
+
 # ------------------------------------------------------------------------------------------------------ specialisation
 
 

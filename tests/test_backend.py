@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import attngen
 from attngen import runtime, verify
 from attngen.backend import attngen as attngen_backend
-from attngen.errors import BadOption
+from attngen.errors import BadOption, CannotTrace
 from attngen.options import Options, parse
 from attngen.report import Report
 from attngen.spec import Problem
@@ -89,9 +89,10 @@ def test_only_and_skip_select_by_path() -> None:
 
 BY_NAME = {row.name: row for row in zoo.ROWS}
 PLAIN = [name for name in BY_NAME if not name.endswith(("_eager", "_sdpa"))]
-# Families are run in one spelling and trained in the other, in turn; plain modules both.
+# Families are run in one spelling and trained in the other, in turn. Plain modules are trained, where results are compared
+# too, and run in ``test_models_half``.
 IN_TURN = [case.values for case in zoo.spread(zoo.MASKS, "run", "trained")]
-RUN, TRAINED = ([f"{name}_{how}" for name, how, does in IN_TURN if does == which] + PLAIN for which in ("run", "trained"))
+RUN, TRAINED = ([f"{name}_{how}" for name, how, does in IN_TURN if does == which] for which in ("run", "trained"))
 
 
 @pytest.mark.parametrize("name", RUN)
@@ -105,38 +106,39 @@ def test_every_model_of_the_zoo(name: str) -> None:
     torch.testing.assert_close(_first(actual), expected, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_gradients_of_every_parameter(name: str) -> None:
+@pytest.mark.parametrize("name", TRAINED + PLAIN)
+def test_results_and_gradients_of_every_parameter(name: str) -> None:
     """At most three times the error that eager makes against float64; close to eager where float64 cannot be had."""
     row = BY_NAME[name]
     model, inputs = row.build()
-    eager = _gradients(model, inputs)
-    exact = _exact_gradients(model, inputs)
+    eager = _trained(model, inputs)
+    exact = _trained_exactly(model, inputs)
     with attngen.record() as reports:
-        mine = _gradients(torch.compile(model, backend="attngen", options=EAGER), inputs)
+        mine = _trained(torch.compile(model, backend="attngen", options=EAGER), inputs)
     assert replaced(reports) == len(row.sites)
-    for grad, theirs, reference in zip(mine, eager, exact or eager, strict=True):
-        assert (grad is None) == (reference is None)
-        if grad is not None and theirs is not None and reference is not None:
+    for ours, theirs, reference in zip(mine, eager, exact or eager, strict=True):
+        assert (ours is None) == (reference is None)
+        if ours is not None and theirs is not None and reference is not None:
             slack = 1e-6 if exact else 2e-4
-            assert (grad - reference).norm() <= 3 * (theirs - reference).norm() + slack * reference.norm()
+            assert (ours - reference).norm() <= 3 * (theirs - reference).norm() + slack * reference.norm()
 
 
-def _exact_gradients(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor | None] | None:
+def _trained_exactly(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor | None] | None:
     """In float64; None for models that cannot compute in it (grouped products), or whose fill values overflow there."""
     try:
-        exact = _gradients(copy.deepcopy(model).double(), {name: _double(x) for name, x in inputs.items()})
+        exact = _trained(copy.deepcopy(model).double(), {name: _double(x) for name, x in inputs.items()})
     except RuntimeError:
         return None
     return exact if all(grad is None or grad.isfinite().all() for grad in exact) else None
 
 
-def _gradients(model: Any, inputs: dict[str, Any]) -> list[Tensor | None]:
+def _trained(model: Any, inputs: dict[str, Any]) -> list[Tensor | None]:
+    """The result, and the gradients of inputs and parameters."""
     inputs = {name: _leaf(x) for name, x in inputs.items()}
     out = _first(model(**inputs)).nan_to_num()
     (out * torch.arange(out.numel()).cos().view_as(out)).sum().backward()  # a sum of squares is constant after a norm
     leaves = [*(x for x in inputs.values() if x.requires_grad), *model.parameters()]
-    return [_taken(leaf) for leaf in leaves]
+    return [out.detach(), *map(_taken, leaves)]
 
 
 def _leaf(x: Tensor) -> Tensor:
@@ -168,6 +170,29 @@ def test_inductor_inference_and_training(spelling: str) -> None:
     run(model, options={"strict": True}, **inputs)[0][0].square().sum().backward()
     for parameter, grad in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-3, atol=1e-3)
+
+
+def test_optimize_gives_the_model_compiled_for_such_inputs() -> None:
+    model, inputs = zoo.llama("eager")
+    with torch.no_grad(), attngen.record() as reports:
+        fast = attngen.optimize(model, options=EAGER, **inputs)
+        assert replaced(reports) == 2
+        close(fast(**inputs)[0], model(**inputs)[0])
+    assert len(reports) == 1  # such a call compiles nothing more
+    assert isinstance(fast, nn.Module) and [*fast.parameters()] == [*model.parameters()]
+
+
+def test_optimize_says_what_is_wrong() -> None:
+    def unequal(x: Tensor) -> Any:
+        return torch.cond(x.sum() > 0, lambda x: x, lambda x: (x, x), (x,))
+
+    def refused(x: Tensor) -> Tensor:
+        raise AssertionError("this ran")
+
+    with pytest.raises(CannotTrace, match="cond"):
+        attngen.optimize(unequal, torch.ones(2))
+    with pytest.raises(BadOption, match="no option 'tile'"):
+        attngen.optimize(refused, torch.ones(2), options={"tile": 64})
 
 
 def test_fullgraph_and_dynamic_compile_once_for_several_lengths() -> None:

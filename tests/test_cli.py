@@ -264,6 +264,16 @@ def test_train_plans_for_gradients() -> None:
     assert training - plain == 2 * 3 * 70 * 4
 
 
+def test_deterministic_plans_for_gradients_that_add_nothing_up_in_memory() -> None:
+    """The one kernel in which programs add to each other's results is left out; inference has nothing to choose."""
+    text = BOTH_FAMILIES.replace("dtype=torch.bfloat16)", "dtype=torch.bfloat16, requires_grad=True)")
+    usual, asked, inference = (
+        explained(text, *extra)[0] for extra in (("--train",), ("--train", "--deterministic"), ("--deterministic",))
+    )
+    assert "hopper" in usual["backward"] and "hopper" not in asked["backward"] and asked["backward"]
+    assert inference["backward"] == ""
+
+
 def test_target_decides_what_is_planned_for() -> None:
     reports = [json.loads(run("explain", model_file(), "--json", "--target", t).stdout) for t in ("a100", "h200")]
     assert [report["device"] for report in reports] == ["NVIDIA A100 80GB", "NVIDIA H200"]
@@ -345,6 +355,7 @@ def test_what_kernels_do_not_do_is_a_reason_and_no_error(sample: str, said: str)
     done = run("optimize", model_file(f"{PLAIN}example_inputs = ({sample},) * 3"))
     assert done.exit_code == 0
     assert said in done.stdout and "Nothing was replaced: 1 site left as it was" in done.stdout
+    assert "Written to" in done.stdout and "Use it" not in done.stdout
     assert json.loads(Path("attngen-out/model/plan.json").read_text())["entries"] == []
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, fx
 
 from attngen import compat
 
-GRAPHS, PART = 1000, 100  # ``python tests/fuzz.py run`` goes on
+GRAPHS, PART = 2000, 100  # ``python tests/fuzz.py run`` goes on
 COMPILED = range(5040, 5065)
-INTERPRETED, JOBS = range(6000, 6200), 100
+INTERPRETED, JOBS = range(400), 200
 
 
 @pytest.mark.parametrize("first", range(0, GRAPHS, PART))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from pytest import MonkeyPatch
@@ -13,7 +15,7 @@ from specs import BY_NAME, CASES, CAUSAL, FOR_OLDEST, LOWEST, QK, B, Case, atten
 from test_blockwise import emptied
 from test_emit import emitted
 
-from attngen import compat
+from attngen import compat, verify
 from attngen.emit import Kernel, emit
 from attngen.errors import AttngenError, Unavailable, VerificationFailed
 from attngen.index import Axis
@@ -152,10 +154,14 @@ def test_a_wrong_kernel_is_refused(name: str, refused: dict[str, Check | Verific
 
 @pytest.mark.parametrize(
     ("added", "complaint", "timeout"),
-    [("import os\nos._exit(3)\n", "code 3", 60.0), ("import time\ntime.sleep(600)\n", "stopped after", 3.0)],
+    [("import os\nos._exit(3)\n", "code 3", 60.0), ("import time\ntime.sleep(600)\n", "stopped after", 2.0)],
     ids=["crash", "hang"],
 )
-def test_a_kernel_that_ends_its_process_is_refused(added: str, complaint: str, timeout: float) -> None:
+@pytest.mark.parametrize("start", [forked.in_a_process, forked.interpret], ids=["process", "fork"])
+def test_a_kernel_that_ends_its_process_is_refused(
+    start: Callable[[Path, float], str], added: str, complaint: str, timeout: float, monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "_interpret", start)
     broken = damaged(lambda text: f"{text}\n{added}")
     with pytest.raises(VerificationFailed, match=complaint):
         verify_interpreted(broken, Problem((1, 1), 70, 70), timeout=timeout)

@@ -10,7 +10,7 @@ import sympy as sp
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from specs import BOTTOM_RIGHT, CASES, CAUSAL, CHUNKS, PREFIX, SAME_DOCUMENT, STREAMING, STRICTLY_CAUSAL, Case, window
+from specs import BOTTOM_RIGHT, CASES, CAUSAL, CHUNKS, PREFIX, SAME_DOCUMENT, STREAMING, STRICTLY_CAUSAL, B, Case, window
 
 from attngen.algebra import FALSE, TRUE, Expr, Int, Load, integer, negate, op, substitute
 from attngen.compat import FloorDiv
@@ -243,6 +243,11 @@ def test_a_diagonal_may_lie_beyond_the_keys() -> None:
         (op("le", op("abs", Int(ROW - KEY)), integer(24)), "window(±24)"),
         (op("and", CAUSAL, op("lt", Int(ROW - KEY), integer(9)), op("lt", Int(KEY - ROW), integer(9))), "causal & window(9)"),
         (op("and", CAUSAL, Load("t0", (Int(KEY),), "bool")), "causal & padding"),
+        (op("lt", Int(KEY), Load("t0", (Int(B),), "int")), "lengths"),
+        (op("ge", Load("t0", (Int(B),), "int"), Int(KEY)), "lengths"),
+        (op("ge", Int(KEY), Load("t0", (Int(B),), "int")), "padding"),
+        (op("le", Int(KEY), Load("t0", (Int(ROW),), "int")), "causal(loaded positions)"),
+        (op("le", Int(KEY), Load("t0", (), "int")), "causal(loaded positions)"),
         (CHUNKS, "causal & chunks(48)"),
         (LOADED, None),
     ],

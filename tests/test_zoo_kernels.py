@@ -1,8 +1,8 @@
 """The kernel of every site of the zoo, in one spelling of each family: right in Triton's interpreter, and compiled for
 several GPUs without spills.
 
-In the interpreter each kernel runs twice: on the very tensors that the model passes, whatever their strides, and on random
-ones over several tiles of rows and keys.
+In the interpreter each kernel runs twice: on the very tensors that the model passes, the whole batch and whatever its
+strides, and on random ones over several tiles of rows and keys, with the heads of one of the batch.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from analysis import analyse
+from analysis import Analysis, analyse
 from specs import WORTH_IT
+from test_detect_dynamic import against_float64, masks
 from test_models_half import in_dtype, short
 from torch import Tensor
 
@@ -33,7 +34,8 @@ from attngen.verify import check, run_interpreted, sample_inputs
 pytest.importorskip("triton")
 
 BY_NAME = {row.name: row for row in zoo.ROWS}
-MORE_ROWS = 25  # than the site has, so that tiles of 16 are four and ragged
+MORE_ROWS = 25  # than the site has, so that tiles of 16 are three and ragged
+HEADS = 4  # of one of the batch: two groups of two
 # In half precision each family in one spelling, for both have one spec; those that mask by a lowest number mostly as eager.
 LIBRARY = ("gpt2", "llama", "llama_padded", "mistral", "vit", "whisper")
 FAMILIES = [f"{name}_{'sdpa' if name in LIBRARY else 'eager'}" for name in zoo.MASKS]
@@ -56,7 +58,8 @@ class SiteKernel:
     @cached_property
     def random(self) -> list[Tensor]:
         rows, keys = self.problem.rows + MORE_ROWS, self.problem.keys + MORE_ROWS
-        return sample_inputs(self.spec, replace(self.problem, rows=rows, keys=keys))
+        *others, heads = self.problem.batch
+        return sample_inputs(self.spec, Problem((*[1] * len(others), min(heads, HEADS)), rows, keys))
 
 
 def kernel_for(spec: AttentionSpec, problem: Problem, device: str) -> Kernel:
@@ -67,9 +70,7 @@ def kernel_for(spec: AttentionSpec, problem: Problem, device: str) -> Kernel:
     return kernel
 
 
-def kernels_of(name: str, dtype: torch.dtype) -> Iterator[SiteKernel]:
-    found = analyse(*in_dtype(BY_NAME[name].build(), dtype))
-    assert len(found.hits) == len(BY_NAME[name].sites)
+def kernels_of(found: Analysis) -> Iterator[SiteKernel]:
     for site, special in found.hits:
         operands = [found.values[operand.node] for operand in (site.query, site.keys, site.values)]
         inputs = [*operands, *(found.bound(binding) for binding in special.bindings)]
@@ -82,8 +83,25 @@ Sites = dict[tuple[str, int, torch.dtype], SiteKernel]
 
 
 @pytest.fixture(scope="session")
-def sites() -> Sites:
-    return {(name, n, d): site for name, d in WANTED for n, site in enumerate(kernels_of(name, d))}
+def analyses() -> dict[tuple[str, torch.dtype], Analysis]:
+    return {(name, dtype): analyse(*in_dtype(BY_NAME[name].build(), dtype)) for name, dtype in WANTED}
+
+
+@pytest.fixture(scope="session")
+def sites(analyses: dict[tuple[str, torch.dtype], Analysis]) -> Sites:
+    assert all(len(found.hits) == len(BY_NAME[name].sites) for (name, _), found in analyses.items())
+    return {(name, n, d): site for (name, d), found in analyses.items() for n, site in enumerate(kernels_of(found))}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_specs_in_half_precision(name: str, analyses: dict[tuple[str, torch.dtype], Analysis]) -> None:
+    """That of float32, and no further from float64 than the model (in bfloat16: ``test_detect_dynamic``)."""
+    found = analyses[name, torch.float16]
+    assert found.misses == [] and masks(found) == [site.mask for site in BY_NAME[name].sites]
+    for site, special in found.hits:
+        assert special.spec.query.dtype == special.spec.out_dtype == found.values[site.output].dtype == torch.float16
+    for ours, theirs in against_float64(found):
+        assert ours <= 2 * theirs + 1e-6
 
 
 # -------------------------------------------------------------------------------------------------------- interpreter
