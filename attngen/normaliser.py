@@ -6,6 +6,7 @@ A weight is read as a quotient of products. Library softmax, ``exp(x - max) / su
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -13,7 +14,7 @@ from itertools import product
 
 import sympy as sp
 
-from attngen.algebra import ONE, Const, Dot, Expr, Op, Reduce, number, op, substitute, terms, total
+from attngen.algebra import ONE, Const, Dot, Expr, Op, Reduce, number, op, substitute, terms, total, transform
 from attngen.index import Axis
 
 MAX_COLUMNS = 4  # of extra logits (sinks) joined to the scores
@@ -42,14 +43,15 @@ class Normalised:
 
 def unnormalised(weight: Expr) -> Normalised | None:
     """A weight that depends on its own pair alone: sigmoid, squared ReLU, a decay, or the product as it is."""
-    parts = list(weight.walk())
-    if any(isinstance(n, Reduce) for n in parts) or not any(isinstance(n, Dot) for n in parts):
+    scored = [n for n in weight.walk() if any(isinstance(part, Dot) for part in n.walk())]
+    if not scored or any(isinstance(n, Reduce) for n in scored):
         return None
     return Normalised(weight, softmax=False)
 
 
 def softmax(weight: Expr, key: Axis) -> Normalised | str:
     """The softmax over ``key`` that ``weight`` is, or a sentence saying why it is none."""
+    weight = transform(weight, _natural)
     above, below, zero_if_empty = quotient(weight)
     moving = [factor for factor in above if key in factor.axes]
     powers = [factor for factor in moving if isinstance(factor, Op) and factor.name == "exp"]
@@ -76,6 +78,17 @@ def softmax(weight: Expr, key: Axis) -> Normalised | str:
             return replace(found, gain=_without_factors(above, below, power, divisor))
         reason = found
     return reason
+
+
+def _natural(expr: Expr) -> Expr | None:
+    """Scores as the exponent of another number than e: ``2 ** x = exp(x * log(2))``. What is in exponents stays as it is."""
+    if not isinstance(expr, Op) or expr.name not in ("exp", "exp2", "pow"):
+        return None
+    base = number(expr.args[0]) if expr.name == "pow" else 2.0
+    scored = any(isinstance(part, Dot) for part in expr.args[-1].walk())
+    if expr.name == "exp" or not scored or base is None or base <= 0:
+        return expr
+    return op("exp", op("mul", expr.args[-1], Const(math.log(base))))
 
 
 def summands(weight: Expr, key: Axis) -> list[Expr]:

@@ -20,7 +20,7 @@ from attngen.algebra import (
     where,
 )
 from attngen.passes.rounding import HALF, in_half, in_type
-from attngen.passes.semantics import Bound, Index, Reader, Row, Unknown, coarsens, dtype_of, kind_of
+from attngen.passes.semantics import Bound, Index, Reader, Row, Unknown, coarsens, dtype_of, kind_of, shape_of
 
 
 def _plain(name: str, *names: str) -> Row:
@@ -94,6 +94,16 @@ def _where(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
 def _masked_fill(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
     condition = to_bool(reader.operand(args["mask"], index))
     return _choice(node, condition, *(reader.operand(args[n], index) for n in ("value", "self")))
+
+
+def _put(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+    """``x[mask] = number``: the dimensions of one mask, and one number for all that it chooses."""
+    chosen = [(dim, mask) for dim, mask in enumerate(args["indices"]) if mask is not None]
+    ((first, mask), *others), value = chosen, args["values"]
+    if others or args["accumulate"] or kind_of(dtype_of(mask)) != "bool" or any(size != 1 for size in shape_of(value)):
+        raise Unknown("a write to listed places")
+    condition = reader.at(mask, index[first : first + len(shape_of(mask))])
+    return _choice(node, condition, reader.operand(value, index), reader.operand(args["self"], index))
 
 
 def _choice(node: fx.Node, condition: Expr, *branches: Expr) -> Expr:
@@ -177,6 +187,7 @@ POINTWISE: dict[str, Row] = {
     "clamp_max": _clamp,
     "where": _where,
     "masked_fill": _masked_fill,
+    "index_put": _put,
     "logical_and": _logical("and", "self", "other"),
     "logical_or": _logical("or", "self", "other"),
     "logical_not": _logical("not", "self"),

@@ -339,7 +339,7 @@ VALUES: dict[str, Row] = {
 
 PART_VALUES: dict[tuple[str, int], Row] = {("max", 0): _max, ("native_dropout", 0): _dropout}
 
-CONTRACTIONS = frozenset(["matmul", "bmm", "mm", "baddbmm", "addmm", "linear", "sum", "einsum"])
+CONTRACTIONS = frozenset(["matmul", "bmm", "mm", "baddbmm", "addmm", "linear", "sum", "einsum", "tensordot"])
 CONTRACTIONS |= frozenset(["scaled_dot_product_attention"])
 
 

@@ -97,7 +97,9 @@ class Analysis:
             assert tensor.dtype == declared.dtype
         spec = special.spec if rounded or dtype is None else replace(special.spec, out_dtype=dtype)
         order = memory_order(site.output)
-        return blockwise.forward(spec, inputs, dtype=dtype)[0].permute([order.index(d) for d in range(len(order))])
+        result = blockwise.forward(spec, inputs, dtype=dtype)[0]
+        result = result if site.row in site.axes else result.squeeze(0)
+        return result.permute([order.index(d) for d in range(len(order))])
 
 
 class _Recorder(fx.Interpreter):
