@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import attngen
 from attngen import compat
+from attngen.algebra import TRUE, Int, op
 from attngen.compat import FloorDiv
 from attngen.errors import Miss
 from attngen.spec import KEY, ROW
@@ -108,10 +109,15 @@ def silu_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.silu(scores(q, k)) / LENGTH * torch.ones(LENGTH, LENGTH).tril() @ v
 
 
+def masked_then_scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = (q @ k.transpose(-1, -2)).masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), -1e9)
+    return (s / SIZE**0.5 * 0.9).softmax(-1) @ v
+
+
 FOUND: list[Callable[..., Tensor]] = [
     mask_of_blocks, mask_of_a_tree, mask_by_a_view_taken_before, filled_by_truth, weights_emptied_by_truth, powers_of_two,
     powers_of_any_number, sum_by_einsum, by_tensordot, one_query_without_a_row, decay_over_its_sum, state_space_duality,
-    silu_weights,
+    silu_weights, masked_then_scaled,
 ]  # fmt: skip
 
 
@@ -146,6 +152,28 @@ def test_what_their_specs_say() -> None:
     assert special.spec.output[0] == ROW and ROW not in [place for x in special.spec.inputs for place in x.index]
     ((_, special),) = _analysed(state_space_duality).hits
     assert not special.spec.softmax and all(len(extra.index) == 3 for extra in special.spec.extras)
+    causal = op("lt", Int(KEY), Int(ROW + 1))
+    assert special.spec.mask == causal
+    ((_, special),) = _analysed(masked_then_scaled).hits
+    assert special.spec.mask == causal
+    ((_, special),) = _analysed(lambda q, k, v: (-0.5 * scores(q, k).masked_fill(_future(), -1e9)).softmax(-1) @ v).hits
+    assert special.spec.mask == TRUE  # turned round, what was filled is all that counts
+
+
+def _future() -> Tensor:
+    return torch.ones(LENGTH, LENGTH).triu(1).bool()
+
+
+@pytest.mark.parametrize("power", [lambda s: torch.pow(3.0, s), torch.exp2, lambda s: torch.exp(0.9 * s)])
+def test_nothing_is_left_of_a_row_of_fills_that_is_not_lifted(power: Callable[[Tensor], Tensor]) -> None:
+    """Zero over zero, where a softmax, which takes the maximum off, gives the mean of the values."""
+
+    def dead_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        p = power(scores(q, k).masked_fill(torch.ones(LENGTH, LENGTH).triu(-3).bool(), -1e9))
+        return p / p.sum(-1, keepdim=True) @ v
+
+    analysis = _analysed(dead_rows)
+    assert len(analysis.hits) == 1 and analysis.results[0].isnan().any() and max(analysis.errors()) < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------------ negative twins
