@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attngen.algebra import COMPARISONS, ONE, TRUE, Const, Expr, Int, Load, Op, negate, number, op, terms, total
+from attngen.algebra import COMPARISONS, ONE, TRUE, Const, Expr, Int, Load, Op, negate, number, op, terms, total, where
 from attngen.errors import Miss
 from attngen.index import Axis
 from attngen.mask import no_row_is_empty
@@ -181,7 +181,23 @@ def _masked(expr: Expr) -> tuple[Expr, Expr, float] | None:
     for keep, kept, fill in ((condition, yes, number(no)), (negate(condition), no, number(yes))):
         if fill is not None and fill <= MASKING:
             return keep, kept, fill
-    return None
+    return _masked_by_branch(condition, yes, no)
+
+
+def _masked_by_branch(condition: Expr, yes: Expr, no: Expr) -> tuple[Expr, Expr, float] | None:
+    """A choice of scores that are masked alike, at least one: a mask that is opened, or closed, piece by piece."""
+    found = [_masked(branch) for branch in (yes, no)]
+    fills = {each[2] for each in found if each is not None}
+    if len(fills) != 1:
+        return None
+    (here, score), (there, other) = (each[:2] if each else (TRUE, e) for each, e in zip(found, (yes, no), strict=True))
+    if here != TRUE and there != TRUE:
+        here, there = op("and", condition, here), op("and", negate(condition), there)
+    elif here == TRUE:
+        here = condition
+    else:
+        there = negate(condition)
+    return op("or", here, there), where(condition, score, other), fills.pop()
 
 
 def _without_row_terms(score: Expr, key: Axis) -> Expr:

@@ -65,8 +65,13 @@ def dtype_of(node: fx.Node) -> torch.dtype:
     return dtype
 
 
+NARROW = (torch.uint8, torch.int8, torch.int16)  # integers that wrap round at numbers that occur
+
+
 def coarsens(source: fx.Node, node: fx.Node) -> bool:
-    """A cast to an 8-bit float is there for what it loses."""
+    """A cast to an 8-bit float is there for what it loses; one to a narrow integer may lose something."""
+    if dtype_of(node) in NARROW:
+        return dtype_of(source) not in (torch.bool, dtype_of(node))
     return dtype_of(node).is_floating_point and dtype_of(node).itemsize < 2 <= dtype_of(source).itemsize
 
 

@@ -13,6 +13,7 @@ from attngen.algebra import Const, Expr, Int, Load, Reduce, integer, op, to_floa
 from attngen.index import ZERO, Axis, never_negative
 from attngen.passes import dropout
 from attngen.passes.semantics import (
+    NARROW,
     Bound,
     Index,
     Reader,
@@ -34,6 +35,8 @@ from attngen.passes.semantics import (
 def _arange(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
     if any(isinstance(args.get(name), float) for name in ("start", "end", "step")):
         raise Unknown("arange over floats")
+    if dtype_of(node) in NARROW:
+        raise Unknown("positions that may wrap round")
     start, step = (size_arg(args.get(name, default)) for name, default in (("start", 0), ("step", 1)))
     place: Expr = Int(sp.expand(start + step * index[0]))
     return to_float(place) if kind_of(dtype_of(node)) == "float" else place
@@ -78,8 +81,8 @@ def _eye(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
 
 def _cumsum(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
     """The running sum of something constant along the summed dimension: ``(k + 1) * value``."""
-    if not index:
-        raise Unknown("cumsum of a scalar")
+    if not index or dtype_of(node) in NARROW:
+        raise Unknown("cumsum of a scalar, or one that may wrap round")
     dim = args["dim"] % len(index)
     place = reader.bound(node, shape_of(node)[dim], "k")
     value = reader.at(args["self"], (*index[:dim], place, *index[dim + 1 :]))

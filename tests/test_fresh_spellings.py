@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 import attngen
 from attngen import compat
-from attngen.algebra import TRUE, Int, op
+from attngen.algebra import TRUE, Expr, Int, op
 from attngen.compat import FloorDiv
 from attngen.errors import Miss
+from attngen.evaluate import Evaluator
 from attngen.spec import KEY, ROW
 
 BATCH, HEADS, LENGTH, SIZE = 2, 3, 20, 8
@@ -48,6 +49,15 @@ def mask_by_a_view_taken_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     turned = mask.t()
     mask[:, 5:] = -3.0
     return (scores(q, k) + turned).softmax(-1) @ v
+
+
+def mask_changed_after_it_is_added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Made of positions and numbers: what it is at each time is known."""
+    mask = torch.zeros(LENGTH, LENGTH)
+    mask[:, 5:] = -3.0
+    s = scores(q, k) + mask
+    mask[2] = 100.0
+    return s.softmax(-1) @ v
 
 
 def filled_by_truth(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -114,10 +124,18 @@ def masked_then_scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (s / SIZE**0.5 * 0.9).softmax(-1) @ v
 
 
+def diagonal_filled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Nobody looks at themselves, nor at whom comes next."""
+    s = scores(q, k)
+    s.diagonal(dim1=-2, dim2=-1).fill_(-5e4)
+    s.diagonal(1, -2, -1).mul_(0.5)
+    return s.softmax(-1) @ v
+
+
 FOUND: list[Callable[..., Tensor]] = [
-    mask_of_blocks, mask_of_a_tree, mask_by_a_view_taken_before, filled_by_truth, weights_emptied_by_truth, powers_of_two,
-    powers_of_any_number, sum_by_einsum, by_tensordot, one_query_without_a_row, decay_over_its_sum, state_space_duality,
-    silu_weights, masked_then_scaled,
+    mask_of_blocks, mask_of_a_tree, mask_by_a_view_taken_before, mask_changed_after_it_is_added, filled_by_truth,
+    weights_emptied_by_truth, powers_of_two, powers_of_any_number, sum_by_einsum, by_tensordot, one_query_without_a_row,
+    decay_over_its_sum, state_space_duality, silu_weights, masked_then_scaled, diagonal_filled,
 ]  # fmt: skip
 
 
@@ -145,7 +163,7 @@ def _analysed(function: Callable[..., Tensor], *tensors: Tensor) -> Analysis:
 
 def test_what_their_specs_say() -> None:
     ((_, special),) = _analysed(mask_of_blocks).hits
-    assert [extra.index for extra in special.spec.extras] == [(0, ROW, KEY)]  # loaded as it is, never expanded
+    assert not special.spec.extras and _kept(special.spec.mask) == 5 * 5 + 4 * 4 + 11 * 11  # no tensor of all pairs
     ((_, special),) = _analysed(powers_of_two).hits
     assert special.spec.softmax and "exp2" not in str(special.spec.score)
     ((_, special),) = _analysed(one_query_without_a_row).hits
@@ -158,6 +176,11 @@ def test_what_their_specs_say() -> None:
     assert special.spec.mask == causal
     ((_, special),) = _analysed(lambda q, k, v: (-0.5 * scores(q, k).masked_fill(_future(), -1e9)).softmax(-1) @ v).hits
     assert special.spec.mask == TRUE  # turned round, what was filled is all that counts
+
+
+def _kept(mask: Expr) -> int:
+    positions = {ROW: torch.arange(LENGTH)[:, None], KEY: torch.arange(LENGTH)}
+    return int(torch.broadcast_to(Evaluator(positions, lambda source: source)(mask), (LENGTH, LENGTH)).sum())
 
 
 def _future() -> Tensor:
@@ -179,19 +202,20 @@ def test_nothing_is_left_of_a_row_of_fills_that_is_not_lifted(power: Callable[[T
 # ------------------------------------------------------------------------------------------------------ negative twins
 
 
-def mask_changed_after_it_is_added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    mask = torch.zeros(LENGTH, LENGTH)
-    mask[:, 5:] = -3.0
-    s = scores(q, k) + mask
-    mask[2] = 100.0
-    return s.softmax(-1) @ v
+def mask_of_data_changed_after_it_is_added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = q[0, 0] @ k[1, 1].mT
+    mask[:, 5:] = v[0, 0, 0, 0]
+    s = scores(q, k) + mask.cumsum(-1)
+    t = s + mask
+    mask[2] = v[0, 0, 0, 1]
+    return t.softmax(-1) @ v
 
 
-def mask_read_at_two_times(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def mask_of_data_read_at_two_times(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = torch.zeros(LENGTH, LENGTH)
-    mask[:, 5:] = -3.0
+    mask[:, 5:] = q[0, 0, :, :1]
     s = scores(q, k) + mask
-    mask[:, :3] = 2.0
+    mask[:, :3] = q[0, 0, :, 1:2]
     return (s + mask).softmax(-1) @ v
 
 
@@ -235,7 +259,7 @@ def over_the_sum_of_magnitudes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "function",
     [
-        mask_changed_after_it_is_added, mask_read_at_two_times, filled_at_listed_places, added_up_by_truth,
+        mask_of_data_changed_after_it_is_added, mask_of_data_read_at_two_times, filled_at_listed_places, added_up_by_truth,
         powers_over_another_sum, powers_of_a_negative_number, few_keys_for_each_query, three_in_one_einsum,
         over_the_sum_of_magnitudes,
     ],
