@@ -37,9 +37,8 @@ class Marks:
     def highest(self, nodes: list[fx.Node]) -> int:
         return max((self.level.get(n, 0) for n in nodes), default=0)
 
-    def weighs(self, node: fx.Node) -> bool:
-        """Made of attention weights, without leaving their elements."""
-        return self.level.get(node) == 3
+    def level_of(self, node: fx.Node) -> int:
+        return self.level.get(node, 0)
 
     def settle(self, output: fx.Node) -> None:
         """``output`` is a proved attention: to what follows, it is a product like any other."""

@@ -83,6 +83,8 @@ def run(lowered: Lowered) -> list[Terms | Miss]:
             continue
         proof = _prove(node, lowered, facts, decompose, marks)
         if not isinstance(proof, Miss):
+            if proof[0].output in marks.settled:  # by the product that it divides; this one is of the sum below the line
+                continue
             marks.settle(proof[0].output)
         found.append((proof, near))
     proofs = _undisturbed([proof for proof, _ in found], facts)
@@ -120,7 +122,7 @@ def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: D
 
 
 def _proof(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: Decomposer, marks: Marks) -> Terms | Miss:
-    reader = Reader(lowered.graph, facts.stale, decompose, lambda n, since: facts.overwritten(n, since, node), marks.weighs)
+    reader = Reader(lowered.graph, facts.stale, decompose, lambda n, since: facts.overwritten(n, since, node), marks.level_of)
     misses: list[Miss] = []
     for end in filter(None, (divided(node), node)):
         if any(miss.reason == OWN_SUM for miss in misses):  # the weights are read by that sum

@@ -108,8 +108,8 @@ def _clumsiness(node: fx.Node, index: Index) -> tuple[bool, bool]:
 
 class Reader:
     """Reads elements of one lowered graph; ``stale`` nodes changed in place later and are only ever loaded, and what is
-    ``overwritten`` between a node and the site is no place to load from what it read. What ``weighs`` is made of attention
-    weights. ``readers``: for what is written to in pieces, the nodes that read it as it is from then on.
+    ``overwritten`` between a node and the site is no place to load from what it read. ``level``: how far a node got, as
+    ``passes.candidates`` counts. ``readers``: for what is written to in pieces, the nodes that read it as it is from then on.
 
     Each site has a reader of its own, so that equal sites are read over the very same axes; readers of one graph share
     ``decompose``. Reading raises ``TooMuch`` beyond the limits, so that no proof takes longer than a fixed time.
@@ -121,13 +121,13 @@ class Reader:
         stale: frozenset[fx.Node] = frozenset(),
         decompose: Decomposer | None = None,
         overwritten: Callable[[fx.Node, fx.Node], bool] = lambda name, since: False,
-        weighs: Callable[[fx.Node], bool] = lambda _: False,
+        level: Callable[[fx.Node], int] = lambda node: 0,
     ) -> None:
         self.graph = graph
         self._decompose = decompose or Decomposer()
         self._stale = stale
         self._overwritten = overwritten
-        self._weighs = weighs
+        self._level = level
         self._memo: dict[tuple[fx.Node, Index], Expr] = {}
         self._depth = 0
         self._inlined: dict[fx.Node, fx.Node | None] = {}
@@ -182,7 +182,11 @@ class Reader:
 
     def weighs(self, node: fx.Node) -> bool:
         """``node`` makes attention weights of others; so does what operators do inside, for all that reads it."""
-        return node.graph is not self.graph or self._weighs(node)
+        return node.graph is not self.graph or self._level(node) == 3
+
+    def is_power(self, node: fx.Node) -> bool:
+        """``node`` is made of exponentials of scores, or of weights."""
+        return node.graph is self.graph and self._level(node) >= 2
 
     def resolve(self, node: fx.Node) -> fx.Node:
         """The node of the graph itself that a placeholder inside a decomposition stands for."""

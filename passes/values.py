@@ -241,7 +241,9 @@ def _sum(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
     axis, inner = _over(reader, node, args, index, source)
     if (product := _product(reader, source, inner)) is not None:
         (left, left_index), (right, right_index) = product
-        if axis in _symbols(left_index) and axis in _symbols(right_index):
+        here, there = _symbols(left_index), _symbols(right_index)
+        masked = reader.is_power(source) and (here <= there or there <= here)  # which weighs no features
+        if axis in here and axis in there and not masked:
             return reader.dot(node, (left, left_index), (right, right_index), axis)
     body = reader.at(source, inner)
     return Reduce("sum", axis, to_float(body) if kind_of(dtype_of(node)) == "float" else body)

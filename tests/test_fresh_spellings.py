@@ -132,10 +132,23 @@ def diagonal_filled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return s.softmax(-1) @ v
 
 
+def masked_exponentials(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Masks of zeros and ones multiply what the exponentials give."""
+    keep = torch.arange(LENGTH)[None] < torch.tensor([7, LENGTH])[:, None]
+    e = scores(q, k).exp() * keep[:, None, None] * torch.ones(LENGTH, LENGTH).tril()
+    return e / (e.sum(-1, keepdim=True) + 1e-9) @ v
+
+
+def masked_exponentials_late(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = torch.where(_future(), 0.0, scores(q, k).exp()) * torch.ones(LENGTH, LENGTH).triu(-9)
+    return e @ v / e.sum(-1, keepdim=True)
+
+
 FOUND: list[Callable[..., Tensor]] = [
     mask_of_blocks, mask_of_a_tree, mask_by_a_view_taken_before, mask_changed_after_it_is_added, filled_by_truth,
     weights_emptied_by_truth, powers_of_two, powers_of_any_number, sum_by_einsum, by_tensordot, one_query_without_a_row,
     decay_over_its_sum, state_space_duality, silu_weights, masked_then_scaled, diagonal_filled,
+    masked_exponentials, masked_exponentials_late,
 ]  # fmt: skip
 
 
@@ -174,6 +187,8 @@ def test_what_their_specs_say() -> None:
     assert special.spec.mask == causal
     ((_, special),) = _analysed(masked_then_scaled).hits
     assert special.spec.mask == causal
+    ((_, special),) = _analysed(masked_exponentials_late).hits
+    assert _kept(special.spec.mask) == sum(min(row, 9) + 1 for row in range(LENGTH))
     ((_, special),) = _analysed(lambda q, k, v: (-0.5 * scores(q, k).masked_fill(_future(), -1e9)).softmax(-1) @ v).hits
     assert special.spec.mask == TRUE  # turned round, what was filled is all that counts
 
@@ -237,6 +252,11 @@ def powers_over_another_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.exp2(s) / torch.exp(s).sum(-1, keepdim=True) @ v
 
 
+def exponentials_masked_in_the_sum_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = scores(q, k).exp()
+    return e / (e * torch.ones(LENGTH, LENGTH).tril()).sum(-1, keepdim=True) @ v
+
+
 def powers_of_a_negative_number(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     p = torch.pow(-2.0, scores(q, k).round())
     return p / p.sum(-1, keepdim=True) @ v
@@ -260,7 +280,8 @@ def over_the_sum_of_magnitudes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     "function",
     [
         mask_of_data_changed_after_it_is_added, mask_of_data_read_at_two_times, filled_at_listed_places, added_up_by_truth,
-        powers_over_another_sum, powers_of_a_negative_number, few_keys_for_each_query, three_in_one_einsum,
+        powers_over_another_sum, exponentials_masked_in_the_sum_alone,
+        powers_of_a_negative_number, few_keys_for_each_query, three_in_one_einsum,
         over_the_sum_of_magnitudes,
     ],
     ids=lambda f: f.__name__,
