@@ -95,8 +95,8 @@ def _with_masks_inside(
             assert isinstance(summand, Reduce) and isinstance(inside, Op)
             total_inside = Reduce("sum", summand.axis, substitute(inside, {key: summand.axis}))
             kept = list((Counter(above) - Counter([power, *masks])).elements())
-            changed = transform(divisor, {summand: total_inside}.get)
-            return [*kept, inside], [changed if e is divisor else e for e in below], [inside]
+            changes: dict[Expr, Expr] = {summand: total_inside}
+            return [*kept, inside], [transform(e, changes.get) if e is divisor else e for e in below], [inside]
     return above, below, powers
 
 

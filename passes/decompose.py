@@ -87,7 +87,7 @@ def _writes_behind(node: fx.Node) -> bool:
         return False
     schema = [a for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
-    targets = [given[a.name] for a in schema if isinstance(given.get(a.name), fx.Node)]
+    targets = [target for target in map(given.get, (a.name for a in schema)) if isinstance(target, fx.Node)]
     return any(_is_view(each) for target in targets for each in (target, *target.users))
 
 

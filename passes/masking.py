@@ -173,15 +173,16 @@ def _masked(expr: Expr) -> tuple[Expr, Expr, float] | None:
         found, by = _masked(inner), number(scale)
         if found is None or by is None or not 0 < by < math.inf:
             return None
-        fill = found[2] * by if expr.name == "mul" else found[2] / by
-        return (found[0], op(expr.name, found[1], scale), fill) if fill <= MASKING else None
+        scaled = found[2] * by if expr.name == "mul" else found[2] / by
+        return (found[0], op(expr.name, found[1], scale), scaled) if scaled <= MASKING else None
     if not (isinstance(expr, Op) and expr.name == "where"):
         return None
     condition, yes, no = expr.args
     for keep, kept, fill in ((condition, yes, number(no)), (negate(condition), no, number(yes))):
         if fill is not None and fill <= MASKING:
             return keep, kept, fill
-    return _masked_by_branch(condition, yes, no)
+    loads = any(isinstance(part, Load) for part in expr.walk())  # of which the graph may only have the whole
+    return None if loads else _masked_by_branch(condition, yes, no)
 
 
 def _masked_by_branch(condition: Expr, yes: Expr, no: Expr) -> tuple[Expr, Expr, float] | None:

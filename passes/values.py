@@ -33,10 +33,8 @@ from attngen.passes.semantics import (
 
 
 def _arange(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
-    if any(isinstance(args.get(name), float) for name in ("start", "end", "step")):
-        raise Unknown("arange over floats")
-    if dtype_of(node) in NARROW:
-        raise Unknown("positions that may wrap round")
+    if dtype_of(node) in NARROW or any(isinstance(args.get(name), float) for name in ("start", "end", "step")):
+        raise Unknown("arange over floats, or over numbers that may wrap round")
     start, step = (size_arg(args.get(name, default)) for name, default in (("start", 0), ("step", 1)))
     place: Expr = Int(sp.expand(start + step * index[0]))
     return to_float(place) if kind_of(dtype_of(node)) == "float" else place
@@ -147,8 +145,7 @@ def _gathered(reader: Reader, source: fx.Node, places: Sequence[Expr]) -> Expr:
 
 
 def _embedding(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
-    row = reader.at(args["indices"], index[:-1])
-    return _gathered(reader, args["weight"], [row, Int(index[-1])])
+    return _gathered(reader, args["weight"], [reader.at(args["indices"], index[:-1]), Int(index[-1])])
 
 
 def _index_select(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
@@ -187,8 +184,7 @@ def _index(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
 
 def _wrapped(place: Expr, size: sp.Expr) -> Expr:
     """A negative position counts from the end."""
-    negative = op("lt", place, integer(0))
-    return where(negative, op("add", place, Int(size)), place)
+    return where(op("lt", place, integer(0)), op("add", place, Int(size)), place)
 
 
 # ---------------------------------------------------------------------------------------- reductions and contractions
@@ -242,7 +238,7 @@ def _sum(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
     if (product := _product(reader, source, inner)) is not None:
         (left, left_index), (right, right_index) = product
         here, there = _symbols(left_index), _symbols(right_index)
-        masked = reader.is_power(source) and (here <= there or there <= here)  # which weighs no features
+        masked = (reader.is_power(left) and there <= here) or (reader.is_power(right) and here <= there)  # no features
         if axis in here and axis in there and not masked:
             return reader.dot(node, (left, left_index), (right, right_index), axis)
     body = reader.at(source, inner)
