@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sympy as sp
 import torch
@@ -205,7 +206,9 @@ def _along(tensor: Tensor, dim: int, place: sp.Expr, axis: Axis, sizes: dict[Axi
         return tensor.repeat_interleave(times, dim)
     if place.atoms(Axis) != {axis}:
         raise NotImplementedError(f"an operand read at {place}")
-    positions = Evaluator({axis: torch.arange(sizes[axis], device=tensor.device)}, lambda _: tensor).integer(place)
+    known: dict[sp.Symbol, Any] = {each.extent: size for each, size in sizes.items()}  # type: ignore[misc]
+    known[axis] = torch.arange(sizes[axis], device=tensor.device)
+    positions = Evaluator(known, lambda _: tensor).integer(place)
     return tensor.index_select(dim, torch.as_tensor(positions, device=tensor.device))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import sympy as sp
@@ -36,6 +37,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.functions import Max as _TorchMax
 from torch.utils._sympy.functions import Min as _TorchMin
+from torch.utils._thunk import Thunk
 
 __all__ = [
     "CHECKPOINT",
@@ -92,7 +94,20 @@ def size_expr(size: Any) -> sp.Expr:
     """A size as a sympy expression: a number for an int, the symbol for a SymInt. Adds no guard."""
     if not isinstance(size, torch.SymInt):
         return sp.Integer(size)
-    return size.node.expr.replace(_TorchMax, sp.Max).replace(_TorchMin, sp.Min)
+    return _simplified(size.node.expr)
+
+
+@lru_cache(maxsize=1 << 12)
+def _simplified(expr: sp.Expr) -> sp.Expr:
+    """In sympy's own functions, and without the divisions that leave nothing: a linear layer makes ``n`` of ``n**2 // n``."""
+    return expr.replace(_TorchMax, sp.Max).replace(_TorchMin, sp.Min).replace(FloorDiv, _divided)
+
+
+def _divided(value: sp.Expr, divisor: sp.Expr) -> sp.Expr:
+    """Floor division; sizes are no fractions, so what divides without a remainder is the plain quotient."""
+    quotient = sp.cancel(value / divisor)
+    exact = quotient.is_polynomial(*quotient.free_symbols) and quotient.is_integer
+    return quotient if exact and not value.has(FloorDiv, sp.Mod) else FloorDiv(value, divisor)
 
 
 def hint(size: Any) -> int:
@@ -118,10 +133,8 @@ def traced_node(value: Any) -> fx.Node | None:
     mode = get_proxy_mode()
     if mode is None or not isinstance(value, (torch.Tensor, torch.SymInt)):
         return None
-    proxy = get_proxy_slot(value, mode.tracer, None)
-    proxy = getattr(proxy, "proxy", proxy)  # tensors keep a record around the proxy
-    if callable(proxy) and not hasattr(proxy, "node"):  # SymInts keep a thunk
-        proxy = proxy()
+    slot: Any = get_proxy_slot(value, mode.tracer, None)
+    proxy = slot.force() if isinstance(slot, Thunk) else getattr(slot, "proxy", slot)  # of a SymInt, of a tensor
     return getattr(proxy, "node", None)
 
 

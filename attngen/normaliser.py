@@ -6,6 +6,7 @@ A weight is read as a quotient of products. Library softmax, ``exp(x - max) / su
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -13,7 +14,7 @@ from itertools import product
 
 import sympy as sp
 
-from attngen.algebra import ONE, Const, Dot, Expr, Op, Reduce, number, op, substitute, terms, total
+from attngen.algebra import ONE, Const, Dot, Expr, Op, Reduce, number, op, substitute, terms, total, transform, where
 from attngen.index import Axis
 
 MAX_COLUMNS = 4  # of extra logits (sinks) joined to the scores
@@ -42,14 +43,15 @@ class Normalised:
 
 def unnormalised(weight: Expr) -> Normalised | None:
     """A weight that depends on its own pair alone: sigmoid, squared ReLU, a decay, or the product as it is."""
-    parts = list(weight.walk())
-    if any(isinstance(n, Reduce) for n in parts) or not any(isinstance(n, Dot) for n in parts):
+    scored = [n for n in weight.walk() if any(isinstance(part, Dot) for part in n.walk())]
+    if not scored or any(isinstance(n, Reduce) for n in scored):
         return None
     return Normalised(weight, softmax=False)
 
 
 def softmax(weight: Expr, key: Axis) -> Normalised | str:
     """The softmax over ``key`` that ``weight`` is, or a sentence saying why it is none."""
+    weight = transform(weight, _natural)
     above, below, zero_if_empty = quotient(weight)
     moving = [factor for factor in above if key in factor.axes]
     powers = [factor for factor in moving if isinstance(factor, Op) and factor.name == "exp"]
@@ -61,6 +63,7 @@ def softmax(weight: Expr, key: Axis) -> Normalised | str:
     if not below:
         return "the weights are not divided by one sum"
     reason = ""
+    above, below, powers = _with_masks_inside(above, below, powers, key)
     for power, divisor in product(powers, below):
         found = _normalised(power, divisor, key, zero_if_empty)
         if isinstance(found, Normalised):
@@ -76,6 +79,57 @@ def softmax(weight: Expr, key: Axis) -> Normalised | str:
             return replace(found, gain=_without_factors(above, below, power, divisor))
         reason = found
     return reason
+
+
+def _with_masks_inside(
+    above: list[Expr], below: list[Expr], powers: list[Op], key: Axis
+) -> tuple[list[Expr], list[Expr], list[Op]]:
+    """``m * exp(s) / sum(m * exp(s))``, where ``m`` is one or zero, as ``exp(s or -inf) / sum(exp(s or -inf))``."""
+    for divisor in below:
+        for summand in terms(divisor):
+            masks = _masks_in(summand, above, key)
+            power = next((p for p in powers if masks and p in _factors_at(summand, key)), None)
+            if power is None:
+                continue
+            inside = op("exp", reduce(_masked_by, masks, power.args[0]))
+            assert isinstance(summand, Reduce) and isinstance(inside, Op)
+            total_inside = Reduce("sum", summand.axis, substitute(inside, {key: summand.axis}))
+            kept = list((Counter(above) - Counter([power, *masks])).elements())
+            changes: dict[Expr, Expr] = {summand: total_inside}
+            return [*kept, inside], [transform(e, changes.get) if e is divisor else e for e in below], [inside]
+    return above, below, powers
+
+
+def _factors_at(summand: Expr, key: Axis) -> list[Expr]:
+    """What is multiplied under the sum, at the place ``key``."""
+    if not (isinstance(summand, Reduce) and summand.name == "sum" and summand.axis.extent == key.extent):
+        return []
+    factors, divisors, _ = quotient(substitute(summand.body, {summand.axis: key}))
+    return [] if divisors else [factor for factor in factors if factor != ONE]
+
+
+def _masked_by(score: Expr, mask: Op) -> Expr:
+    condition, yes, no = (mask.args[0], *((score if e == ONE else Const(-math.inf)) for e in mask.args[1:]))
+    return where(condition, yes, no)
+
+
+def _masks_in(summand: Expr, above: list[Expr], key: Axis) -> list[Op]:
+    """The factors of one or zero under the sum, if the weights have all of them as well, and there is but a power beside."""
+    factors = _factors_at(summand, key)
+    one_or_zero = ((ONE, Const(0.0)), (Const(0.0), ONE))
+    masks = [f for f in factors if isinstance(f, Op) and f.name == "where" and f.args[1:] in one_or_zero]
+    return masks if len(factors) == len(masks) + 1 and Counter(masks) <= Counter(above) else []
+
+
+def _natural(expr: Expr) -> Expr | None:
+    """Scores as the exponent of another number than e: ``2 ** x = exp(x * log(2))``. What is in exponents stays as it is."""
+    if not isinstance(expr, Op) or expr.name not in ("exp", "exp2", "pow"):
+        return None
+    base = number(expr.args[0]) if expr.name == "pow" else 2.0
+    scored = any(isinstance(part, Dot) for part in expr.args[-1].walk())
+    if expr.name == "exp" or not scored or base is None or base <= 0:
+        return expr
+    return op("exp", op("mul", expr.args[-1], Const(math.log(base))))
 
 
 def summands(weight: Expr, key: Axis) -> list[Expr]:

@@ -257,6 +257,8 @@ def _reach(source: Input, value: torch.Tensor) -> int:
 
 def _elements_per_row(site: Site) -> int:
     """The stride of a query row in the output, which is dense."""
+    if site.row not in site.axes:
+        return 0
     value, order = site.output.meta["val"], strides.memory_order(site.output)
     place = order.index(site.axes.index(site.row))
     return math.prod(compat.hint(value.shape[d]) for d in order[place + 1 :])

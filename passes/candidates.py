@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from attngen.passes.dropout import DROPOUTS
@@ -36,9 +37,8 @@ class Marks:
     def highest(self, nodes: list[fx.Node]) -> int:
         return max((self.level.get(n, 0) for n in nodes), default=0)
 
-    def weighs(self, node: fx.Node) -> bool:
-        """Made of attention weights, without leaving their elements."""
-        return self.level.get(node) == 3
+    def level_of(self, node: fx.Node) -> int:
+        return self.level.get(node, 0)
 
     def settle(self, output: fx.Node) -> None:
         """``output`` is a proved attention: to what follows, it is a product like any other."""
@@ -50,15 +50,15 @@ class Marks:
         """The mark of ``node``; nodes come in program order."""
         name, inputs = op_name(node), node.all_input_nodes
         before = self.highest(inputs)
-        passes = name in _ELEMENTWISE or node.target in (operator.getitem, updated)
-        contracts = is_product(node) and (name != "sum" or before < 2)
+        passes = name in _ELEMENTWISE or node.target in (operator.getitem, updated) or _is_pointwise(node)
+        contracts = is_product(node) and (not is_sum(node) or before < 2)
         if node in self.settled or contracts:
             self.level[node] = 1
         elif before and (name in SOFTMAX or name == "logsumexp"):
             self.level[node] = 3
-        elif name in ("exp", "exp2") and before:
+        elif before and (name in ("exp", "exp2") or (name == "pow" and not is_tensor(node.args[0]))):
             self.level[node] = max(before, 2)
-        elif name == "sum" and before:
+        elif is_sum(node) and before:
             self.level[node] = 3 if before >= 2 else 1
         elif before and (passes or name in _JOINS | _CHANGES or self._mixes_channels(node)):
             self.level[node] = before
@@ -80,6 +80,11 @@ def _whole(node: fx.Node) -> fx.Node:
     return node
 
 
+def _is_pointwise(node: fx.Node) -> bool:
+    """Also where no row says what it computes: its decomposition does."""
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+
+
 def _is_batched(node: fx.Node) -> bool:
     """Not a product with a layer's weights, which have no batch of their own."""
     return all(len(shape_of(n)) > 2 for n in node.all_input_nodes if is_tensor(n))
@@ -87,7 +92,12 @@ def _is_batched(node: fx.Node) -> bool:
 
 def is_product(node: fx.Node) -> bool:
     """A contraction; among sums, only those of products."""
-    return is_contraction(node) and (op_name(node) != "sum" or any(op_name(n) == "mul" for n in node.all_input_nodes))
+    return is_contraction(node) and (not is_sum(node) or any(op_name(n) == "mul" for n in node.all_input_nodes))
+
+
+def is_sum(node: fx.Node) -> bool:
+    """Of the elements of one tensor, ``einsum`` being a way to write it."""
+    return op_name(node) == "sum" or (op_name(node) == "einsum" and len(node.args[1]) == 1)  # type: ignore[arg-type]
 
 
 def is_pointwise_convolution(node: fx.Node) -> bool:
@@ -107,7 +117,12 @@ def is_candidate(node: fx.Node, marks: Marks) -> bool:
 
 
 def weighs_pairs(node: fx.Node, marks: Marks) -> bool:
-    return _is_batched(node) and any(n in marks.pairs for n in node.all_input_nodes)
+    """An einsum of three tensors or more may be all of an attention without softmax."""
+    return _is_batched(node) and (any(n in marks.pairs for n in node.all_input_nodes) or _joins_several(node))
+
+
+def _joins_several(node: fx.Node) -> bool:
+    return op_name(node) == "einsum" and len(node.args[1]) > 2  # type: ignore[arg-type]
 
 
 def divided(node: fx.Node) -> fx.Node | None:

@@ -75,9 +75,25 @@ def _trace(node: fx.Node, outer: list[fx.Node], definition: Callable[..., Any]) 
     try:
         with mode, compat.enable_python_dispatcher(), compat.tracing(None), torch.no_grad():
             trace = compat.make_fx(body, pre_dispatch=whole, tracing_mode="real", _allow_non_fake_inputs=True)
-            return trace(*values).graph
+            graph = trace(*values).graph
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         return None
+    return None if any(map(_writes_behind, graph.nodes)) else graph
+
+
+def _writes_behind(node: fx.Node) -> bool:
+    """``node`` writes to memory that other nodes have another name for: they are not what was written there."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return False
+    schema = [a for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
+    targets = [target for target in map(given.get, (a.name for a in schema)) if isinstance(target, fx.Node)]
+    return any(_is_view(each) for target in targets for each in (target, *target.users))
+
+
+def _is_view(node: fx.Node) -> bool:
+    returned = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
+    return any(value.alias_info is not None and not value.alias_info.is_write for value in returned)
 
 
 def _definition(target: Any) -> Callable[..., Any] | None:

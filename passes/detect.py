@@ -26,13 +26,14 @@ from attngen.passes.candidates import Marks, divided, is_candidate, is_product, 
 from attngen.passes.decompose import Decomposer
 from attngen.passes.lower import Lowered
 from attngen.passes.operands import Operand, peel
+from attngen.passes.roles import Sides, roles_of
 from attngen.passes.semantics import Reader, TooMuch, dtype_of, op_name
 
 
 @dataclass(frozen=True)
 class Site:
     """One proved attention. ``output`` is the node to replace; its dimensions are ``axes``, in order. It is the result,
-    complete at ``end``, or a view of it.
+    complete at ``end``, or a view of it. A ``row`` that is none of them has one query.
 
     ``score`` is what the softmax sees, over ``dot`` (the product of query and key) and anything else the graph adds; where
     there is no ``softmax``, it is the weight itself. ``gain`` multiplies the weights after the softmax.
@@ -82,6 +83,8 @@ def run(lowered: Lowered) -> list[Terms | Miss]:
             continue
         proof = _prove(node, lowered, facts, decompose, marks)
         if not isinstance(proof, Miss):
+            if proof[0].output in marks.settled:  # by the product that it divides; this one is of the sum below the line
+                continue
             marks.settle(proof[0].output)
         found.append((proof, near))
     proofs = _undisturbed([proof for proof, _ in found], facts)
@@ -119,7 +122,7 @@ def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: D
 
 
 def _proof(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: Decomposer, marks: Marks) -> Terms | Miss:
-    reader = Reader(lowered.graph, facts.stale, decompose, lambda n: facts.overwritten(n, node), marks.weighs)
+    reader = Reader(lowered.graph, facts.stale, decompose, lambda n, since: facts.overwritten(n, since, node), marks.level_of)
     misses: list[Miss] = []
     for end in filter(None, (divided(node), node)):
         if any(miss.reason == OWN_SUM for miss in misses):  # the weights are read by that sum
@@ -142,18 +145,6 @@ def _proof(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: D
     return deepest if deepest.node else replace(deepest, node=node.name)
 
 
-@dataclass(frozen=True)
-class _Sides:
-    """The product of weights and values over ``key``, as ``output`` at ``axes`` holds it; it is complete at ``node``."""
-
-    node: fx.Node
-    output: fx.Node
-    axes: tuple[Axis, ...]
-    key: Axis
-    weights: Access
-    values: Access
-
-
 def _prove_output(
     reader: Reader, node: fx.Node, output: fx.Node, axes: tuple[Axis, ...], parameters: frozenset[fx.Node]
 ) -> Terms | Miss:
@@ -169,7 +160,7 @@ def _prove_output(
     outside = reduce(lambda e, f: op("div", e, f), below, outside)
     misses = []
     for weights, values in ((product.lhs, product.rhs), (product.rhs, product.lhs)):
-        proof = _prove_sides(reader, _Sides(node, output, axes, product.axis, weights, values), outside)
+        proof = _prove_sides(reader, Sides(node, output, axes, product.axis, weights, values), outside)
         if not isinstance(proof, Miss):
             refused = None if proof[0].softmax else ordinary.run(proof[0], parameters)
             if refused is None:
@@ -196,7 +187,7 @@ def _drops(expr: Expr) -> bool:
     return any(isinstance(n, Load) and isinstance(n.source, fx.Node) and dropout.drops(n.source) for n in expr.walk())
 
 
-def _prove_sides(reader: Reader, sides: _Sides, outside: Expr) -> Terms | Miss:
+def _prove_sides(reader: Reader, sides: Sides, outside: Expr) -> Terms | Miss:
     """``outside`` multiplies the product: the division by a sum that other spellings do before it."""
     weights, key, node = sides.weights, sides.key, sides.node.name
     weight = op("mul", reader.at(weights.source, _plain(weights)), outside)  # type: ignore[arg-type]
@@ -217,7 +208,7 @@ def _prove_sides(reader: Reader, sides: _Sides, outside: Expr) -> Terms | Miss:
     return Miss(normalised, node, depth=7 if scored and normalised == OWN_SUM else int(scored))
 
 
-def _prove_sum(reader: Reader, sides: _Sides, outside: Expr, parts: list[Normalised | str]) -> Terms | Miss:
+def _prove_sum(reader: Reader, sides: Sides, outside: Expr, parts: list[Normalised | str]) -> Terms | Miss:
     """``(w1 + w2) @ v = w1 @ v + w2 @ v``, where each is a softmax; else none of them gains.
 
     The terms may be larger than their sum, so they are not rounded to 16 bits before it.
@@ -237,7 +228,7 @@ def _prove_sum(reader: Reader, sides: _Sides, outside: Expr, parts: list[Normali
     return tuple(replace(site, interior=inside, dtype=dtype) for site in sites)
 
 
-def _prove_normalised(reader: Reader, sides: _Sides, outside: Expr, normalised: Normalised) -> Site | Miss:
+def _prove_normalised(reader: Reader, sides: Sides, outside: Expr, normalised: Normalised) -> Site | Miss:
     dots = _score_dots(reader, normalised, sides.key)
     if isinstance(dots, Miss):
         return dots
@@ -252,10 +243,10 @@ def _prove_normalised(reader: Reader, sides: _Sides, outside: Expr, normalised: 
     return max(misses, key=lambda miss: miss.depth)
 
 
-def _prove_scores(reader: Reader, sides: _Sides, normalised: Normalised, dot: Dot) -> Site | Miss:
+def _prove_scores(reader: Reader, sides: Sides, normalised: Normalised, dot: Dot) -> Site | Miss:
     key, axes = sides.key, sides.axes
     query, keys = (dot.lhs, dot.rhs) if key in dot.rhs.axes else (dot.rhs, dot.lhs)
-    roles = _roles(sides, query, keys)
+    roles = roles_of(sides, query, keys, dot.axis)
     if isinstance(roles, Miss):
         return roles
     row, feature = roles
@@ -312,26 +303,8 @@ def _other_side(dot: Dot, key: Axis) -> Access:
     return dot.rhs if key in dot.lhs.axes else dot.lhs
 
 
-def _roles(sides: _Sides, query: Access, keys: Access) -> tuple[Axis, Axis] | Miss:
-    """Which dimension of the output counts queries, and which counts the features of the values."""
-    node, axes, weights, values = sides.node, sides.axes, sides.weights, sides.values
-    features = [a for a in axes if a in values.axes and a not in weights.axes]
-    if len(features) != 1:
-        return Miss("the values have no feature dimension of their own", node.name, depth=4)
-    own = [a for a in axes if a in query.axes and a not in keys.axes and a not in values.axes]
-    # A row may be missing when there is one query: then its dimension has extent one and every side reads it at zero.
-    own = own or [a for a in axes if a.extent == 1 and a not in keys.axes | values.axes and a is not features[0]][-1:]
-    if not own:
-        return Miss("no dimension counts the queries alone", node.name, depth=4)
-    order = [a for place in weights.index for a in axes if a in place.axes]
-    row = max(own, key=lambda a: order.index(a) if a in order else -1)
-    if row in keys.axes or row in values.axes:
-        return Miss("keys or values differ from query to query", node.name, depth=4)
-    return row, features[0]
-
-
 def _operands(
-    reader: Reader, sides: _Sides, dot: Dot, query: Access, keys: Access, row: Axis, feature: Axis
+    reader: Reader, sides: Sides, dot: Dot, query: Access, keys: Access, row: Axis, feature: Axis
 ) -> tuple[Operand, Operand, Operand] | Miss:
     key, values, output = sides.key, sides.values, sides.output
     score_dtype = dtype_of(dot.node)  # type: ignore[arg-type]

@@ -41,11 +41,11 @@ class Effects:
     order: dict[fx.Node, int]
     cut: frozenset[fx.Node]
 
-    def overwritten(self, node: fx.Node, end: fx.Node) -> bool:
-        """``node`` no longer holds its value at ``end``."""
+    def overwritten(self, node: fx.Node, since: fx.Node, end: fx.Node) -> bool:
+        """``node`` no longer holds at ``end`` what it held at ``since``."""
         times = self.times.get(storage(node), []) if _is_tensor(node) else []
         before = bisect_right(times, self.order[end])
-        return before > 0 and self.order[node] < times[before - 1]
+        return before > 0 and self.order[since] < times[before - 1]
 
 
 def updated(whole: torch.Tensor, write: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from attngen.algebra import Load
 from attngen.evaluate import Evaluator
 from attngen.index import Axis
 from attngen.passes.dropout import SEEDS, Seed, draws
-from attngen.passes.effects import updated
+from attngen.passes.effects import updated, written
 from attngen.passes.lower import Lowered
 from attngen.passes.memory import values
 from attngen.passes.semantics import shape_of
@@ -51,6 +51,8 @@ class Writer:
         for origin in self._lowered.origins.get(memory, ()):
             if origin in self._before:
                 return origin
+        if (target := self._written(node)) is not None:
+            return self.value(target)
         if memory is not node:
             raise NotHere(f"{memory.name} is written in pieces, and exists only inside another call")
         if node not in self._copies:
@@ -106,6 +108,14 @@ class Writer:
             if node in self.written:
                 del self._lowered.tables[table]
         self.written.clear()
+
+    def _written(self, node: fx.Node) -> fx.Node | None:
+        """What ``node`` wrote to, and shows, if that was done by now, by a statement, which has no value itself."""
+        targets = written(node)
+        if len(targets) != 1 or node.args[0] is not targets[0] or self._lowered.parent(node) not in self._before:
+            return None
+        known = self._lowered.origins.get(targets[0]) or self._written(targets[0])
+        return targets[0] if known else None
 
     def _may_move(self, node: fx.Node) -> bool:
         return node in self._moved and not node.target._schema.is_mutable  # type: ignore[union-attr]

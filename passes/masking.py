@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attngen.algebra import COMPARISONS, ONE, TRUE, Const, Expr, Int, Load, Op, negate, number, op, terms, total
+from attngen.algebra import COMPARISONS, ONE, TRUE, Const, Expr, Int, Load, Op, negate, number, op, terms, total, where
 from attngen.errors import Miss
 from attngen.index import Axis
 from attngen.mask import no_row_is_empty
@@ -71,7 +71,7 @@ def split(site: Site) -> Split | Miss:
 def _by_library(site: Site) -> bool:
     """The library's softmax takes the maximum off, as does its logarithm."""
     names = {op_name(node) for node in site.interior}
-    return bool(names & SOFTMAX) or not names & {"exp", "exp2"}
+    return bool(names & SOFTMAX) or not names & {"exp", "exp2", "pow"}
 
 
 def _conjuncts(condition: Expr) -> frozenset[Expr]:
@@ -98,13 +98,22 @@ def _without_zeros(weight: Expr) -> tuple[Expr, Expr]:
         left, kept = _without_zeros(weight.args[0])
         right, also = _without_zeros(weight.args[1]) if weight.name == "mul" else (weight.args[1], TRUE)
         return op(weight.name, left, right), op("and", kept, also)
-    if isinstance(weight, Op) and weight.name == "where" and not is_random(weight.args[0]):  # dropout multiplies NaN too
-        condition, yes, no = weight.args
-        for keep, kept, zero in ((condition, yes, no), (negate(condition), no, yes)):
-            if number(zero) == 0:
-                inner, mask = _without_zeros(kept)
-                return inner, op("and", keep, mask)
+    if (chosen := _chosen(weight, 0.0)) is not None:
+        inner, mask = _without_zeros(chosen[1])
+        return inner, op("and", chosen[0], mask)
+    if isinstance(weight, Op) and weight.name == "exp" and (chosen := _chosen(weight.args[0], -math.inf)) is not None:
+        inner, mask = _without_zeros(op("exp", chosen[1]))
+        return inner, op("and", chosen[0], mask)
     return weight, TRUE
+
+
+def _chosen(expr: Expr, other: float) -> tuple[Expr, Expr] | None:
+    """When ``expr`` is not the number ``other``, and what it is then. What dropout chooses multiplies NaN too: it is none."""
+    if not (isinstance(expr, Op) and expr.name == "where") or is_random(expr.args[0]):
+        return None
+    condition, yes, no = expr.args
+    choices = ((condition, yes, no), (negate(condition), no, yes))
+    return next(((keep, kept) for keep, kept, rest in choices if number(rest) == other), None)
 
 
 @dataclass(frozen=True)
@@ -158,13 +167,38 @@ def _summands(expr: Expr) -> list[Expr]:
 
 
 def _masked(expr: Expr) -> tuple[Expr, Expr, float] | None:
+    """When a score counts, what it is then, and the number that it is otherwise; also of a multiple of such a score."""
+    if isinstance(expr, Op) and expr.name in ("mul", "div"):
+        inner, scale = expr.args
+        found, by = _masked(inner), number(scale)
+        if found is None or by is None or not 0 < by < math.inf:
+            return None
+        scaled = found[2] * by if expr.name == "mul" else found[2] / by
+        return (found[0], op(expr.name, found[1], scale), scaled) if scaled <= MASKING else None
     if not (isinstance(expr, Op) and expr.name == "where"):
         return None
     condition, yes, no = expr.args
     for keep, kept, fill in ((condition, yes, number(no)), (negate(condition), no, number(yes))):
         if fill is not None and fill <= MASKING:
             return keep, kept, fill
-    return None
+    loads = any(isinstance(part, Load) for part in expr.walk())  # of which the graph may only have the whole
+    return None if loads else _masked_by_branch(condition, yes, no)
+
+
+def _masked_by_branch(condition: Expr, yes: Expr, no: Expr) -> tuple[Expr, Expr, float] | None:
+    """A choice of scores that are masked alike, at least one: a mask that is opened, or closed, piece by piece."""
+    found = [_masked(branch) for branch in (yes, no)]
+    fills = {each[2] for each in found if each is not None}
+    if len(fills) != 1:
+        return None
+    (here, score), (there, other) = (each[:2] if each else (TRUE, e) for each, e in zip(found, (yes, no), strict=True))
+    if here != TRUE and there != TRUE:
+        here, there = op("and", condition, here), op("and", negate(condition), there)
+    elif here == TRUE:
+        here = condition
+    else:
+        there = negate(condition)
+    return op("or", here, there), where(condition, score, other), fills.pop()
 
 
 def _without_row_terms(score: Expr, key: Axis) -> Expr:

@@ -106,7 +106,7 @@ def _lowest(layers: list[_Layer], fitting: list[_Layer]) -> _Layer | None:
 
 def _scaled(reader: Reader, node: fx.Node, index: Index, inner: Axis) -> tuple[fx.Node, Index, Expr] | None:
     """``x * s`` or ``x / s`` where ``s`` does not change along the contracted axis: the tensor, its index, the scale."""
-    if op_name(node) not in ("mul", "div") or reader.is_stale(node):
+    if op_name(node) not in ("mul", "div") or any(map(reader.is_stale, [node, *node.all_input_nodes])):
         return None
     args = bind(node)
     if args.get("rounding_mode") is not None:

@@ -91,8 +91,11 @@ def _into_part(reader: Reader, view: fx.Node, index: Index) -> tuple[Expr, Index
         if not moving:
             inside = op("and", inside, op("eq", Int(place), Int(start)))
             continue
-        if len(moving) > 1 or moving[0] in places:
+        if len(moving) > 1:
             raise Unknown("a view with dimensions across those of its source")
+        if moving[0] in places:  # a diagonal
+            inside = op("and", inside, op("eq", Int(place), Int(sp.expand(start.xreplace(places)))))
+            continue
         among, places[moving[0]] = _along(moving[0], start, place)
         inside = op("and", inside, among)
     if len(places) < len(axes):

@@ -20,7 +20,7 @@ from attngen.algebra import (
     where,
 )
 from attngen.passes.rounding import HALF, in_half, in_type
-from attngen.passes.semantics import Bound, Index, Reader, Row, Unknown, coarsens, dtype_of, kind_of
+from attngen.passes.semantics import NARROW, Bound, Index, Reader, Row, Unknown, coarsens, dtype_of, kind_of, shape_of
 
 
 def _plain(name: str, *names: str) -> Row:
@@ -29,10 +29,17 @@ def _plain(name: str, *names: str) -> Row:
     def row(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
         if any(n not in args for n in names) or (name == "pow" and kind_of(dtype_of(node)) != "float"):
             raise Unknown(f"another overload of {name}")
+        if name == "mul":
+            _refuse_narrow(node)
         values = [reader.operand(args[n], index) for n in names]
         return op(name, *_promoted(node, values))
 
     return row
+
+
+def _refuse_narrow(node: fx.Node) -> None:
+    if dtype_of(node) in NARROW:
+        raise Unknown("arithmetic that may wrap round")
 
 
 def _promoted(node: fx.Node, values: list[Expr]) -> list[Expr]:
@@ -43,6 +50,7 @@ def _scaled_sum(sign: str, minuend: str = "self", subtrahend: str = "other") -> 
     """``self ± alpha * other``."""
 
     def row(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+        _refuse_narrow(node)
         left, right = _promoted(node, [reader.operand(args[n], index) for n in (minuend, subtrahend)])
         alpha = reader.operand(args.get("alpha", 1), index)
         right = op("mul", right, alpha) if alpha != integer(1) else right
@@ -96,6 +104,16 @@ def _masked_fill(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Ex
     return _choice(node, condition, *(reader.operand(args[n], index) for n in ("value", "self")))
 
 
+def _put(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+    """``x[mask] = number``: the dimensions of one mask, and one number for all that it chooses."""
+    chosen = [(dim, mask) for dim, mask in enumerate(args["indices"]) if mask is not None]
+    ((first, mask), *others), value = chosen, args["values"]
+    if others or args["accumulate"] or kind_of(dtype_of(mask)) != "bool" or any(size != 1 for size in shape_of(value)):
+        raise Unknown("a write to listed places")
+    condition = reader.at(mask, index[first : first + len(shape_of(mask))])
+    return _choice(node, condition, reader.operand(value, index), reader.operand(args["self"], index))
+
+
 def _choice(node: fx.Node, condition: Expr, *branches: Expr) -> Expr:
     """Numbers are what they are in the type of the result: two masks of -1e9 in bfloat16 must be equal to the last bit."""
     dtype = dtype_of(node)
@@ -138,6 +156,7 @@ def _unary(build: Callable[[Expr], Expr]) -> Row:
 
 def _kept_kind(name: str) -> Row:
     def row(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+        _refuse_narrow(node)
         return op(name, reader.operand(args["self"], index))
 
     return row
@@ -177,6 +196,7 @@ POINTWISE: dict[str, Row] = {
     "clamp_max": _clamp,
     "where": _where,
     "masked_fill": _masked_fill,
+    "index_put": _put,
     "logical_and": _logical("and", "self", "other"),
     "logical_or": _logical("or", "self", "other"),
     "logical_not": _logical("not", "self"),

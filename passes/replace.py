@@ -52,9 +52,9 @@ def place(
     for binding in specialised.bindings:
         inputs += [binding] if isinstance(binding, fx.Node) else _sources(binding)
     for node in inputs:
-        disturbed = effects.written_between([node], node, site.output, facts)
-        if disturbed is not None:
-            return disturbed
+        for since in site.reader.readers.get(node, [node]):
+            if (disturbed := effects.written_between([node], since, site.output, facts)) is not None:
+                return disturbed
     if training and (rewritten := effects.written_after(inputs, site.output, facts)) is not None:
         return rewritten
     if training and (cut := effects.cut_between(_differentiable(inputs, lowered), site, facts)) is not None:
@@ -105,6 +105,8 @@ def run(terms: Sequence[Placed], lowered: Lowered, targets: Sequence[Any]) -> Mi
             call = writer.call(torch.ops.aten.to.dtype, (call, dtype_of(site.output)))
         if terms[0].copied and len(terms) == 1:  # a sum is kept by nobody
             call = writer.call(torch.ops.attngen.copied.default, (call,))
+        if site.row not in site.axes:
+            call = writer.call(torch.ops.aten.squeeze.dim, (call, 0))
         order = memory_order(site.output)
         if order != tuple(range(len(order))):
             call = writer.call(torch.ops.aten.permute.default, (call, [order.index(d) for d in range(len(order))]))

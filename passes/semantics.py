@@ -65,8 +65,13 @@ def dtype_of(node: fx.Node) -> torch.dtype:
     return dtype
 
 
+NARROW = (torch.uint8, torch.int8, torch.int16)  # integers that wrap round at numbers that occur
+
+
 def coarsens(source: fx.Node, node: fx.Node) -> bool:
-    """A cast to an 8-bit float is there for what it loses."""
+    """A cast to an 8-bit float is there for what it loses; one to a narrow integer may lose something."""
+    if dtype_of(node) in NARROW:
+        return dtype_of(source) not in (torch.bool, dtype_of(node))
     return dtype_of(node).is_floating_point and dtype_of(node).itemsize < 2 <= dtype_of(source).itemsize
 
 
@@ -103,7 +108,8 @@ def _clumsiness(node: fx.Node, index: Index) -> tuple[bool, bool]:
 
 class Reader:
     """Reads elements of one lowered graph; ``stale`` nodes changed in place later and are only ever loaded, and what is
-    ``overwritten`` before a site can read it is no place to load a value from. What ``weighs`` is made of attention weights.
+    ``overwritten`` between a node and the site is no place to load from what it read. ``level``: how far a node got, as
+    ``passes.candidates`` counts. ``readers``: for what is written to in pieces, the nodes that read it as it is from then on.
 
     Each site has a reader of its own, so that equal sites are read over the very same axes; readers of one graph share
     ``decompose``. Reading raises ``TooMuch`` beyond the limits, so that no proof takes longer than a fixed time.
@@ -114,14 +120,14 @@ class Reader:
         graph: fx.Graph,
         stale: frozenset[fx.Node] = frozenset(),
         decompose: Decomposer | None = None,
-        overwritten: Callable[[fx.Node], bool] = lambda _: False,
-        weighs: Callable[[fx.Node], bool] = lambda _: False,
+        overwritten: Callable[[fx.Node, fx.Node], bool] = lambda name, since: False,
+        level: Callable[[fx.Node], int] = lambda node: 0,
     ) -> None:
         self.graph = graph
         self._decompose = decompose or Decomposer()
         self._stale = stale
         self._overwritten = overwritten
-        self._weighs = weighs
+        self._level = level
         self._memo: dict[tuple[fx.Node, Index], Expr] = {}
         self._depth = 0
         self._inlined: dict[fx.Node, fx.Node | None] = {}
@@ -129,13 +135,14 @@ class Reader:
         self._home: dict[fx.Graph, fx.Node] = {}
         self._bound: dict[tuple[fx.Node, str], Axis] = {}
         self.provenance: dict[Expr, tuple[fx.Node, Index]] = {}
+        self.readers: dict[fx.Node, list[fx.Node]] = {}
 
     def at(self, node: fx.Node, index: Index) -> Expr:
         """The element of ``node`` at ``index``."""
         key = (node, index)
         if key not in self._memo:
             expr = self._memo[key] = self._read_or_load(node, index)
-            holds = node.graph is self.graph and not self._overwritten(node)
+            holds = node.graph is self.graph and is_tensor(node) and not self._overwritten(node, node)
             if holds and (expr not in self.provenance or self._is_plainer(key, expr)):
                 self.provenance[expr] = key
         return self._memo[key]
@@ -175,7 +182,11 @@ class Reader:
 
     def weighs(self, node: fx.Node) -> bool:
         """``node`` makes attention weights of others; so does what operators do inside, for all that reads it."""
-        return node.graph is not self.graph or self._weighs(node)
+        return node.graph is not self.graph or self._level(node) == 3
+
+    def is_power(self, node: fx.Node) -> bool:
+        """``node`` is made of exponentials of scores, or of weights."""
+        return node.graph is self.graph and self._level(node) >= 2
 
     def resolve(self, node: fx.Node) -> fx.Node:
         """The node of the graph itself that a placeholder inside a decomposition stands for."""
@@ -212,6 +223,14 @@ class Reader:
         below = [self.resolve(n) for n in node.all_input_nodes]
         return any(n in self._stale or n.op == "get_attr" for n in below)
 
+    def _note_what_stays(self, node: fx.Node) -> None:
+        """What ``node`` reads of memory that is written in pieces can be loaded at the site: the pieces are there by now."""
+        for name in map(self.resolve, node.all_input_nodes):
+            if name in self._stale:
+                if self._overwritten(name, self.whole(node)):
+                    raise Unknown("an operand is written to in pieces")
+                self.readers.setdefault(name, []).append(self.whole(node))
+
     def _view_of_part(self, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
         from attngen.passes.views import PARTS
 
@@ -239,9 +258,10 @@ class Reader:
         if node.target is updated:
             return after_write(self, node, index)
         name = op_name(node)
+        self._note_what_stays(node)
         if name in POINTWISE:
-            if self._reads_passing(node):
-                raise Unknown("an operand is written to in pieces")
+            if any(self.resolve(n).op == "get_attr" for n in node.all_input_nodes):
+                raise Unknown("a literal tensor stands there only for the moment")
             return POINTWISE[name](self, node, bind(node), index)
         if name in VALUES:
             return VALUES[name](self, node, bind(node), index)
@@ -254,6 +274,7 @@ class Reader:
         row = PART_VALUES.get((op_name(parent), part))  # type: ignore[arg-type]
         if row is None:
             raise Unknown
+        self._note_what_stays(parent)  # type: ignore[arg-type]
         return row(self, parent, bind(parent), index)  # type: ignore[arg-type]
 
     def _read_inlined(self, node: fx.Node, index: Index) -> Expr:

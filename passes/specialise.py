@@ -83,7 +83,7 @@ def run(site: Site) -> Specialised | Miss:
         values=_input("v", site.values, names),
         extras=tuple(_extra(load, slots, names) for load in slots),
         batch=tuple(names[a] for a in site.batch),  # type: ignore[misc]
-        output=tuple(names[site.axes[d]] for d in memory_order(site.output)),  # type: ignore[misc]
+        output=_output(site, names),
         head_dim=int(site.inner.extent),
         value_dim=int(site.feature.extent),
         out_dtype=site.dtype,
@@ -268,7 +268,7 @@ def _canonical_names(site: Site) -> Names | Miss:
     for _ in pending:
         for extent, size in pending:
             unknown = [s for s in extent.free_symbols if s not in names]
-            if len(unknown) == 1:
+            if len(unknown) == 1 and not extent.has(FloorDiv, sp.Mod, sp.Max, sp.Min):
                 solved = sp.solve(extent.xreplace(names) - size, unknown[0])
                 if len(solved) == 1:
                     names[unknown[0]] = solved[0]
@@ -306,6 +306,12 @@ def _renamed_index(index: Index, names: Names) -> Index:
 
 def _input(name: str, operand: Operand, names: Names) -> Input:
     return Input(name, _renamed_index(operand.index, names), operand.dtype)
+
+
+def _output(site: Site, names: Names) -> tuple[Axis, ...]:
+    """The dimensions as they lie in memory. Where the result has none for rows, which kernels count, that comes first."""
+    axes = [site.axes[d] for d in memory_order(site.output)]
+    return tuple(names[axis] for axis in (axes if site.row in axes else [site.row, *axes]))  # type: ignore[misc]
 
 
 def _extra(load: Load, slots: dict[Load, str], names: Names) -> Input:

@@ -13,6 +13,7 @@ from attngen.algebra import Const, Expr, Int, Load, Reduce, integer, op, to_floa
 from attngen.index import ZERO, Axis, never_negative
 from attngen.passes import dropout
 from attngen.passes.semantics import (
+    NARROW,
     Bound,
     Index,
     Reader,
@@ -32,8 +33,8 @@ from attngen.passes.semantics import (
 
 
 def _arange(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
-    if any(isinstance(args.get(name), float) for name in ("start", "end", "step")):
-        raise Unknown("arange over floats")
+    if dtype_of(node) in NARROW or any(isinstance(args.get(name), float) for name in ("start", "end", "step")):
+        raise Unknown("arange over floats, or over numbers that may wrap round")
     start, step = (size_arg(args.get(name, default)) for name, default in (("start", 0), ("step", 1)))
     place: Expr = Int(sp.expand(start + step * index[0]))
     return to_float(place) if kind_of(dtype_of(node)) == "float" else place
@@ -78,8 +79,8 @@ def _eye(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
 
 def _cumsum(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
     """The running sum of something constant along the summed dimension: ``(k + 1) * value``."""
-    if not index:
-        raise Unknown("cumsum of a scalar")
+    if not index or dtype_of(node) in NARROW:
+        raise Unknown("cumsum of a scalar, or one that may wrap round")
     dim = args["dim"] % len(index)
     place = reader.bound(node, shape_of(node)[dim], "k")
     value = reader.at(args["self"], (*index[:dim], place, *index[dim + 1 :]))
@@ -144,8 +145,7 @@ def _gathered(reader: Reader, source: fx.Node, places: Sequence[Expr]) -> Expr:
 
 
 def _embedding(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
-    row = reader.at(args["indices"], index[:-1])
-    return _gathered(reader, args["weight"], [row, Int(index[-1])])
+    return _gathered(reader, args["weight"], [reader.at(args["indices"], index[:-1]), Int(index[-1])])
 
 
 def _index_select(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
@@ -184,8 +184,7 @@ def _index(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
 
 def _wrapped(place: Expr, size: sp.Expr) -> Expr:
     """A negative position counts from the end."""
-    negative = op("lt", place, integer(0))
-    return where(negative, op("add", place, Int(size)), place)
+    return where(op("lt", place, integer(0)), op("add", place, Int(size)), place)
 
 
 # ---------------------------------------------------------------------------------------- reductions and contractions
@@ -238,7 +237,9 @@ def _sum(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
     axis, inner = _over(reader, node, args, index, source)
     if (product := _product(reader, source, inner)) is not None:
         (left, left_index), (right, right_index) = product
-        if axis in _symbols(left_index) and axis in _symbols(right_index):
+        here, there = _symbols(left_index), _symbols(right_index)
+        masked = (reader.is_power(left) and there <= here) or (reader.is_power(right) and here <= there)  # no features
+        if axis in here and axis in there and not masked:
             return reader.dot(node, (left, left_index), (right, right_index), axis)
     body = reader.at(source, inner)
     return Reduce("sum", axis, to_float(body) if kind_of(dtype_of(node)) == "float" else body)
@@ -339,7 +340,7 @@ VALUES: dict[str, Row] = {
 
 PART_VALUES: dict[tuple[str, int], Row] = {("max", 0): _max, ("native_dropout", 0): _dropout}
 
-CONTRACTIONS = frozenset(["matmul", "bmm", "mm", "baddbmm", "addmm", "linear", "sum", "einsum"])
+CONTRACTIONS = frozenset(["matmul", "bmm", "mm", "baddbmm", "addmm", "linear", "sum", "einsum", "tensordot"])
 CONTRACTIONS |= frozenset(["scaled_dot_product_attention"])
 
 

@@ -7,8 +7,9 @@ is pointed at the version that it really sees::
     part = slice(scores); write = add_(part, bias); softmax(scores)
     -->  part = slice(scores); write = add_(part, bias); new = updated(scores, write); softmax(new)
 
-Only memory that holds products of queries and keys, or what became of them, has versions: other tensors that are put
-together in pieces (masks, caches) are there when a kernel needs them, and are loaded as they are.
+Only memory that holds products of queries and keys, or what became of them, has versions, and masks that are made of
+positions and numbers alone: what they say need not exist. Other tensors that are put together in pieces (masks of data,
+caches) are there when a kernel needs them, and are loaded as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from attngen.passes.candidates import Marks
-from attngen.passes.effects import updated, written
+from attngen.passes.effects import ancestors, updated, written
 from attngen.passes.memory import storage
 from attngen.passes.pointwise import POINTWISE
 from attngen.passes.semantics import is_tensor, op_name
@@ -28,13 +29,15 @@ from attngen.passes.views import VIEWS
 
 # Writes that change elements, each with a row that says to what; ``transpose_`` and the like change a tensor's layout.
 _WRITES = frozenset([*POINTWISE, *VALUES, "dropout"]) - (frozenset(VIEWS) - {"dropout", "to"})
+_FILLS = frozenset(["fill", "zero", "masked_fill", "index_put"])
+_OF_POSITIONS = frozenset([*POINTWISE, *VIEWS, "arange", "zeros", "ones", "full", "empty", "tril", "triu", "eye"])
 # A matrix that is solved row by row (the delta rule) is no score: what its last rows are made of doubles with each row.
 MOST_WRITES = 8
 
 
 def run(graph: fx.Graph) -> None:
     """Every later reader of memory that is written through a view reads the version it sees."""
-    memories = {storage: _Memory(names[0]) for storage, names in _written_scores(graph).items()}
+    memories = {storage: _Memory(names[0]) for storage, names in _in_versions(graph).items()}
     if not memories:
         return
     for node in list(graph.nodes):
@@ -85,8 +88,8 @@ class _Memory:
                 version.graph.erase_node(version)
 
 
-def _written_scores(graph: fx.Graph) -> dict[int, list[fx.Node]]:
-    """The nodes in each piece of memory that holds scores or weights and is written through names that can be followed."""
+def _in_versions(graph: fx.Graph) -> dict[int, list[fx.Node]]:
+    """The nodes in each piece of memory that holds scores, weights or a mask, written through names that can be followed."""
     marks, sharing, scored = Marks(), dict[int, list[fx.Node]](), set[int]()
     for node in graph.nodes:
         marks.add(node)
@@ -95,7 +98,16 @@ def _written_scores(graph: fx.Graph) -> dict[int, list[fx.Node]]:
         sharing.setdefault(_storage(node), []).append(node)
         if node in marks.pairs or marks.level.get(node, 0) > 1:
             scored.add(_storage(node))
+    scored |= {storage for storage, names in sharing.items() if _is_mask(names)}
     return {storage: sharing[storage] for storage in scored if _is_followed(sharing[storage])}
+
+
+def _is_mask(names: Sequence[fx.Node]) -> bool:
+    """Made of positions and numbers, and written in pieces with numbers."""
+    writes = [op_name(name) for name in names if written(name)]
+    if not writes or len(names[0].meta["val"].shape) < 2 or not set(writes) <= _FILLS:
+        return False
+    return all(op_name(node) in _OF_POSITIONS and not written(node) for node in ancestors(names[0]) if is_tensor(node))
 
 
 def _is_followed(names: Sequence[fx.Node]) -> bool:

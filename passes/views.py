@@ -78,6 +78,17 @@ def _select(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[f
     return source, (*index[:dim], place, *index[dim:])
 
 
+def _diagonal(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[fx.Node, Index]:
+    """Its places are counted in a last dimension, from the first on that is inside."""
+    source, offset = args["self"], size_arg(args["offset"])
+    if not offset.is_Integer:
+        raise Unknown("a diagonal somewhere")
+    rank = len(shape_of(source))
+    along = {args["dim1"] % rank: index[-1] - sp.Min(offset, 0), args["dim2"] % rank: index[-1] + sp.Max(offset, 0)}
+    rest = iter(index[:-1])
+    return source, tuple(along[dim] if dim in along else next(rest) for dim in range(rank))
+
+
 def _slice(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[fx.Node, Index]:
     source = args["self"]
     shape = shape_of(source)
@@ -145,6 +156,7 @@ VIEWS: dict[str, ViewRow] = {
     "permute": _permuted(lambda a, n: [d % n for d in a["dims"]]),
     "dropout": _inert_dropout,
     "select": _select,
+    "diagonal": _diagonal,
     "slice": _slice,
     "narrow": _narrow,
     "repeat": _repeat,
@@ -168,4 +180,4 @@ PARTS: dict[str, Part] = {
 
 # Views that never move data: what they read from can be passed on as a strided tensor.
 FREE = frozenset([*RESHAPES[:2], "squeeze", "unsqueeze", "transpose", "swapaxes", "swapdims", "t", "mT", "permute"])
-FREE |= frozenset(["alias", "detach", "select", "slice", "narrow", "view_as", "unflatten"])
+FREE |= frozenset(["alias", "detach", "select", "diagonal", "slice", "narrow", "view_as", "unflatten"])

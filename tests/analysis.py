@@ -37,6 +37,7 @@ class Analysis:
     lowered: lower.Lowered
     found: list[tuple[Site, Specialised] | Miss]
     values: dict[fx.Node, Any] = field(default_factory=dict)
+    seen: dict[tuple[fx.Node, fx.Node], Tensor] = field(default_factory=dict)  # by a reader, of what was written to
     results: list[Tensor] = field(default_factory=list)
 
     @property
@@ -72,9 +73,11 @@ class Analysis:
                 known.update({s: n for s, n in pairs if isinstance(s, sp.Symbol)})
         return known
 
-    def bound(self, binding: fx.Node | Table) -> Tensor:
-        """The tensor that a replaced site would be given for ``binding``."""
+    def bound(self, site: Site, binding: fx.Node | Table) -> Tensor:
+        """The tensor that a replaced ``site`` would be given for ``binding``."""
         if isinstance(binding, fx.Node):
+            for reader in site.reader.readers.get(binding, ()):
+                return self.seen[reader, binding]
             value: Tensor = self.values[binding]
             return value
         sizes = self.sizes()
@@ -92,21 +95,25 @@ class Analysis:
     ) -> Tensor:
         """The spec evaluated on the values that the graph had for its inputs; not ``rounded``: kept in ``dtype``."""
         operands = [self.values[o.node] for o in (site.query, site.keys, site.values)]
-        inputs = [*operands, *(self.bound(b) for b in special.bindings)]
+        inputs = [*operands, *(self.bound(site, b) for b in special.bindings)]
         for tensor, declared in zip(inputs[3:], special.spec.extras, strict=True):
             assert tensor.dtype == declared.dtype
         spec = special.spec if rounded or dtype is None else replace(special.spec, out_dtype=dtype)
         order = memory_order(site.output)
-        return blockwise.forward(spec, inputs, dtype=dtype)[0].permute([order.index(d) for d in range(len(order))])
+        result = blockwise.forward(spec, inputs, dtype=dtype)[0]
+        result = result if site.row in site.axes else result.squeeze(0)
+        return result.permute([order.index(d) for d in range(len(order))])
 
 
 class _Recorder(fx.Interpreter):
-    def __init__(self, graph: fx.Graph, values: dict[fx.Node, Any]) -> None:
+    def __init__(self, graph: fx.Graph, analysis: Analysis) -> None:
         assert graph.owning_module is not None
         super().__init__(graph.owning_module, garbage_collect_values=False)
-        self._values = values
+        self._values, self._seen = analysis.values, analysis.seen
 
     def run_node(self, n: fx.Node) -> Any:
+        read = {below: self.env[below] for below in n.all_input_nodes}
+        self._seen.update({(n, b): x.clone() for b, x in read.items() if isinstance(x, Tensor) and x._version})
         result = super().run_node(n)
         # A later in-place operator may write to this memory: keep what the value is now.
         self._values[n] = result.detach().clone() if isinstance(result, Tensor) else result
@@ -155,7 +162,7 @@ def watched(module: nn.Module, *, dynamic: bool | None = None) -> tuple[Callable
 
         def run(*args: Any) -> Any:
             analysis.values.clear()
-            out = _Recorder(analysis.lowered.graph, analysis.values).run(*args, *constants)
+            out = _Recorder(analysis.lowered.graph, analysis).run(*args, *constants)
             analysis.results = [value for value in out if isinstance(value, Tensor)]
             return out
 

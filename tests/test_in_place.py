@@ -178,8 +178,8 @@ def values_swapped_with_keys(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> T
 # Whether the site is still replaced. Where it is not, a kernel would read what was written, or might.
 TWINS: dict[Callable[..., Tensor], bool] = {
     queries_before: True,
-    queries_before_through_a_view: False,
-    a_view_taken_before: False,
+    queries_before_through_a_view: True,
+    a_view_taken_before: True,
     keys_filled_before: True,
     keys_filled_by_index: True,
     mask_before: False,

@@ -34,12 +34,6 @@ def dropped_for_two(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat([w @ v, w @ v.square()], -1)
 
 
-def written_along_the_diagonal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    s = scores(q, k)
-    s.diagonal(dim1=-2, dim2=-1).fill_(-math.inf)
-    return s.softmax(-1) @ v
-
-
 def written_as_other_memory(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = scores(q, k)
     s.as_strided((2, 4, 12), (576, 144, 12), 3).zero_()
@@ -197,7 +191,6 @@ MISSED: dict[str, tuple[Function, str]] = {
     "linear with one number as its bias": (lambda q, k, v, w: linear(weights(q, k), w, w[0, 0]) @ v, "added to it"),
     "contrastive": (lambda q, k, v: weights(q, k).mT @ v, OTHER_DIM),
     "contrastive, over heads": (lambda q, k, v: torch.einsum("bhij,bgid->bgjd", weights(q, k), v), CHANGED),
-    "written along the diagonal": (written_along_the_diagonal, "put together in place"),
     "written as other memory": (written_as_other_memory, "put together in place"),
     "scores of another head written in": (scores_of_another_head, "no tensor for"),
     "scores of the row before added": (scores_of_the_row_before, "more than pointwise arithmetic"),

@@ -73,7 +73,7 @@ def kernel_for(spec: AttentionSpec, problem: Problem, device: str) -> Kernel:
 def kernels_of(found: Analysis) -> Iterator[SiteKernel]:
     for site, special in found.hits:
         operands = [found.values[operand.node] for operand in (site.query, site.keys, site.values)]
-        inputs = [*operands, *(found.bound(binding) for binding in special.bindings)]
+        inputs = [*operands, *(found.bound(site, binding) for binding in special.bindings)]
         spec, sizes = special.spec, sizes_of(special.spec, inputs)
         problem = Problem(tuple(sizes[axis] for axis in spec.batch), sizes[ROW], sizes[KEY])
         yield SiteKernel(spec, problem, kernel_for(spec, problem, "h100"), inputs)
