@@ -178,18 +178,6 @@ def deterministic() -> Iterator[None]:
 
 
 @contextmanager
-def graphs_used_again() -> Iterator[None]:
-    """A context in which what is compiled has gradients that can be asked for with ``retain_graph``.
-
-    Otherwise a compiled backward may write over what it was given (its "donated buffers"), and refuses to run twice.
-    """
-    import torch._functorch.config as functorch
-
-    with functorch.patch(donated_buffer=False):
-        yield
-
-
-@contextmanager
 def differentiable() -> Iterator[None]:
     """A context in which gradients are recorded, also in an operator that a dispatch mode called: below autograd."""
     include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()

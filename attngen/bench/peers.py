@@ -173,10 +173,9 @@ def _flex(backend: str, mode: str | None = None) -> Callable[[Problem, Inputs], 
             "enable_gqa": problem.sources != problem.heads,
             "kernel_options": {"BACKEND": backend},
         }
-        fixed = None if inputs.trains else _score_mod(problem, inputs.tensors)
 
         def attend(query: Tensor, keys: Tensor, values: Tensor, tensors: Tensors) -> Tensor:
-            score_mod, sinks = _score_mod(problem, tensors) if inputs.trains else fixed, tensors.get("sinks")
+            score_mod, sinks = _score_mod(problem, tensors), tensors.get("sinks")
             if sinks is None:
                 out = flex_attention(query, keys, values, score_mod, **options)
             else:  # a sink adds exp(sink) to the sum of each row
@@ -185,9 +184,20 @@ def _flex(backend: str, mode: str | None = None) -> Callable[[Problem, Inputs], 
             return out.transpose(1, 2) if problem.views else out
 
         compiled = torch.compile(attend, dynamic=False, mode=mode)
-        return lambda: compiled(query, keys, values, inputs.tensors)
+        if inputs.trains:  # not inside of ``attend``: what is made there gets no gradient from FlexAttention
+            tables = torch.compile(_tables, dynamic=False)
+            return lambda: compiled(query, keys, values, {**inputs.tensors, **tables(problem, inputs.tensors)})
+        loaded = {**inputs.tensors, **_tables(problem, inputs.tensors)}
+        return lambda: compiled(query, keys, values, loaded)
 
     return prepare
+
+
+def _tables(problem: Problem, tensors: Tensors) -> Tensors:
+    made: Tensors = {}
+    for feature in features_of(problem):
+        made.update(feature.tables(problem, tensors))
+    return made
 
 
 def _score_mod(problem: Problem, tensors: Tensors) -> Callable[..., Tensor] | None:

@@ -1,35 +1,28 @@
 """What is timed of a peer: its forward, its gradient alone, or both; and what each has to give.
 
-Gradients are those of queries, keys and values, and of what the scores load where the problem trains it. A gradient alone
-goes through one graph again and again; both together make a new one in each call, as a training step does.
+Gradients are those of queries, keys and values, and of what the scores load where the problem trains it. Each is asked for
+once, of a graph of its own, as in a training step: compiled gradients may write over what they were given, and no graph of
+a peer's stands in memory beside those of others. Of a gradient alone, the forward before it is not timed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from attngen import compat, verify, verify_bwd
+from attngen import verify, verify_bwd
 from attngen.bench import spelling as s
 from attngen.bench.problems import Problem
 from attngen.bench.terms import BOTH, FORWARD, GRADIENT, NotSpelled
+from attngen.measure import Staged
 from attngen.report import Report, SiteReport
 from attngen.spec import HOPPER, PORTABLE
 from attngen.verify import Check
 
 Call = Callable[[], Sequence[Tensor]]
-
-
-@contextmanager
-def setting(phase: str) -> Iterator[None]:
-    """Gradients are recorded where they are timed."""
-    again = compat.graphs_used_again() if phase == GRADIENT else nullcontext()
-    with torch.set_grad_enabled(phase != FORWARD), again:
-        yield
 
 
 # ---------------------------------------------------------------------------------------------------------------- calls
@@ -46,23 +39,24 @@ def call_of(run: Callable[[], Tensor], problem: Problem, inputs: s.Inputs, phase
     out, leaves = run(), inputs.leaves
     if not out.requires_grad:
         raise NotSpelled("it has no gradient")
-    grad = torch.empty_like(out).copy_(s.gradient_of_result(problem, inputs))
+    grad = torch.empty_like(out.detach()).copy_(s.gradient_of_result(problem, inputs))
 
-    def gradients(out: Tensor, again: bool) -> tuple[Tensor, ...]:
-        made = torch.autograd.grad(out, list(leaves.values()), grad, retain_graph=again, allow_unused=True)
+    def gradients(out: Tensor) -> tuple[Tensor, ...]:
+        made = torch.autograd.grad(out, list(leaves.values()), grad, allow_unused=True)
         if missing := [name for name, each in zip(leaves, made, strict=True) if each is None]:
             raise NotSpelled(f"it has no gradient of {', '.join(missing)}")
         return made
 
     def both() -> tuple[Tensor, ...]:
         result = run()
-        return result.detach(), *gradients(result, again=False)
+        return result.detach(), *gradients(result)
 
-    return both if phase == BOTH else lambda: gradients(out, again=True)
+    return both if phase == BOTH else Staged(run, gradients)
 
 
-def kernels(reports: Sequence[Report], phase: str, *, trained: bool) -> str:
+def kernels(reports: Sequence[Report], problem: Problem, phase: str) -> str:
     """Which kernels of ours are timed: family and tiles."""
+    trained = problem.trained and any((problem.alibi, problem.bias, problem.buckets))
     sites = [site for report in reports for site in report.replaced]
     parts = [f"forward {site.family} ({site.tile})" for site in sites if phase != GRADIENT]
     parts += [f"gradient {_backward(site, trained)}" for site in sites if phase != FORWARD and site.backward_tiles]

@@ -109,7 +109,7 @@ def _events(job: Job) -> Iterator[tuple[str, Any]]:
 def _work(job: Job, sender: Connection) -> None:
     """Runs in the process: says what is about to run before it runs."""
     try:
-        _set_up()
+        _set_up(job.phase)
         ceilings = {
             dtype: measure.ceilings(job.device, dtype, CEILING_ROUNDS)
             for dtype in dict.fromkeys(problem.dtype for problem in job.problems)
@@ -126,10 +126,10 @@ def _work(job: Job, sender: Connection) -> None:
         sender.send(("ended", str(ending)))
 
 
-def _set_up() -> None:
+def _set_up(phase: str) -> None:
     """What libraries print is no part of the result, and nothing needs a gradient but where one is timed."""
     os.dup2(2, 1)
-    torch.set_grad_enabled(False)
+    torch.set_grad_enabled(phase != FORWARD)
 
 
 def _result(job: Job, problem: Problem, ceilings: Ceilings, begins: Callable[[str], None]) -> Result:
@@ -184,27 +184,13 @@ def result_of(
 ) -> Result:
     """Every peer prepared, checked and, if it is right, timed. Each has a row."""
     torch._dynamo.reset()
-    with phases.setting(phase):
-        return _measured(problem, chosen, device, rounds, ceilings, lost or {}, begins, phase)
-
-
-def _measured(
-    problem: Problem,
-    chosen: list[peers.Peer],
-    device: str,
-    rounds: int,
-    ceilings: Ceilings,
-    lost: Mapping[str, str],
-    begins: Callable[[str], None],
-    phase: str,
-) -> Result:
     inputs = s.inputs_of(problem, device)
     pairs = s.area(problem, inputs)
     expected = phases.expected(problem, inputs, phase)
     rows: dict[str, Row] = {}
     runs: dict[str, phases.Call] = {}
     for peer in chosen:
-        if reason := lost.get(peer.name):
+        if reason := (lost or {}).get(peer.name):
             rows[peer.name] = Row(peer.name, FAILED, reason)
             continue
         begins(peer.name)
@@ -215,7 +201,6 @@ def _measured(
     flop, moved = s.flop(problem, pairs, phase), s.traffic(problem, inputs, phase)
 
     def failed(name: str, error: Exception) -> None:
-        del runs[name]  # with the graph that it may hold
         rows[name] = _untimed(name, error, device)
 
     for name, taken in measure.samples(runs, rounds, Clock(device), failed=failed, begins=begins).items():
@@ -227,12 +212,12 @@ def _tried(
     peer: peers.Peer, problem: Problem, inputs: s.Inputs, expected: Sequence[phases.Expected], device: str, phase: str
 ) -> tuple[Row, phases.Call | None]:
     """Its row so far, and its call if what that gives is right."""
-    began, kernel = time.perf_counter(), ""
-    if phase != FORWARD:
-        inputs = inputs.wanting(trained=problem.trained, rows_first=peer.rows_first and not problem.views)
+    began = time.perf_counter()
     try:
         if device not in peer.devices:
             raise NotSpelled("not for this kind of device")
+        if phase != FORWARD:
+            inputs = inputs.wanting(trained=problem.trained, rows_first=peer.rows_first and not problem.views)
         with attngen.record() as reports:
             call = phases.call_of(peer.prepare(problem, inputs), problem, inputs, phase)
             made = call()
@@ -241,7 +226,7 @@ def _tried(
         name, check = phases.verdict(made, expected)
         del made
         peak = measure.peak_bytes(call) if device == "cuda" else None
-        kernel = phases.kernels(reports, phase, trained=inputs.trains) if device == "cuda" else ""
+        kernel = phases.kernels(reports, problem, phase) if device == "cuda" else ""
     except Exception as error:  # whatever a library raises is that peer's alone
         return _untimed(peer.name, error, device), None
     row = judged(peer.name, name, check)
