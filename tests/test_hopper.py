@@ -20,10 +20,10 @@ from torch import Tensor
 
 from attngen import barriers, boxes, hopper, simulator
 from attngen.algebra import Const
-from attngen.proxies import Broken
 from attngen.emit import Kernel, emit
 from attngen.errors import VerificationFailed
 from attngen.index import Axis
+from attngen.proxies import Broken
 from attngen.simulator import Promise, simulated
 from attngen.spec import HOPPER, KEY, ROW, AttentionSpec, Input, Problem, Tile
 from attngen.verify import Check, check, eager, sample_inputs, samples_for, verify_all_interpreted
