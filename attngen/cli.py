@@ -170,6 +170,7 @@ def bench(
     listing: Annotated[bool, typer.Option("--list", help="Name every problem and every peer, and measure nothing.")] = False,
     peers: Annotated[str, typer.Option(help="Peers to run, separated by commas; all that suit by default.")] = "",
     device: Annotated[str, typer.Option(help="cuda; cpu runs the problems small, to try the command.")] = "auto",
+    phase: Annotated[str, typer.Option(help="What is timed: forward, gradient (of it alone), or both.")] = "forward",
     rounds: Annotated[int, typer.Option(help="Interleaved calls of each peer.")] = 30,
     timeout: Annotated[float, typer.Option(help="Seconds that one step of a peer may take.")] = 600.0,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the record, problem by problem.")] = None,
@@ -194,6 +195,7 @@ def bench(
     sinks: Switch = None,
     sigmoid: Switch = None,
     views: Switch = None,
+    trained: Switch = None,
     traceback: Traceback = False,
 ) -> None:
     """Time attention beside every peer that is installed, each checked against float64 before its time counts.
@@ -211,7 +213,7 @@ def bench(
         else:
             changes = {name: given[name] for name in command.CHANGES}
             wanted = [name for name in peers.split(",") if name]
-            command.run(command.Request(names or [], wanted, device, rounds, timeout, changes, json, plot))
+            command.run(command.Request(names or [], wanted, device, rounds, timeout, changes, phase, json, plot))
 
 
 @app.command()

@@ -11,6 +11,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -20,6 +22,22 @@ SIDE = {"cuda": 8192, "cpu": 512}  # of the product that is the ceiling
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 24}
 
 Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A call of which the second part is timed alone: ``timed`` is given what ``before`` returns, anew each time."""
+
+    before: Callable[[], Any]
+    timed: Callable[[Any], Any]
+
+    def __call__(self) -> Any:
+        return self.timed(self.before())
+
+
+def _begun(run: Run) -> Run:
+    """What is left to be timed of it."""
+    return partial(run.timed, run.before()) if isinstance(run, Staged) else run
 
 
 def synchronize(device: str) -> None:
@@ -42,6 +60,7 @@ class Clock:
     def start(self, run: Run) -> Callable[[], float]:
         """Run it; the result reads the time, once the device has got there."""
         if self.device != "cuda":
+            run = _begun(run)
             began = time.perf_counter()
             run()
             took = 1e3 * (time.perf_counter() - began)
@@ -54,6 +73,7 @@ class Clock:
         return lambda: float(start.elapsed_time(end))
 
     def _timed(self, run: Run) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        run = _begun(run)
         self._forget()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -122,7 +142,8 @@ def summary(taken: list[float]) -> Times:
 
 
 def peak_bytes(run: Run) -> int:
-    """Device memory allocated during one call, beyond what stood before it."""
+    """Device memory allocated during one call, beyond what stood before what is timed of it."""
+    run = _begun(run)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -99,6 +99,9 @@ def long(record: Record) -> list[str]:
     return [f"{record['tokens']} tokens: {record['peak_gib']:.2f} GiB beside the parameters; {whole}. {_machine(record)}"]
 
 
+_RATES = {"forward": "TFLOP/s", "gradient": "TFLOP/s of the gradient", "both": "TFLOP/s of forward and gradient"}
+
+
 def attention(record: Record) -> list[str]:
     """TFLOP/s of every peer at every problem, ours first, and ours over the best of the others."""
     peers = list(dict.fromkeys(row["peer"] for result in record["results"] for row in result["rows"]))
@@ -112,7 +115,8 @@ def attention(record: Record) -> list[str]:
         lines.append(f"| {result['problem']['name']} | {' | '.join(cells)} | {ratios[-1]:.2f}x |")
     known = [math.log(ratio) for ratio in ratios if not math.isnan(ratio)]
     mean = math.exp(sum(known) / len(known))
-    return [*lines, "", f"TFLOP/s. Geometric mean over the best of the others: {mean:.2f}x. {_machine(record)}"]
+    rate = _RATES[record["results"][0].get("phase", "forward")]
+    return [*lines, "", f"{rate}. Geometric mean over the best of the others: {mean:.2f}x. {_machine(record)}"]
 
 
 def choices(record: Record) -> list[str]:

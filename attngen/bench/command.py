@@ -13,6 +13,7 @@ from rich.text import Text
 from attngen.bench import peers, plot, problems, records, report, worker
 from attngen.bench.problems import Problem
 from attngen.bench.records import Record
+from attngen.bench.terms import FORWARD, PHASES
 from attngen.errors import BadOption, Unavailable, VerificationFailed
 from attngen.show import Progress, console
 
@@ -29,6 +30,7 @@ class Request:
     rounds: int
     timeout: float
     changes: dict[str, Any]
+    phase: str = FORWARD
     json: Path | None = None
     plot: Path | None = None
 
@@ -52,11 +54,13 @@ def run(request: Request) -> None:
     device = _device(request.device)
     asked = chosen(request, device)
     named = [peer.name for peer in peers.chosen(request.peers, device)]
+    if request.phase not in PHASES:
+        raise BadOption(f'unknown phase "{request.phase}". Known: {", ".join(PHASES)}.')
     if request.rounds < 1:
         raise BadOption("--rounds must be at least 1.")
     if request.plot:
         plot.require()
-    job = worker.Job(tuple(asked), tuple(named), device, request.rounds, request.timeout)
+    job = worker.Job(tuple(asked), tuple(named), device, request.rounds, request.timeout, request.phase)
     record = _measured(job, request.json)
     out = console()
     out.print(report.shown(record))

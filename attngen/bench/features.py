@@ -45,6 +45,10 @@ class Feature:
         """Which pairs count; None for all."""
         return None
 
+    def tables(self, problem: Problem, tensors: Tensors) -> Tensors:
+        """What ``score_mod`` loads beside: looked up once, outside of FlexAttention."""
+        return {}
+
     def score_mod(self, problem: Problem, tensors: Tensors) -> ScoreMod | None:
         """FlexAttention's spelling of ``score``; queries of its function begin at zero."""
         return None
@@ -187,11 +191,13 @@ class Buckets(Feature):
         values = at.tensors["buckets"][self._bucket(at.j - at.i)]
         return scores + values.permute(2, 0, 1)
 
-    def score_mod(self, problem: Problem, tensors: Tensors) -> ScoreMod:
-        """Buckets are looked up once, outside: a table by distance."""
-        table, offset, reach = tensors["buckets"], problem.offset, problem.keys - 1
+    def tables(self, problem: Problem, tensors: Tensors) -> Tensors:
+        table, reach = tensors["buckets"], problem.keys - 1
         distances = torch.arange(-reach, reach + 1, device=table.device)
-        by_distance = table[self._bucket(distances)].T.contiguous()
+        return {"by_distance": table[self._bucket(distances)].T.contiguous()}
+
+    def score_mod(self, problem: Problem, tensors: Tensors) -> ScoreMod:
+        by_distance, offset, reach = tensors["by_distance"], problem.offset, problem.keys - 1
         return lambda score, b, h, i, j: score + by_distance[h, j - i - offset + reach]
 
     def _bucket(self, distance: Tensor) -> Tensor:

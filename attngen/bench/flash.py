@@ -15,11 +15,14 @@ from attngen.bench.spelling import Inputs
 from attngen.bench.terms import Missing, NotSpelled
 
 SPELLED = {"causal", "window", "softcap", "documents"}  # by both
+FORWARD_ONLY = "fa3_fwd_interface"
 
 
 def third(problem: Problem, inputs: Inputs) -> Callable[[], Tensor]:
-    """FlashAttention-3: the forward-only wheel, or the interface that its sources install."""
-    module = _imported("fa3_fwd_interface", "flash_attn_interface", install="fa3-fwd")
+    """FlashAttention-3: the interface that its sources install, or the forward-only wheel."""
+    module = _imported("flash_attn_interface", FORWARD_ONLY, install="fa3-fwd")
+    if inputs.leaves and module.__name__ == FORWARD_ONLY:
+        raise NotSpelled("fa3-fwd has no gradient; what FlashAttention-3's sources install has")
     return _prepared(module, problem, inputs, _options(problem, inputs, SPELLED, every=-1))
 
 

@@ -1,7 +1,7 @@
 """Every way to compute a problem: ours, PyTorch's own, and the libraries', each in the spelling that suits it best.
 
 What a peer can make beforehand and a model would keep (mask tensors, block masks, its own layout of the operands) is made
-outside of what is timed.
+outside of what is timed. What is trained changes from step to step: what is made of that is made in the call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 import attngen
 from attngen.bench import flash
-from attngen.bench.features import Place, features_of, masks_of
+from attngen.bench.features import Bias, Place, Tensors, features_of, masks_of
 from attngen.bench.problems import Problem
 from attngen.bench.spelling import Inputs, spelled
 from attngen.bench.terms import NotSpelled
@@ -28,13 +28,17 @@ OURS = "attngen"
 
 @dataclass(frozen=True)
 class Peer:
-    """``prepare`` makes the call to be timed. It raises ``NotSpelled`` or ``Missing`` where there is none."""
+    """``prepare`` makes the forward to be timed. It raises ``NotSpelled`` or ``Missing`` where there is none.
+
+    ``rows_first``: it takes ``[B, N, H, D]``, and is given leaves that lie so where gradients are asked for.
+    """
 
     name: str
     prepare: Callable[[Problem, Inputs], Run]
     describes: str
     devices: tuple[str, ...] = ("cuda",)
     default: bool = True
+    rows_first: bool = False
 
 
 def chosen(names: Sequence[str], device: str) -> list[Peer]:
@@ -71,6 +75,8 @@ def _ours(problem: Problem, inputs: Inputs) -> Run:
     sites = [site for report in reports for site in report.sites]
     if not sites or any(site.status != "replaced" for site in sites):
         raise NotSpelled("left alone: " + ("; ".join(site.reason for site in sites if site.reason) or "not found"))
+    if without := [site.backward for site in sites if inputs.leaves and not site.backward_tiles]:
+        raise NotSpelled(f"no kernel of ours for the gradient: {without[0] or 'nobody asks for it'}")
     return run
 
 
@@ -85,10 +91,11 @@ def _sdpa(backend: str = "") -> Callable[[Problem, Inputs], Run]:
             raise NotSpelled(f"no spelling of {', '.join(words)}")
         query, keys, values = heads_first(problem, inputs)
         diagonal = problem.causal and problem.length == problem.keys and features_of(problem) == masks_of(problem)[:1]
-        mask = None if diagonal else _mask_tensor(problem, inputs)
+        fixed = None if diagonal or inputs.trains else _mask_tensor(problem, inputs)
         grouped = problem.sources != problem.heads
 
         def run() -> Tensor:
+            mask = _mask_tensor(problem, inputs) if inputs.trains else fixed
             out = torch.nn.functional.scaled_dot_product_attention(
                 query, keys, values, attn_mask=mask, is_causal=diagonal, enable_gqa=grouped
             )
@@ -139,10 +146,13 @@ def _mask_tensor(problem: Problem, inputs: Inputs) -> Tensor | None:
     adding = [feature for feature in features_of(problem) if feature not in masks_of(problem)]
     if not adding:
         return kept
-    bias = torch.zeros(1, problem.heads, problem.length, problem.keys, device=device, dtype=dtype)
-    for feature in adding:
-        bias = feature.score(bias, at)
-    bias = bias.to(dtype)
+    if adding == [Bias()]:
+        bias = inputs.tensors["bias"]
+    else:
+        bias = torch.zeros(1, problem.heads, problem.length, problem.keys, device=device, dtype=dtype)
+        for feature in adding:
+            bias = feature.score(bias, at)
+        bias = bias.to(dtype)
     return bias if kept is None else bias.masked_fill(~kept, -torch.inf)
 
 
@@ -159,30 +169,40 @@ def _flex(backend: str, mode: str | None = None) -> Callable[[Problem, Inputs], 
             raise NotSpelled("no spelling of sigmoid")
         query, keys, values = heads_first(problem, inputs)
         options: dict[str, Any] = {
-            "score_mod": _score_mod(problem, inputs),
             "block_mask": _block_mask(problem, inputs),
             "enable_gqa": problem.sources != problem.heads,
             "kernel_options": {"BACKEND": backend},
         }
-        sinks = inputs.tensors.get("sinks")
 
-        def attend(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
+        def attend(query: Tensor, keys: Tensor, values: Tensor, tensors: Tensors) -> Tensor:
+            score_mod, sinks = _score_mod(problem, tensors), tensors.get("sinks")
             if sinks is None:
-                out = flex_attention(query, keys, values, **options)
+                out = flex_attention(query, keys, values, score_mod, **options)
             else:  # a sink adds exp(sink) to the sum of each row
-                out, aux = flex_attention(query, keys, values, return_aux=AuxRequest(lse=True), **options)
+                out, aux = flex_attention(query, keys, values, score_mod, return_aux=AuxRequest(lse=True), **options)
                 out = (out * torch.sigmoid(aux.lse - sinks[:, None]).unsqueeze(-1)).to(query.dtype)
             return out.transpose(1, 2) if problem.views else out
 
         compiled = torch.compile(attend, dynamic=False, mode=mode)
-        return lambda: compiled(query, keys, values, sinks)
+        if inputs.trains:  # not inside of ``attend``: what is made there gets no gradient from FlexAttention
+            tables = torch.compile(_tables, dynamic=False)
+            return lambda: compiled(query, keys, values, {**inputs.tensors, **tables(problem, inputs.tensors)})
+        loaded = {**inputs.tensors, **_tables(problem, inputs.tensors)}
+        return lambda: compiled(query, keys, values, loaded)
 
     return prepare
 
 
-def _score_mod(problem: Problem, inputs: Inputs) -> Callable[..., Tensor] | None:
+def _tables(problem: Problem, tensors: Tensors) -> Tensors:
+    made: Tensors = {}
+    for feature in features_of(problem):
+        made.update(feature.tables(problem, tensors))
+    return made
+
+
+def _score_mod(problem: Problem, tensors: Tensors) -> Callable[..., Tensor] | None:
     """What each feature does to a score, one after the other."""
-    each = [feature.score_mod(problem, inputs.tensors) for feature in features_of(problem)]
+    each = [feature.score_mod(problem, tensors) for feature in features_of(problem)]
     mods = [mod for mod in each if mod is not None]
     if not mods:
         return None
@@ -224,7 +244,7 @@ PEERS: dict[str, Peer] = {
         Peer("flex", _flex("TRITON"), "compiled flex_attention, Triton backend"),
         Peer("flex-tuned", _flex("TRITON", "max-autotune-no-cudagraphs"), "the same with tiles tried out", default=False),
         Peer("flex-flash", _flex("FLASH"), "compiled flex_attention, FLASH backend (needs flash-attn-4)"),
-        Peer("fa3", flash.third, "FlashAttention-3 (pip install fa3-fwd)"),
-        Peer("fa4", flash.fourth, "FlashAttention-4 (pip install --pre flash-attn-4)"),
+        Peer("fa3", flash.third, "FlashAttention-3 (pip install fa3-fwd)", rows_first=True),
+        Peer("fa4", flash.fourth, "FlashAttention-4 (pip install --pre flash-attn-4)", rows_first=True),
     )
 }

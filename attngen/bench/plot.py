@@ -8,6 +8,8 @@ from typing import Any
 
 from attngen.bench.peers import PEERS
 from attngen.bench.records import TIMED, Record, Result
+from attngen.bench.report import TITLES
+from attngen.bench.terms import FORWARD
 from attngen.errors import CannotWrite, Unavailable
 
 PER_ROW = 6  # problems side by side
@@ -56,10 +58,14 @@ def _row(axis: Any, part: Sequence[tuple[Record, Result]], names: Sequence[str])
     for at, (record, result) in enumerate(part):
         ceiling = record.ceilings[result.problem.dtype]["product"] / 1e12
         axis.plot([at - 0.45, at + 0.45], [ceiling, ceiling], color="0.5", linewidth=0.8, linestyle="--")
-    axis.set_xticks(range(len(part)), [result.problem.name for _, result in part])
+    axis.set_xticks(range(len(part)), [_named(result) for _, result in part])
     axis.set_xlim(-0.5, PER_ROW - 0.5)
     axis.set_ylabel("TFLOP/s")
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _named(result: Result) -> str:
+    return result.problem.name if result.phase == FORWARD else f"{result.problem.name}\n{TITLES[result.phase]}"
 
 
 def _hatch(name: str) -> str:

@@ -24,7 +24,8 @@ class Problem:
 
     ``kv_heads``, ``key_length`` and ``value_size`` are as many as heads, queries and features unless given. ``window`` keeps
     pairs less than that far apart; ``prefix`` is visible to all and the rest causal; ``documents`` is how many are packed
-    in a sequence; ``buckets`` of relative distance, as in T5. ``views``: operands are stored ``[B, N, H, D]``.
+    in a sequence; ``buckets`` of relative distance, as in T5. ``views``: operands are stored ``[B, N, H, D]``. ``trained``:
+    where gradients are measured, those of a bias, buckets, slopes and sinks are among them.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Problem:
     sinks: bool = False
     sigmoid: bool = False
     views: bool = False
+    trained: bool = False
 
     @property
     def sources(self) -> int:
@@ -83,11 +85,12 @@ class Problem:
 
 # What is done to the scores, from the field that asks for it.
 FEATURES = ("causal", "window", "prefix", "documents", "alibi", "softcap", "bias", "buckets", "sinks", "sigmoid")
+LEARNT = ("alibi", "bias", "buckets", "sinks")  # those that load numbers which a model may train
 
 
 def described(problem: Problem) -> list[str]:
     """Every feature in few words: ``causal``, ``window 512``."""
-    asked = {name: getattr(problem, name) for name in (*FEATURES, "views") if getattr(problem, name)}
+    asked = {name: getattr(problem, name) for name in (*FEATURES, "views", "trained") if getattr(problem, name)}
     return [name if value is True else f"{name} {value}" for name, value in asked.items()]
 
 
@@ -105,6 +108,7 @@ def _contradictions(p: Problem) -> list[str]:
         "buckets come in fours: near and far, before and after": (p.buckets or 0) % 4 != 0,
         "causal leaves nothing for a prefix to add": p.causal and p.prefix is not None,
         "sinks belong to a softmax, not to a sigmoid": p.sinks and p.sigmoid,
+        f"trained needs something to train: {', '.join(LEARNT)}": p.trained and not any(getattr(p, x) for x in LEARNT),
     }
     return [text for text, holds in wrong.items() if holds]
 
@@ -136,7 +140,9 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "document": {"documents": 8},
     "document_causal": {"documents": 8, "causal": True},
     "bias": {"bias": True},
+    "bias_trained": {"bias": True, "trained": True},
     "relative": {"buckets": 32},
+    "relative_trained": {"buckets": 32, "trained": True},
     "prefix": {"prefix": 1024},
     "sinks": {"causal": True, "window": 128, "sinks": True},
     "sigmoid": {"sigmoid": True},

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attngen.bench.problems import Problem
+from attngen.bench.terms import FORWARD
 from attngen.errors import BadOption, CannotWrite
 
 TIMED, WRONG, FAILED, MISSING, NOT_SPELLED = "timed", "wrong", "failed", "missing", "not spelled"
@@ -21,10 +22,13 @@ class Row:
     ``status``    "timed"; "wrong" (over the error budget: no time is given); "failed" (raised or died); "missing" (not
                   installed); "not spelled" (it has no spelling of the problem or refuses it). ``reason`` says more
     ``ms``        median of a call; a quarter of the calls took less than ``ms_low``, a quarter more than ``ms_high``
-    ``tflops``    of both products over the pairs that count; ``of_product`` and ``of_copy`` are shares of the ceilings
-    ``error``     largest difference from float64, and ``budget`` what it may be; ``rms`` and ``rms_budget`` likewise
+    ``tflops``    of the products (two forward, five for the gradients) over the pairs that count; ``of_product`` and
+                  ``of_copy`` are shares of the ceilings
+    ``error``     largest difference from float64, and ``budget`` what it may be; ``rms`` and ``rms_budget`` likewise.
+                  Of several results, those of the one that is nearest to its budget
     ``first_s``   seconds of preparing and of the first call, compilation included
     ``peak_bytes`` allocated during a call beyond what stood before
+    ``kernel``    of ours: family and tiles of what was timed
     """
 
     peer: str
@@ -42,11 +46,13 @@ class Row:
     rms_budget: float | None = None
     first_s: float | None = None
     peak_bytes: int | None = None
+    kernel: str = ""
 
 
 @dataclass(frozen=True)
 class Result:
-    """All peers at one problem. ``pairs`` of query and key count; ``bytes``: inputs and result once."""
+    """All peers at one problem. ``pairs`` of query and key count; ``bytes``: inputs, result and, but for ``phase``
+    "forward", the gradient of each, once. Records from before there were phases are of the forward."""
 
     problem: Problem
     pairs: int
@@ -54,6 +60,7 @@ class Result:
     bytes: int
     rounds: int
     rows: tuple[Row, ...]
+    phase: str = FORWARD
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ from rich.text import Text
 from attngen.bench.peers import OURS, PEERS
 from attngen.bench.problems import PROBLEMS
 from attngen.bench.records import TIMED, WRONG, Record, Result, Row
+from attngen.bench.terms import BOTH, FORWARD, GRADIENT
 from attngen.show import milliseconds
 
 COLUMNS = ("Peer", "Time", "+-", "TFLOP/s", "Product", "Copy", "To ours", "Error")
+TITLES = {FORWARD: "forward", GRADIENT: "gradient", BOTH: "forward and gradient"}
 
 
 def shown(record: Record) -> RenderableType:
@@ -28,7 +30,8 @@ def shown(record: Record) -> RenderableType:
 def result_table(result: Result) -> RenderableType:
     """Timed peers, the fastest first, and under them the others with the reason. Product and Copy are shares of the
     ceilings, To ours is a time over ours, and Error a share of its budget."""
-    title = Text.assemble((result.problem.name, "bold cyan"), f"  {result.problem}")
+    phase = "" if result.phase == FORWARD else f"  {TITLES[result.phase]}:"
+    title = Text.assemble((result.problem.name, "bold cyan"), f"{phase}  {result.problem}")
     table = _table(*COLUMNS)
     for column in table.columns:
         column.no_wrap = True
@@ -37,7 +40,7 @@ def result_table(result: Result) -> RenderableType:
     for row in sorted(result.rows, key=lambda row: row.ms or float("inf")):
         if row.status == TIMED:
             table.add_row(*_cells(row, ours), style="bold" if row.peer == OURS else "")
-    notes = [_note(row) for row in result.rows if row.status != TIMED]
+    notes = [_note(row) for row in result.rows if row.status != TIMED or row.kernel]
     return Group(title, table, *notes)
 
 
@@ -63,7 +66,7 @@ def _share(value: float) -> str:
 
 def _note(row: Row) -> Text:
     style = "red" if row.status == WRONG else "dim"
-    reason = row.reason if row.status == WRONG else f"{row.status}: {row.reason}"
+    reason = {WRONG: row.reason, TIMED: row.kernel}.get(row.status, f"{row.status}: {row.reason}")
     return Text.assemble((f"  {row.peer:<15}", "bold"), (reason, style))
 
 

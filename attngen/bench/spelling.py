@@ -6,7 +6,7 @@ The same function is what eager and compilers are given and, in float64 and a fe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attngen.bench.features import Place, Tensors, drawn, features_of, masks_of
 from attngen.bench.problems import Problem
+from attngen.bench.terms import BOTH, FORWARD, GRADIENT
 
 PAIRS_AT_ONCE = {"cuda": 1 << 28, "cpu": 1 << 22}  # of the reference
 Spelling = Callable[..., Tensor]
@@ -31,6 +32,33 @@ class Inputs:
     @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.query, self.keys, self.values
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """What gradients are asked for of."""
+        named = {"queries": self.query, "keys": self.keys, "values": self.values, **self.tensors}
+        return {name: x for name, x in named.items() if x.requires_grad}
+
+    @property
+    def trains(self) -> bool:
+        """What scores load is among ``leaves``."""
+        return any(x.requires_grad for x in self.tensors.values())
+
+    def wanting(self, *, trained: bool, rows_first: bool = False) -> Inputs:
+        """The same numbers as leaves that gradients are asked for of: the operands and, if ``trained``, what scores load.
+
+        ``rows_first``: in memory, the rows of all heads come before the features of one, so that nobody has to copy them.
+        """
+
+        def leaf(x: Tensor) -> Tensor:
+            return x.detach().requires_grad_(x.is_floating_point())
+
+        def stored(x: Tensor) -> Tensor:
+            return x.transpose(1, 2).contiguous().transpose(1, 2) if rows_first else x
+
+        tensors = {name: leaf(x) for name, x in self.tensors.items()} if trained else self.tensors
+        query, keys, values = (leaf(stored(x)) for x in self.operands)
+        return Inputs(query, keys, values, tensors)
 
     def double(self) -> Inputs:
         """The same numbers in float64."""
@@ -54,6 +82,12 @@ def inputs_of(problem: Problem, device: str, seed: int = 0) -> Inputs:
     for feature in features_of(problem):
         tensors.update(feature.tensors(problem, generator))
     return Inputs(query, keys, values, tensors)
+
+
+def gradient_of_result(problem: Problem, inputs: Inputs, seed: int = 1) -> Tensor:
+    """Normal numbers in the shape of the result; the same on every call."""
+    generator = torch.Generator(inputs.query.device).manual_seed(seed)
+    return drawn((*inputs.query.shape[:-1], problem.width), problem, generator)
 
 
 def spelled(problem: Problem) -> Spelling:
@@ -113,7 +147,7 @@ def references(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     attend = spelled(problem)
     precise = inputs.double()
     exact, eager = [], []
-    for first, last in _chunks(problem, inputs.query.device.type):
+    for first, last in chunks(problem, inputs.query.device.type):
         exact.append(_rows(attend, precise, first, last, problem))
         eager.append(_rows(attend, inputs, first, last, problem))
     dim = 1 if problem.views else 2
@@ -121,11 +155,17 @@ def references(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _rows(attend: Spelling, inputs: Inputs, first: int, last: int, problem: Problem) -> Tensor:
-    query = inputs.query[:, first:last] if problem.views else inputs.query[:, :, first:last]
+    query = rows(inputs.query, first, last, problem)
     return attend(query, inputs.keys, inputs.values, inputs.tensors, first=first)
 
 
-def _chunks(problem: Problem, device: str) -> Iterator[tuple[int, int]]:
+def rows(x: Tensor, first: int, last: int, problem: Problem) -> Tensor:
+    """Some rows of the queries, or of the result."""
+    return x[:, first:last] if problem.views else x[:, :, first:last]
+
+
+def chunks(problem: Problem, device: str) -> Iterator[tuple[int, int]]:
+    """First and last of the rows that are computed at a time."""
     step = max(1, PAIRS_AT_ONCE[device] // (problem.batch * problem.heads * problem.keys))
     for first in range(0, problem.length, step):
         yield first, min(first + step, problem.length)
@@ -142,7 +182,7 @@ def area(problem: Problem, inputs: Inputs) -> int:
     if not masks:
         return heads * problem.length * problem.keys
     j, total = torch.arange(problem.keys, device=device), 0
-    for first, last in _chunks(problem, device.type):
+    for first, last in chunks(problem, device.type):
         i = torch.arange(first, last, device=device)[:, None] + problem.offset
         at = Place(i, j, slice(first, last), inputs.tensors)
         kept = torch.ones(last - first, problem.keys, dtype=torch.bool, device=device)
@@ -152,13 +192,21 @@ def area(problem: Problem, inputs: Inputs) -> int:
     return total
 
 
-def flop(problem: Problem, pairs: int) -> int:
-    """Of both products, over the pairs that count."""
-    return 2 * pairs * (problem.head_size + problem.width)
+def flop(problem: Problem, pairs: int, phase: str = FORWARD) -> int:
+    """Of the products, over the pairs that count: two forward, and five for the gradients, that of the scores among them."""
+    size, width = problem.head_size, problem.width
+    features = {FORWARD: size + width, GRADIENT: 3 * size + 2 * width, BOTH: 4 * size + 3 * width}
+    return 2 * pairs * features[phase]
 
 
-def traffic(problem: Problem, inputs: Inputs) -> int:
-    """Bytes when every input is read once and the result is written once."""
-    read = sum(x.numel() * x.element_size() for x in (*inputs.operands, *inputs.tensors.values()))
-    written = problem.batch * problem.heads * problem.length * problem.width * inputs.query.element_size()
-    return read + written
+def traffic(problem: Problem, inputs: Inputs, phase: str = FORWARD) -> int:
+    """Bytes when every input, the result and, if they are asked for, the gradient of each are moved once."""
+    moved = _bytes([*inputs.operands, *inputs.tensors.values()])
+    result = problem.batch * problem.heads * problem.length * problem.width * inputs.query.element_size()
+    if phase == FORWARD:
+        return moved + result
+    return moved + _bytes(inputs.wanting(trained=problem.trained).leaves.values()) + 2 * result
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)

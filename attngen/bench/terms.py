@@ -1,6 +1,9 @@
-"""Why a peer has no time."""
+"""What is timed, and why a peer has no time."""
 
 from __future__ import annotations
+
+FORWARD, GRADIENT, BOTH = "forward", "gradient", "both"
+PHASES = (FORWARD, GRADIENT, BOTH)
 
 
 class Missing(Exception):

@@ -15,18 +15,17 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import attngen
 from attngen import measure
-from attngen.bench import peers
+from attngen.bench import peers, phases
 from attngen.bench import spelling as s
 from attngen.bench.problems import Problem
 from attngen.bench.records import FAILED, MISSING, NOT_SPELLED, TIMED, WRONG, Record, Result, Row
-from attngen.bench.terms import Missing, NotSpelled
+from attngen.bench.terms import FORWARD, Missing, NotSpelled
 from attngen.errors import AttngenError
 from attngen.measure import Ceilings, Clock
-from attngen.verify import Check, within_budget
+from attngen.verify import Check
 
 PACKAGES = ("triton", "flash-attn-4", "fa3-fwd")
 LONGEST_REASON = 160
@@ -43,6 +42,7 @@ class Job:
     device: str
     rounds: int
     timeout: float
+    phase: str = FORWARD
     lost: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
@@ -74,7 +74,7 @@ def measured(job: Job, begins: Callable[[str, str], None]) -> Iterator[Record]:
             lost = {**job.lost.get(problem, {}), at: ending}
             job = replace(job, lost={**job.lost, problem: lost})
         elif ending:  # between peers, so none is to blame
-            failed = _unmeasured(job.problems[len(record.results)], job.peers, ending)
+            failed = _unmeasured(job, job.problems[len(record.results)], ending)
             record = replace(record, results=(*record.results, failed))
             yield record
 
@@ -109,7 +109,7 @@ def _events(job: Job) -> Iterator[tuple[str, Any]]:
 def _work(job: Job, sender: Connection) -> None:
     """Runs in the process: says what is about to run before it runs."""
     try:
-        _set_up()
+        _set_up(job.phase)
         ceilings = {
             dtype: measure.ceilings(job.device, dtype, CEILING_ROUNDS)
             for dtype in dict.fromkeys(problem.dtype for problem in job.problems)
@@ -126,25 +126,26 @@ def _work(job: Job, sender: Connection) -> None:
         sender.send(("ended", str(ending)))
 
 
-def _set_up() -> None:
-    """What libraries print is no part of the result, and nothing here needs a gradient."""
+def _set_up(phase: str) -> None:
+    """What libraries print is no part of the result, and nothing needs a gradient but where one is timed."""
     os.dup2(2, 1)
-    torch.set_grad_enabled(False)
+    torch.set_grad_enabled(phase != FORWARD)
 
 
 def _result(job: Job, problem: Problem, ceilings: Ceilings, begins: Callable[[str], None]) -> Result:
     """The result of ``problem``; where not even the reference can be computed, every row says so."""
     chosen = [peers.PEERS[name] for name in job.peers]
     try:
-        return result_of(problem, chosen, job.device, job.rounds, ceilings, job.lost.get(problem.name, {}), begins)
+        lost = job.lost.get(problem.name, {})
+        return result_of(problem, chosen, job.device, job.rounds, ceilings, lost, begins, phase=job.phase)
     except DeviceLost:
         raise
     except Exception as error:
-        return _unmeasured(problem, job.peers, f"no reference: {_untimed('', error, job.device).reason}")
+        return _unmeasured(job, problem, f"no reference: {_untimed('', error, job.device).reason}")
 
 
-def _unmeasured(problem: Problem, named: Sequence[str], reason: str) -> Result:
-    return Result(problem, 0, 0, 0, 0, tuple(Row(name, FAILED, reason) for name in named))
+def _unmeasured(job: Job, problem: Problem, reason: str) -> Result:
+    return Result(problem, 0, 0, 0, 0, tuple(Row(name, FAILED, reason) for name in job.peers), job.phase)
 
 
 def _machine(device: str, ceilings: Mapping[str, Ceilings]) -> Record:
@@ -179,58 +180,63 @@ def result_of(
     ceilings: Ceilings,
     lost: Mapping[str, str] | None = None,
     begins: Callable[[str], None] = lambda peer: None,
+    phase: str = FORWARD,
 ) -> Result:
     """Every peer prepared, checked and, if it is right, timed. Each has a row."""
     torch._dynamo.reset()
     inputs = s.inputs_of(problem, device)
     pairs = s.area(problem, inputs)
-    exact, eager = s.references(problem, inputs)
+    expected = phases.expected(problem, inputs, phase)
     rows: dict[str, Row] = {}
-    runs: dict[str, peers.Run] = {}
+    runs: dict[str, phases.Call] = {}
     for peer in chosen:
         if reason := (lost or {}).get(peer.name):
             rows[peer.name] = Row(peer.name, FAILED, reason)
             continue
         begins(peer.name)
-        rows[peer.name], run = _tried(peer, problem, inputs, exact, eager, device)
+        rows[peer.name], run = _tried(peer, problem, inputs, expected, device, phase)
         if run is not None:
             runs[peer.name] = run
-    del exact, eager
-    flop, moved = s.flop(problem, pairs), s.traffic(problem, inputs)
+    del expected
+    flop, moved = s.flop(problem, pairs, phase), s.traffic(problem, inputs, phase)
 
     def failed(name: str, error: Exception) -> None:
         rows[name] = _untimed(name, error, device)
 
     for name, taken in measure.samples(runs, rounds, Clock(device), failed=failed, begins=begins).items():
         rows[name] = timed(rows[name], taken, flop, moved, ceilings)
-    return Result(problem, pairs, flop, moved, rounds, tuple(rows.values()))
+    return Result(problem, pairs, flop, moved, rounds, tuple(rows.values()), phase)
 
 
 def _tried(
-    peer: peers.Peer, problem: Problem, inputs: s.Inputs, exact: Tensor, eager: Tensor, device: str
-) -> tuple[Row, peers.Run | None]:
-    """Its row so far, and its call if that gives the right result."""
+    peer: peers.Peer, problem: Problem, inputs: s.Inputs, expected: Sequence[phases.Expected], device: str, phase: str
+) -> tuple[Row, phases.Call | None]:
+    """Its row so far, and its call if what that gives is right."""
     began = time.perf_counter()
     try:
         if device not in peer.devices:
             raise NotSpelled("not for this kind of device")
-        run = peer.prepare(problem, inputs)
-        actual = run()
+        if phase != FORWARD:
+            inputs = inputs.wanting(trained=problem.trained, rows_first=peer.rows_first and not problem.views)
+        with attngen.record() as reports:
+            call = phases.call_of(peer.prepare(problem, inputs), problem, inputs, phase)
+            made = call()
         measure.synchronize(device)
         first = time.perf_counter() - began
-        check = within_budget(actual, exact, eager)
-        del actual
-        peak = measure.peak_bytes(run) if device == "cuda" else None
+        name, check = phases.verdict(made, expected)
+        del made
+        peak = measure.peak_bytes(call) if device == "cuda" else None
+        kernel = phases.kernels(reports, problem, phase) if device == "cuda" else ""
     except Exception as error:  # whatever a library raises is that peer's alone
         return _untimed(peer.name, error, device), None
-    row = judged(peer.name, check)
-    return replace(row, first_s=first, peak_bytes=peak), run if row.status == TIMED else None
+    row = judged(peer.name, name, check)
+    return replace(row, first_s=first, peak_bytes=peak, kernel=kernel), call if row.status == TIMED else None
 
 
-def judged(peer: str, check: Check) -> Row:
-    """Its row with the verdict on its result; one that is timed has no time yet."""
+def judged(peer: str, name: str, check: Check) -> Row:
+    """Its row with the verdict on what is called ``name``; one that is timed has no time yet."""
     status = TIMED if check.ok else WRONG
-    reason = "" if check.ok else f"wrong result: {check}"
+    reason = "" if check.ok else f"wrong {name}: {check}"
     return Row(peer, status, reason, error=check.error, budget=check.budget, rms=check.rms, rms_budget=check.rms_budget)
 
 
