@@ -236,12 +236,14 @@ class Reader:
 
         parent, part = node.args
         row = PARTS.get(op_name(parent)) if isinstance(parent, fx.Node) else None  # type: ignore[arg-type]
-        return None if row is None else row(self, parent, bind(parent), index, part)  # type: ignore[arg-type]
+        if row is None or self._reads_passing(parent):  # type: ignore[arg-type]
+            return None
+        return row(self, parent, bind(parent), index, part)  # type: ignore[arg-type]
 
     def _read(self, node: fx.Node, index: Index) -> Expr:
         from attngen.passes.effects import updated
         from attngen.passes.pieces import after_write
-        from attngen.passes.pointwise import POINTWISE
+        from attngen.passes.pointwise import POINTWISE, may_wrap
         from attngen.passes.values import VALUES
 
         node = self.resolve(node)
@@ -262,6 +264,8 @@ class Reader:
         if name in POINTWISE:
             if any(self.resolve(n).op == "get_attr" for n in node.all_input_nodes):
                 raise Unknown("a literal tensor stands there only for the moment")
+            if may_wrap(node):
+                raise Unknown("narrow integers that may wrap round")
             return POINTWISE[name](self, node, bind(node), index)
         if name in VALUES:
             return VALUES[name](self, node, bind(node), index)
