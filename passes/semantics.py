@@ -27,6 +27,7 @@ from attngen.passes.decompose import Decomposer
 Index = tuple[sp.Expr, ...]
 # How far one proof follows a graph. What attention in real models takes at most: 511 reads, 30 deep, of 1004 leaves.
 MAX_READS, MAX_DEPTH, MAX_LENGTH = 1 << 12, 1 << 7, 1 << 14
+LARGEST_STEP = 1 << 15  # from one position to the next, in whole numbers made of positions
 
 
 class Unknown(Exception):
@@ -102,6 +103,11 @@ def is_inside(node: fx.Node, index: Index) -> bool:
     return all(size == 1 or (never_negative(place) and always_less(place, size)) for place, size in pairs)
 
 
+def _may_exceed(value: sp.Expr) -> bool:
+    """A kernel counts positions in 32 bits: a multiple of one that is too large wraps round there, or in the graph."""
+    return any(abs(part.as_coeff_Mul()[0]) >= LARGEST_STEP and part.atoms(Axis) for part in value.atoms(sp.Mul))
+
+
 def _clumsiness(node: fx.Node, index: Index) -> tuple[bool, bool]:
     return not is_inside(node, index), any(place.has(FloorDiv, sp.Mod) for place in index)
 
@@ -153,6 +159,8 @@ class Reader:
         self._depth += 1
         try:
             expr = self._read(node, index)
+            if isinstance(expr, Int) and _may_exceed(expr.value):
+                raise Unknown("whole numbers that may need more than 32 bits")
         except Unknown:
             expr = self.load(node, index)
         finally:
