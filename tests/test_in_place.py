@@ -177,11 +177,11 @@ def values_swapped_with_keys(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> T
 
 def a_chunk_before_and_all_after(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Two readers of one view, of which one reads through a part of it, before the write."""
-    memory = mask * 1.0
-    view = memory.view(8, 8)
-    before = view.chunk(2, dim=1)[0].exp()
-    memory[:, 0].mul_(3)
-    return (scores_of(q, k) + before.repeat(1, 2) + view.exp()).softmax(-1) @ v
+    memory = torch.stack([mask, ~mask]).float()
+    view = memory.view(2, 8, 8)
+    before = view.chunk(2)[0].exp()
+    memory[0].mul_(3)
+    return (scores_of(q, k) + before[0] + view.exp()[0]).softmax(-1) @ v
 
 
 # Whether the site is still replaced. Where it is not, a kernel would read what was written, or might.
