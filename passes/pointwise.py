@@ -51,8 +51,8 @@ def _plain(name: str, *names: str) -> Row:
 
 
 # Operators whose result is one of their arguments, element by element.
-_CHOICES = frozenset(["where", "masked_fill", "index_put", "maximum", "minimum", "max", "min", "clamp", "clamp_min", "clamp_max"])
-_CHOICES |= frozenset(["to", "_to_copy", "type_as", "copy"])
+_CHOICES = frozenset(["where", "masked_fill", "index_put", "maximum", "minimum", "max", "min", "clamp"])
+_CHOICES |= frozenset(["clamp_min", "clamp_max", "to", "_to_copy", "type_as", "copy"])
 
 
 def may_wrap(node: fx.Node) -> bool:

@@ -270,10 +270,8 @@ class Reader:
         name = op_name(node)
         self._note_what_stays(node)
         if name in POINTWISE:
-            if any(self.resolve(n).op == "get_attr" for n in node.all_input_nodes):
-                raise Unknown("a literal tensor stands there only for the moment")
-            if may_wrap(node):
-                raise Unknown("narrow integers that may wrap round")
+            if may_wrap(node) or any(self.resolve(n).op == "get_attr" for n in node.all_input_nodes):
+                raise Unknown("a literal tensor stands there only for the moment; narrow integers may wrap round")
             return POINTWISE[name](self, node, bind(node), index)
         if name in VALUES:
             return VALUES[name](self, node, bind(node), index)
