@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import fx
 
 from attngen.algebra import (
@@ -20,7 +21,21 @@ from attngen.algebra import (
     where,
 )
 from attngen.passes.rounding import HALF, in_half, in_type
-from attngen.passes.semantics import NARROW, Bound, Index, Reader, Row, Unknown, coarsens, dtype_of, kind_of, shape_of
+from attngen.passes.semantics import (
+    NARROW,
+    Bound,
+    Index,
+    Reader,
+    Row,
+    Unknown,
+    bind,
+    coarsens,
+    dtype_of,
+    is_tensor,
+    kind_of,
+    op_name,
+    shape_of,
+)
 
 
 def _plain(name: str, *names: str) -> Row:
@@ -29,17 +44,28 @@ def _plain(name: str, *names: str) -> Row:
     def row(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
         if any(n not in args for n in names) or (name == "pow" and kind_of(dtype_of(node)) != "float"):
             raise Unknown(f"another overload of {name}")
-        if name == "mul":
-            _refuse_narrow(node)
         values = [reader.operand(args[n], index) for n in names]
         return op(name, *_promoted(node, values))
 
     return row
 
 
-def _refuse_narrow(node: fx.Node) -> None:
-    if dtype_of(node) in NARROW:
-        raise Unknown("arithmetic that may wrap round")
+# Operators whose result is one of their arguments, element by element.
+_CHOICES = frozenset(["where", "masked_fill", "index_put", "maximum", "minimum", "max", "min", "clamp"])
+_CHOICES |= frozenset(["clamp_min", "clamp_max", "to", "_to_copy", "type_as", "copy"])
+
+
+def may_wrap(node: fx.Node) -> bool:
+    """``node`` computes narrow integers, or chooses among numbers that may be none of them: -1 is 255 there."""
+    if dtype_of(node) not in NARROW:
+        return False
+    return op_name(node) not in _CHOICES or not all(_fits(value, dtype_of(node)) for value in bind(node).values())
+
+
+def _fits(value: object, dtype: torch.dtype) -> bool:
+    if isinstance(value, fx.Node):
+        return is_tensor(value) and dtype_of(value) in (torch.bool, dtype)
+    return not isinstance(value, (int, float)) or torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max
 
 
 def _promoted(node: fx.Node, values: list[Expr]) -> list[Expr]:
@@ -50,7 +76,6 @@ def _scaled_sum(sign: str, minuend: str = "self", subtrahend: str = "other") -> 
     """``self ± alpha * other``."""
 
     def row(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
-        _refuse_narrow(node)
         left, right = _promoted(node, [reader.operand(args[n], index) for n in (minuend, subtrahend)])
         alpha = reader.operand(args.get("alpha", 1), index)
         right = op("mul", right, alpha) if alpha != integer(1) else right
@@ -117,6 +142,8 @@ def _put(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
 def _choice(node: fx.Node, condition: Expr, *branches: Expr) -> Expr:
     """Numbers are what they are in the type of the result: two masks of -1e9 in bfloat16 must be equal to the last bit."""
     dtype = dtype_of(node)
+    if kind_of(dtype) == "bool":
+        return where(condition, *map(to_bool, branches))
     yes, no = (in_type(branch, dtype) for branch in _promoted(node, list(branches)))
     return where(condition, yes, no)
 
@@ -156,7 +183,6 @@ def _unary(build: Callable[[Expr], Expr]) -> Row:
 
 def _kept_kind(name: str) -> Row:
     def row(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
-        _refuse_narrow(node)
         return op(name, reader.operand(args["self"], index))
 
     return row

@@ -27,6 +27,7 @@ from attngen.passes.decompose import Decomposer
 Index = tuple[sp.Expr, ...]
 # How far one proof follows a graph. What attention in real models takes at most: 511 reads, 30 deep, of 1004 leaves.
 MAX_READS, MAX_DEPTH, MAX_LENGTH = 1 << 12, 1 << 7, 1 << 14
+LARGEST_STEP = 1 << 15  # from one position to the next, in whole numbers made of positions
 
 
 class Unknown(Exception):
@@ -102,6 +103,11 @@ def is_inside(node: fx.Node, index: Index) -> bool:
     return all(size == 1 or (never_negative(place) and always_less(place, size)) for place, size in pairs)
 
 
+def _may_exceed(value: sp.Expr) -> bool:
+    """A kernel counts positions in 32 bits: a multiple of one that is too large wraps round there, or in the graph."""
+    return any(abs(part.as_coeff_Mul()[0]) >= LARGEST_STEP and part.atoms(Axis) for part in value.atoms(sp.Mul))
+
+
 def _clumsiness(node: fx.Node, index: Index) -> tuple[bool, bool]:
     return not is_inside(node, index), any(place.has(FloorDiv, sp.Mod) for place in index)
 
@@ -153,6 +159,8 @@ class Reader:
         self._depth += 1
         try:
             expr = self._read(node, index)
+            if isinstance(expr, Int) and _may_exceed(expr.value):
+                raise Unknown("whole numbers that may need more than 32 bits")
         except Unknown:
             expr = self.load(node, index)
         finally:
@@ -236,12 +244,14 @@ class Reader:
 
         parent, part = node.args
         row = PARTS.get(op_name(parent)) if isinstance(parent, fx.Node) else None  # type: ignore[arg-type]
-        return None if row is None else row(self, parent, bind(parent), index, part)  # type: ignore[arg-type]
+        if row is None or self._reads_passing(parent):  # type: ignore[arg-type]
+            return None
+        return row(self, parent, bind(parent), index, part)  # type: ignore[arg-type]
 
     def _read(self, node: fx.Node, index: Index) -> Expr:
         from attngen.passes.effects import updated
         from attngen.passes.pieces import after_write
-        from attngen.passes.pointwise import POINTWISE
+        from attngen.passes.pointwise import POINTWISE, may_wrap
         from attngen.passes.values import VALUES
 
         node = self.resolve(node)
@@ -260,8 +270,8 @@ class Reader:
         name = op_name(node)
         self._note_what_stays(node)
         if name in POINTWISE:
-            if any(self.resolve(n).op == "get_attr" for n in node.all_input_nodes):
-                raise Unknown("a literal tensor stands there only for the moment")
+            if may_wrap(node) or any(self.resolve(n).op == "get_attr" for n in node.all_input_nodes):
+                raise Unknown("a literal tensor stands there only for the moment; narrow integers may wrap round")
             return POINTWISE[name](self, node, bind(node), index)
         if name in VALUES:
             return VALUES[name](self, node, bind(node), index)

@@ -49,7 +49,7 @@ def _filled(value: float) -> Row:
 
 def _full(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
     value = args.get("fill_value", args.get("s"))
-    if isinstance(value, fx.Node):
+    if isinstance(value, fx.Node) and dtype_of(node) not in NARROW:
         return reader.at(value, ())
     return _typed(node, value)
 
@@ -58,6 +58,8 @@ def _typed(node: fx.Node, value: Any) -> Expr:
     if not isinstance(value, (bool, int, float)):
         raise Unknown("a fill value that is not a number")
     kind = kind_of(dtype_of(node))
+    if dtype_of(node) in NARROW and int(value) not in range(torch.iinfo(dtype_of(node)).max + 1):
+        raise Unknown("a number that wraps round")
     return Const(bool(value)) if kind == "bool" else integer(int(value)) if kind == "int" else Const(float(value))
 
 

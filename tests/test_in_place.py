@@ -175,6 +175,15 @@ def values_swapped_with_keys(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> T
     return s.softmax(-1) @ v
 
 
+def a_chunk_before_and_all_after(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Two readers of one view, of which one reads through a part of it, before the write."""
+    memory = torch.stack([mask, ~mask]).float()
+    view = memory.view(2, 8, 8)
+    before = view.chunk(2)[0].exp()
+    memory[0].mul_(3)
+    return (scores_of(q, k) + before[0] + view.exp()[0]).softmax(-1) @ v
+
+
 # Whether the site is still replaced. Where it is not, a kernel would read what was written, or might.
 TWINS: dict[Callable[..., Tensor], bool] = {
     queries_before: True,
@@ -202,6 +211,7 @@ TWINS: dict[Callable[..., Tensor], bool] = {
     scores_turned_in_place: True,
     scores_into_a_buffer: True,
     values_swapped_with_keys: False,
+    a_chunk_before_and_all_after: True,
 }
 
 
