@@ -58,6 +58,11 @@ class Expr:
         return frozenset().union(*(child.axes for child in self.children))
 
     @cached_property
+    def scored(self) -> bool:
+        """Whether a product is part of it."""
+        return any(child.scored for child in self.children)
+
+    @cached_property
     def length(self) -> int:
         """How many leaves it has when it is written out as a tree, as most functions read it."""
         return sum(child.length for child in self.children) or 1
@@ -141,6 +146,10 @@ class Dot(Expr):
     axis: Axis
     node: Hashable = None
     kind: Kind = "float"
+
+    @cached_property
+    def scored(self) -> bool:
+        return True
 
     @property
     def children(self) -> tuple[Expr, ...]:

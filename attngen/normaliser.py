@@ -43,8 +43,7 @@ class Normalised:
 
 def unnormalised(weight: Expr) -> Normalised | None:
     """A weight that depends on its own pair alone: sigmoid, squared ReLU, a decay, or the product as it is."""
-    scored = [n for n in weight.walk() if any(isinstance(part, Dot) for part in n.walk())]
-    if not scored or any(isinstance(n, Reduce) for n in scored):
+    if not weight.scored or any(isinstance(n, Reduce) and n.scored for n in weight.walk()):
         return None
     return Normalised(weight, softmax=False)
 
@@ -126,8 +125,7 @@ def _natural(expr: Expr) -> Expr | None:
     if not isinstance(expr, Op) or expr.name not in ("exp", "exp2", "pow"):
         return None
     base = number(expr.args[0]) if expr.name == "pow" else 2.0
-    scored = any(isinstance(part, Dot) for part in expr.args[-1].walk())
-    if expr.name == "exp" or not scored or base is None or base <= 0:
+    if expr.name == "exp" or not expr.args[-1].scored or base is None or base <= 0:
         return expr
     return op("exp", op("mul", expr.args[-1], Const(math.log(base))))
 
