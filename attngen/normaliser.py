@@ -14,7 +14,7 @@ from itertools import product
 
 import sympy as sp
 
-from attngen.algebra import ONE, Const, Dot, Expr, Op, Reduce, number, op, substitute, terms, total, transform, where
+from attngen.algebra import ONE, Const, Expr, Op, Reduce, number, op, substitute, terms, total, transform, where
 from attngen.index import Axis
 
 MAX_COLUMNS = 4  # of extra logits (sinks) joined to the scores
@@ -145,7 +145,7 @@ def summands(weight: Expr, key: Axis) -> list[Expr]:
 
 def _adds_up(factor: Expr, key: Axis) -> bool:
     """A sum of several terms, one of which is normalised scores."""
-    normalised = any(isinstance(n, Reduce) for n in factor.walk()) and any(isinstance(n, Dot) for n in factor.walk())
+    normalised = factor.scored and any(isinstance(n, Reduce) for n in factor.walk())
     return normalised and key in factor.axes and len(terms(factor)) > 1
 
 

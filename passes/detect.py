@@ -152,7 +152,7 @@ def _prove_output(
     above, below, _ = quotient(result)
     products = [factor for factor in above if isinstance(factor, Dot)]
     if len(products) != 1:
-        if any(isinstance(n, Dot) for n in result.walk()):
+        if result.scored:
             return Miss("the product with the values has something added to it", node.name)
         return Miss("the product with the values is not one sum of products", node.name)
     (product,) = products
@@ -204,7 +204,7 @@ def _prove_sides(reader: Reader, sides: Sides, outside: Expr) -> Terms | Miss:
         return _prove_sum(reader, sides, outside, [softmax(part, key) for part in parts])
     if key.extent == 1:
         return Miss("there is only one key", node, depth=1)
-    scored = any(isinstance(n, Dot) for n in weight.walk())
+    scored = weight.scored
     return Miss(normalised, node, depth=7 if scored and normalised == OWN_SUM else int(scored))
 
 

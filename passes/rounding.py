@@ -117,9 +117,8 @@ def _holds_fill(term: Expr, limit: Expr) -> bool:
 
 def _is_scored(term: Expr) -> bool:
     """It holds a score, and not the weights made of it."""
-    nodes = term.walk()
-    summed = any(isinstance(n, Dot) for r in nodes if isinstance(r, Reduce) and r.name == "sum" for n in r.walk())
-    return any(isinstance(n, Dot) for n in nodes) and not summed
+    summed = any(n.scored for n in term.walk() if isinstance(n, Reduce) and n.name == "sum")
+    return term.scored and not summed
 
 
 def _is_loaded(term: Expr) -> bool:
