@@ -139,6 +139,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
     "variants": ("examples/results/variants.json", attention),
     "long": ("examples/results/long.json", long),
     "starts": ("examples/results/starts.json", starts),
+    "choices": ("tests/data/sweep_h100.json", choices),
 }
 
 
