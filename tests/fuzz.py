@@ -19,6 +19,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -259,21 +260,26 @@ def chunk(first: int, count: int) -> dict[str, Any]:
     return {"first": first, **totals, "seconds": seconds, "reasons": dict(reasons.most_common()), "failures": failures}
 
 
-def recorded(count: int, out: Path, step: int = 500) -> None:
-    """Run seeds 0 .. ``count``, a process per ``step``, appending a line to ``out`` for each; done lines are kept."""
+def recorded(count: int, out: Path, jobs: int = 1, step: int = 250) -> None:
+    """Run seeds 0 .. ``count`` in ``jobs`` processes at a time, appending a line to ``out`` for each ``step``; done lines are
+    kept."""
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = {line["first"] for line in lines}
-    for first in range(0, count, step):
-        if first in done:
-            continue
-        command = [sys.executable, __file__, "chunk", str(first), str(min(step, count - first))]
-        child = subprocess.run(command, capture_output=True, text=True, check=False)
-        crashed = {"first": first, "graphs": 0, "failures": [f"ended with {child.returncode}: {child.stderr[-2000:]}"]}
-        lines.append(json.loads(child.stdout.splitlines()[-1]) if child.returncode == 0 else crashed)
-        with out.open("a") as file:
-            file.write(json.dumps(lines[-1]) + "\n")
-        totals = Counter({name: sum(line.get(name, 0) for line in lines) for name in ("graphs", "compared", "sites")})
-        print(dict(totals), "failures:", sum(len(line["failures"]) for line in lines), flush=True)
+    left = [first for first in range(0, count, step) if first not in done]
+    with ThreadPool(jobs) as pool, out.open("a") as file:
+        for line in pool.imap_unordered(lambda first: _in_a_process(first, min(step, count - first)), left):
+            lines.append(line)
+            print(json.dumps(line), file=file, flush=True)
+            totals = Counter({name: sum(line.get(name, 0) for line in lines) for name in ("graphs", "compared", "sites")})
+            print(dict(totals), "failures:", sum(len(line["failures"]) for line in lines), flush=True)
+
+
+def _in_a_process(first: int, count: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "chunk", str(first), str(count)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    if child.returncode == 0:
+        return json.loads(child.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    return {"first": first, "graphs": 0, "failures": [f"ended with {child.returncode}: {child.stderr[-2000:]}"]}
 
 
 def main() -> None:
@@ -282,13 +288,14 @@ def main() -> None:
     run = commands.add_parser("run")
     run.add_argument("--count", type=int, required=True)
     run.add_argument("--out", type=Path, required=True)
+    run.add_argument("--jobs", type=int, default=1, help="processes at a time")
     part = commands.add_parser("chunk")
     part.add_argument("first", type=int)
     part.add_argument("count", type=int)
     commands.add_parser("show").add_argument("seed", type=int)
     given = parser.parse_args()
     if given.command == "run":
-        recorded(given.count, given.out)
+        recorded(given.count, given.out, given.jobs)
     elif given.command == "chunk":
         print(json.dumps(chunk(given.first, given.count)))
     else:
