@@ -126,7 +126,8 @@ class _Model:
                 if self.draw.chance(60)
                 else self.g.normal(*varying(self.g, shape), dtype=self.g.dtype(q))
             )
-            options = {**options, "attn_mask": self.g("expand", mask, *shape) if self.draw.chance(50) else mask}
+            wide = self.draw.chance(50) or len(self.g.shape(mask)) < 2  # torch 2.11 takes no mask of one dimension
+            options = {**options, "attn_mask": self.g("expand", mask, *shape) if wide else mask}
         return self.g(F.scaled_dot_product_attention, q, k, v, **options)
 
     # ------------------------------------------------------------------------------------------------------ operands

@@ -73,7 +73,9 @@ def judged(case: Case, ours: Sequence[Tensor], eager: Sequence[Tensor]) -> str:
     seen = [exact, eager, *near]
     if not all(x.isfinite().all() for x in case.inputs):
         seen = _without_hidden(case, ours, seen)
-    return difference(ours, seen[0], seen[2:], seen[1], _values(case))
+    results, values = _counts(case)
+    lost = not all(x.isfinite().all() for x in seen[1][:results] if x.dtype.is_floating_point)
+    return difference(ours, seen[0], seen[2:], seen[1], values, lost)
 
 
 def _without_hidden(case: Case, ours: Sequence[Tensor], seen: list[list[Tensor]]) -> list[list[Tensor]]:
@@ -92,16 +94,17 @@ def _without_hidden(case: Case, ours: Sequence[Tensor], seen: list[list[Tensor]]
     ]
 
 
-def _values(case: Case) -> int:
-    """How many of ``results_of`` are values, not gradients."""
-    return len(case.gm.graph.output_node().args[0]) + len(case.inputs)  # type: ignore[arg-type]
+def _counts(case: Case) -> tuple[int, int]:
+    """How many of ``results_of`` are results, and how many are values, not gradients."""
+    results = len(case.gm.graph.output_node().args[0])  # type: ignore[arg-type]
+    return results, results + len(case.inputs)
 
 
 def references(case: Case) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Results in float64, and eager's for inputs that are one rounding off, twice."""
+    """Results in float64, and eager's for inputs that are one rounding off, in three ways: one may happen to move nothing."""
     doubled = [x.double() if x.is_floating_point() else x for x in case.inputs]
     exact = results_of(_Exact(case.gm).run, case, doubled)
-    return exact, [results_of(case.gm.forward, case, [_nudged(x, phase) for x in case.inputs]) for phase in range(2)]
+    return exact, [results_of(case.gm.forward, case, [_nudged(x, phase) for x in case.inputs]) for phase in range(3)]
 
 
 def _nudged(x: Tensor, phase: int) -> Tensor:
@@ -112,9 +115,10 @@ def _nudged(x: Tensor, phase: int) -> Tensor:
 
 def difference(
     ours: Sequence[Tensor], exact: Sequence[Tensor], nudged: Sequence[Sequence[Tensor]], eager: Sequence[Tensor],
-    values: int,
+    values: int, lost: bool,
 ) -> str:  # fmt: skip
-    """Empty if ``ours`` is as good as ``eager``; else what is off. The first ``values`` are results, others gradients."""
+    """Empty if ``ours`` is as good as ``eager``; else what is off. The first ``values`` are no gradients; ``lost``: the loss
+    is not finite."""
     coarsest = max((torch.finfo(x.dtype).eps for x in ours if x.dtype.is_floating_point), default=0.0)
     largest = max((float(x.double().nan_to_num(0, 0, 0).abs().max()) for x in exact if x.numel()), default=0.0)
     for place, (mine, truth, theirs, *near) in enumerate(zip(ours, exact, eager, *nudged, strict=True)):
@@ -129,6 +133,8 @@ def difference(
         floor = info.tiny if place < values else GRADIENT * coarsest * largest
         if place >= values:  # eager's gradients of rows without any pair are NaN for all of a head; nobody can use them
             defined = truth.isfinite() & theirs.isfinite()
+            if lost:  # such a loss has no gradient: that eager's is a number here and there is chance
+                defined &= ~mine.isnan()
             mine, truth, theirs = (torch.where(defined, x, 0.0) for x in (mine, truth, theirs))
         if wrong := _off(mine, truth, near, theirs, floor):
             return f"result {place}: {wrong}"
@@ -142,8 +148,9 @@ def _off(mine: Tensor, truth: Tensor, near: Sequence[Tensor], theirs: Tensor, fl
     # left of such summands, where they cancel, is no smaller than their last digit.
     single = torch.finfo(torch.float32)
     on_the_way = torch.finfo(mine.dtype).max > 1e38
-    vast = (kinds[0] != 0) & ((kinds[2] != 0) | on_the_way) & (truth.abs() > single.eps * torch.finfo(mine.dtype).max)
-    alike = (kinds[0] == kinds[1]) | (kinds[0] == kinds[2]) | vast
+    vast = on_the_way & (truth.abs() > single.eps * torch.finfo(mine.dtype).max)
+    overflowed = (kinds[2] != 0) & ~truth.isnan()  # to an infinity or, where two meet, to NaN
+    alike = (kinds[0] == kinds[1]) | (kinds[0] == kinds[2]) | ((kinds[0] != 0) & (vast | overflowed))
     if not alike.all():
         place = tuple((~alike).nonzero()[0].tolist())
         return f"{mine[place]} at {place} instead of {truth[place]} (eager {theirs[place]})"
