@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from attngen import boxes, hopper
-from attngen.cost import REGISTER_LIMIT, Cost, costs
+from attngen.cost import Cost, costs
 from attngen.device import Device
 from attngen.errors import Miss
 from attngen.portable import MIN_DOT
@@ -88,7 +88,7 @@ def refusal(tile: Tile, cost: Cost, problem: Problem, device: Device) -> str | N
         return "is none of the tiles that the hopper family is made for"
     if cost.smem_bytes > device.smem_block:
         return f"needs {_kib(cost.smem_bytes)} of shared memory; {device.label} has {_kib(device.smem_block)} for a block"
-    limit, given = (hopper.registers(tile),) * 2 if tile.family == HOPPER else (REGISTER_LIMIT, 255)
+    limit, given = (hopper.registers(tile),) * 2 if tile.family == HOPPER else (cost.limit, 255)
     if cost.registers > limit:
         return f"needs about {cost.registers} registers per thread; there are {given}, {_SPILLS}"
     if tile.rows > MIN_DOT and tile.rows >= 2 * problem.rows and not problem.dynamic:

@@ -20,7 +20,7 @@ from attngen.device import Device
 from attngen.finder import data_of
 from attngen.index import Axis
 from attngen.layout import UNIT
-from attngen.mask import derive
+from attngen.mask import derive, heavy_first
 from attngen.portable import MIN_DOT
 from attngen.spec import HOPPER, KEY, PORTABLE, ROW, AttentionSpec, Input, Problem, Tile
 from attngen.work import bindings, bytes_of, count_blocks, evaluate, operations, score_passes
@@ -28,9 +28,11 @@ from attngen.work import bindings, bytes_of, count_blocks, evaluate, operations,
 if TYPE_CHECKING:
     from attngen.choose import Plan
 
-MMA_SYNC_FRACTION = 0.62  # of Hopper's rate, for products too small for its warp groups
-FMA_FRACTION = 0.5  # of the fp32 rate, for products without tensor cores: operands come from shared memory
-SCAN = 0.3  # of what starting a loop costs, looking for the first and last keys; assumed, not measured
+# Estimated, without tensor cores: operands that spill cost less than those that many small tiles read, up to where the
+# compiler gives up and keeps them all in memory. Of 44 tiles compiled for sm_90, it did so from 952 on, and not up to 673; by
+# the sweep (tests/data/sweep_h100.json) one tile at 673 is 1.6 times as fast as any that spills nothing.
+EXACT_LIMIT = 850
+SCANNED = 1024  # keys whose data is looked at in one step
 REGISTER_LIMIT = 320  # estimated; up to there spills cost time but were measured among the fastest tiles
 
 
@@ -51,13 +53,14 @@ class Parts:
 
 @dataclass(frozen=True)
 class Cost:
-    """One candidate. ``registers`` is an estimate; above ``REGISTER_LIMIT`` the kernel would spill."""
+    """One candidate. ``registers`` is an estimate; above ``limit`` the kernel would spill too much."""
 
     seconds: float
     hbm_bytes: int
     smem_bytes: int
     registers: int
     parts: Parts
+    limit: int = REGISTER_LIMIT
 
 
 Values = dict[sp.Symbol, Any]  # numbers, or arrays with one number per tile
@@ -87,7 +90,8 @@ def _cost(at: dict[sp.Symbol, float]) -> Cost:
         waves=at[f.t_grid] - steps * at[f.t_step],
         launch=at[f.seconds] - max(at[f.t_grid], at[f.t_hbm]),
     )
-    return Cost(at[f.seconds], round(at[f.hbm]), round(at[f.smem]), round(at[f.registers]), parts)
+    limit = EXACT_LIMIT if at[f.fma] else REGISTER_LIMIT
+    return Cost(at[f.seconds], round(at[f.hbm]), round(at[f.smem]), round(at[f.registers]), parts, limit)
 
 
 def evaluated(spec: AttentionSpec, problem: Problem, device: Device, tiles: Sequence[Tile]) -> Values:
@@ -133,6 +137,7 @@ def of_spec(spec: AttentionSpec, problem: Problem) -> Values:
     vectors = [x for x in spec.extras if _varies(x, KEY) and x not in pairs]
     others = sum(bytes_of(spec, problem, x) for x in spec.extras if x not in pairs)
     lines = problem.heads * problem.rows
+    kv_each = problem.keys * (spec.head_dim * spec.keys.dtype.itemsize + spec.value_dim * spec.values.dtype.itemsize)
     return {
         f.queries: problem.rows,
         f.heads: problem.heads,
@@ -154,6 +159,8 @@ def of_spec(spec: AttentionSpec, problem: Problem) -> Values:
         f.redo: 1.0 * (spec.whole is not None),
         f.once: q_once + others + lines * (spec.value_dim * spec.out_dtype.itemsize + 4 * spec.lse),
         f.kv_once: k_once + v_once,
+        f.kv_each: float(max(1, kv_each)),
+        f.sharers: max(1.0, problem.heads * kv_each / max(1.0, k_once + v_once)),
         f.pairs_once: float(sum(bytes_of(spec, problem, x) for x in pairs)),
     }
 
@@ -170,8 +177,8 @@ def of_tiles(spec: AttentionSpec, problem: Problem, device: Device, tiles: Seque
     high, wide, warp_count, depth = (np.array([getattr(t, f) for t in tiles], float) for f in _TILE_FIELDS)
     exact = spec.query.dtype.itemsize >= 4 and not spec.tf32
     grouped = (high >= 64) & (warp_count % 4 == 0) & (device.wgmma and not exact)
-    rate = device.fp32 * FMA_FRACTION if exact else (device.tensor32 if spec.tf32 else device.tensor16)
-    slowed = device.wgmma and not exact
+    rate = device.fp32 if exact else (device.tensor32 if spec.tf32 else device.tensor16)
+    by_warp = ~grouped & (device.wgmma and not exact)
     scans = any(i.among for i in (*cover.visit, *cover.partial))
     return {
         f.rows: high,
@@ -182,13 +189,16 @@ def of_tiles(spec: AttentionSpec, problem: Problem, device: Device, tiles: Seque
         f.most: np.array([b.most for b in visited]),
         f.last: np.array([b.last for b in visited]),
         f.masked: np.array([b.masked / max(b.mean, 1e-9) for b in visited]),
-        f.loops: np.array([1.0 + (0 < b.masked < b.mean) + SCAN * scans for b in visited]),
+        f.loops: np.array([1.0 + (0 < b.masked < b.mean) for b in visited]),
+        f.scanned: 1.0 * scans * -(-problem.keys // SCANNED),
+        f.heavy: 1.0 * heavy_first(cover),
         f.wgmma: 1.0 * grouped,
+        f.alone: 1.0 * by_warp,
         f.fma: 1.0 * exact,
         f.copies: np.where(depth == 1, 0, depth - 1 + grouped),
         f.unstaged: 1.0 * (depth == 1),
         f.ways: np.where(exact, 1, np.maximum(1, 16 * warp_count / high)),
-        f.flops: np.where(grouped | (not slowed), rate, rate * MMA_SYNC_FRACTION),
+        f.flops: rate,
         f.narrowest: np.where(grouped, 64.0, 8.0),
     }
 

@@ -3,7 +3,7 @@
 ``h200`` holds measured rates: a copy (4.27e12 B/s, reads and writes counted) and a large bf16 product (778e12 FLOP/s).
 ``h100`` is the same chip with slower memory: its copy rate was read there (3.0e12 B/s), and the rest is the H200's. The
 L2 rate of both is an estimate above what a kernel was seen to draw (6.3e12 B/s). For these two, ``calibrated`` says that
-predicted times were held against kernels timed on the card: 24 times on an H200, 172 on an H100 (``attngen.formulas``).
+predicted times were held against kernels timed on the card: 24 times on an H200, thousands on an H100 (``attngen.formulas``).
 The other records hold the makers' datasheet values times the fraction of the datasheet that was measured on the H200,
 and say ``calibrated=False``. Limits (shared memory, registers, multiprocessors) are the documented ones for all.
 """

@@ -6,12 +6,16 @@ depend on each other, so a program by itself leaves each unit idle while it wait
 gaps. A step therefore costs what its busiest unit needs (``t_busy``), its share of the latency of the chain through one
 step (``t_chain / resident``) and of the loads, joined as a root of squares: near the largest where one dominates.
 
+What is read from HBM follows from what runs side by side: programs that go through the same keys at one time read them
+once, and a wave that comes later reads them again as far as the L2 cache has lost them. A program by itself shows the time
+that its first loads take.
+
 ``smem`` and ``registers`` describe what Triton's compiler allocates for the portable template; tests hold them against
-compiled kernels. The constants below, in cycles, instructions and shares, and a device's ``latency`` are fitted to one
-run on an H100 80GB HBM3 (torch 2.11, Triton 3.6, bf16): 144 kernels of six sites, head sizes 64 to 256, tiles of 64
-and 128 rows (tests/data/portable_fwd_h100.json), together with 24 times of plain Triton kernels of the same loop on an
-H200 (tests/test_cost.py); what a lookup costs, to kernels with a table that were timed beside the hopper family's. Smaller
-tiles, fp32 and other devices are the same formulas, extrapolated.
+compiled kernels. The constants below, in cycles, instructions, latencies and shares, are fitted to one half of the problems
+of tests/data/sweep_h100.json (an H100 80GB HBM3, torch 2.11, Triton 3.6, caches that hold nothing of the operands), which
+``half`` of a site says, together with 172 kernels that were timed before (tests/data/portable_fwd_h100.json) and 24 times of
+plain Triton kernels of the same loop on an H200 (tests/test_cost.py). The other half is held out: tests hold the model
+against it. Other devices are the same formulas, extrapolated.
 """
 
 from __future__ import annotations
@@ -20,18 +24,26 @@ from dataclasses import dataclass
 
 import sympy as sp
 
-SOFTMAX_INSTRUCTIONS = 3  # per pair: shift and scale, sum, conversion
-MASK_INSTRUCTIONS = 14  # per pair of a masked block, besides the mask itself: bounds of scores and loads, and, select
-CHAIN_SHARE = 0.32  # of products and softmax of a block of 64 keys, what does not overlap within its program
-STEP_CYCLES = 820  # of latency: barriers, first results of both products, reductions over a row
-EXCHANGE_CYCLES = 530  # of latency: a row's maximum, sum and weights cross warps through shared memory
-LOOKUP = 0.6  # of a memory latency: reading score or mask inputs and moving them to the layout of the scores
-LOOKUP_INSTRUCTIONS = 22  # per pair: neither vectors nor one wide load serve what lies anywhere, and it changes its layout
-STAGES = 3  # with fewer, each one less shows one memory latency per step
-START = 6  # memory latencies of each loop of a program: queries, first keys and values, results
-EASY_REGISTERS = 200  # beyond, the compiler reorders, recomputes and spills
-SPILL_CYCLES = 0.9  # per warp, step and register beyond, of work and of latency alike
-LOAD_SHARE = 0.53  # of the time that loads keep the L2 cache busy, what adds to a step
+SOFTMAX_INSTRUCTIONS = 3.86  # per pair: shift and scale, sum, conversion
+MASK_INSTRUCTIONS = 10  # per pair of a masked block, besides the mask itself: bounds of scores and loads, and, select
+COMPARE_INSTRUCTIONS = 50  # per pair of a masked block, where the mask reads what is loaded per key: moved to its columns
+CHAIN_SHARE = 0.228  # of products and softmax of a block of 64 keys, what does not overlap within its program
+STEP_CYCLES = 628  # of latency: barriers, first results of both products, reductions over a row
+EXCHANGE_CYCLES = 660  # of latency: a row's maximum, sum and weights cross warps through shared memory
+LOOKUP = 0.27  # of a memory latency: reading score or mask inputs and moving them to the layout of the scores
+LOOKUP_INSTRUCTIONS = 30  # per pair, in blocks of 64 keys: neither vectors nor one wide load serve what lies anywhere
+STAGES, STAGE = 3, 1.26  # with fewer, each one less shows so many memory latencies per step
+FAR = 0.83  # of such a latency, what more it takes to read from HBM than from the L2 cache
+START = 3.8  # memory latencies of each program: queries, first keys and values, results
+LOOP = 1.87  # memory latencies of each of its loops, whose pipeline fills and drains
+SCAN = 0.3  # memory latencies of looking at data for the first and last keys, for each 1,024 of them
+EASY_REGISTERS = 180  # beyond, the compiler reorders, recomputes and spills
+SPILL_CYCLES = 0.645  # per warp, step and register beyond, of work and of latency alike
+LOAD_SHARE = 0.67  # of the time that loads keep the L2 cache busy, what adds to a step
+SYNC_SHARE = 0.346  # of the rate of warp groups, for products that each warp does by itself
+ISSUE, OPERAND = 3.75, 8.1  # cycles of a multiplication without tensor cores, and of each operand that it reads
+WRITTEN_BACK = 0.32  # of the L2 cache: what others wrote there before is written to HBM, to make room
+TOGETHER = 3  # the power by which the times of the grid and of HBM are joined: the longer one hides most of the other
 
 
 # ---------------------------------------------------------------------------------------------------------- the symbols
@@ -39,17 +51,21 @@ LOAD_SHARE = 0.53  # of the time that loads keep the L2 cache busy, what adds to
 # The problem and the spec: lengths, head sizes (d of queries and keys, e of values; padded); bytes per element, per
 # pair (of all loads, and of inputs with a row and a key dimension) and per key; inputs per pair, and those among them that
 # are looked up; work per pair; distinct bytes; key blocks per query tile (on average, at most, in the program that starts
-# last; share masked); loops over them; whether rows may be computed again; features of keys and values (padded) that are
-# read one by one, neither in vectors nor by asynchronous copies, for their rows begin anywhere.
+# last; share masked); loops over them; thousands of keys whose data is looked at before; whether rows may be computed again;
+# whether tiles with most keys come first; bytes of the keys and values of one head, and heads that read the same; features
+# of keys and values (padded) that are read one by one, neither in vectors nor by asynchronous copies, for their rows begin
+# anywhere.
 queries, heads, d, e, d_pad, e_pad = sp.symbols("queries heads d e d_pad e_pad", positive=True)
 q_width, kv_width, pair_width, loose = sp.symbols("q_width kv_width pair_width loose", nonnegative=True)
 plane_width, vector_width, pair_loads, lookups = sp.symbols("plane_width vector_width pair_loads lookups", nonnegative=True)
 pair_ops, mask_ops, pair_specials = sp.symbols("pair_ops mask_ops pair_specials", nonnegative=True)
 once, kv_once, pairs_once = sp.symbols("once kv_once pairs_once", nonnegative=True)
 live, most, last, masked, loops, redo = sp.symbols("live most last masked loops redo", nonnegative=True)
+scanned, heavy = sp.symbols("scanned heavy", nonnegative=True)
+kv_each, sharers = sp.symbols("kv_each sharers", positive=True)
 # The tile, flags (0 or 1) that follow from tile, dtype and device, and in how many ways warps divide the keys of a row.
 rows, keys, warps, stages = sp.symbols("rows keys warps stages", positive=True)
-wgmma, fma, copies, unstaged = sp.symbols("wgmma fma copies unstaged", nonnegative=True)
+wgmma, alone, fma, copies, unstaged = sp.symbols("wgmma alone fma copies unstaged", nonnegative=True)
 flops, narrowest, ways = sp.symbols("flops narrowest ways", positive=True)
 # The device.
 sms, smem_sm, registers_sm, warps_sm, warp = sp.symbols("sms smem_sm registers_sm warps_sm warp", positive=True)
@@ -60,12 +76,13 @@ tiles, programs, threads, smem, registers, resident = sp.symbols(
     "tiles programs threads smem registers resident", positive=True
 )
 t_mma, t_exp, t_alu, t_spill, t_load, t_wait = sp.symbols("t_mma t_exp t_alu t_spill t_load t_wait", nonnegative=True)
-t_busy, t_chain, t_step, t_start, t_program, t_last, t_grid = sp.symbols(
-    "t_busy t_chain t_step t_start t_program t_last t_grid", nonnegative=True
+t_busy, t_chain, t_step, t_solo, t_fill, t_start, t_program, t_last, t_grid = sp.symbols(
+    "t_busy t_chain t_step t_solo t_fill t_start t_program t_last t_grid", nonnegative=True
 )
-streamed, in_flight, together, kv_read, pairs_streamed, pairs_read, hbm, t_hbm, seconds = sp.symbols(
-    "streamed in_flight together kv_read pairs_streamed pairs_read hbm t_hbm seconds", nonnegative=True
+turns, streamed, between, together, again, lost, kv_read = sp.symbols(
+    "turns streamed between together again lost kv_read", nonnegative=True
 )
+pairs_streamed, pairs_read, hbm, t_hbm, seconds = sp.symbols("pairs_streamed pairs_read hbm t_hbm seconds", nonnegative=True)
 
 
 @dataclass(frozen=True)
@@ -94,11 +111,10 @@ _fragments = (  # fitted to 285 kernels compiled for sm_90 and sm_80, then to th
     + _loose
     + 2 * _narrow * (1 - sp.Min(1, plane_width))
 )
-# Without tensor cores: of 64 tiles compiled for sm_90 (heads of 64 to 512), none that spills lies below the limit, which
-# was raised for 16-bit tiles alone. No more than an upper limit.
-_FMA_REGISTERS = 90
-_work = rows * keys * sp.Max(d_pad, e_pad) / threads  # multiplications of one product without tensor cores
-_scalar = _FMA_REGISTERS * (1 + redo) + (0.4 + 0.1 * unstaged) * _work + 10 * rows * keys / threads
+# Without tensor cores a thread holds a square of the products, and operands of whole rows and columns. Of 44 tiles compiled
+# for sm_90 (heads of 64 and 128) none needs more, spilled words counted.
+_side = sp.sqrt(rows * keys / threads)  # of that square
+_scalar = 1.86 * sp.Max(d_pad, e_pad) * _side + 60 * redo
 _scalar_loads = 0.8 * sp.Max(0, rows * keys / threads - 8) * pair_loads
 
 GRID = (
@@ -121,6 +137,81 @@ RESIDENT = Formula(
     ),
 )
 
+# ---------------------------------------------------------------------------------------------------- products and traffic
+
+_grouped = d_pad * sp.Max(1, narrowest * ways / keys) + e_pad * sp.Max(1, narrowest * ways / e_pad)
+_exact = d_pad * (ISSUE + 2 * OPERAND / _side) + e_pad * (ISSUE + 2 * OPERAND / sp.sqrt(rows * e_pad / threads))
+_room = l2 / 2  # each half of the L2 cache serves half of the multiprocessors, and holds its own copy of what both read
+FITS = sp.floor(_room / kv_each)  # heads
+
+
+def _lost(bytes_between: sp.Expr) -> sp.Expr:
+    """Of what was read before so many other bytes, the share that is no longer in the cache: nothing up to half of what
+    it holds, for queries and results pass through it too; all of what is more than it holds, which is read in order."""
+    return sp.Min(1, sp.Max(0, 2 * bytes_between - _room) / sp.Max(1, _room))
+
+
+TRAFFIC = (
+    Formula(
+        turns,
+        "",
+        "heads whose programs run at one time: those that fit in half of the L2 cache take turns, heaviest tiles first; else "
+        "as many as there is room for, one after another",
+        heavy * sp.Min(heads, sp.Max(1, FITS)) + (1 - heavy) * sp.Max(1, sms * resident / tiles),
+    ),
+    Formula(streamed, "B", "keys and values that all programs ask for", programs * live * keys * (d + e) * kv_width),
+    Formula(
+        between,
+        "B",
+        "keys and values that are read before those of one wave of programs are asked for by the next: of the heads that run "
+        "at one time, the share that a program goes through",
+        kv_once * sp.Min(1, sp.Max(sharers, turns) / heads) * streamed / (programs * kv_each),
+    ),
+    Formula(
+        together,
+        "",
+        "programs that go through the same keys side by side, if half of the L2 cache holds a block for each",
+        sp.Max(
+            1,
+            sp.Min(
+                sms * resident * (1 - heavy)
+                + sp.Min(tiles * sharers, sms * resident * sharers / sp.Max(sharers, turns)) * heavy,
+                _room / (keys * (d + e) * kv_width),
+            ),
+        ),
+    ),
+    Formula(
+        again,
+        "B",
+        "keys and values that later waves ask for again: a head that begins within a wave takes part in one more, "
+        "where tiles are equal",
+        sp.Max(0, sp.Min(streamed - kv_once, streamed / together - heavy * streamed / (tiles * sharers))),
+    ),
+    Formula(lost, "", "of these, the share that the cache no longer holds", _lost(between)),
+    Formula(kv_read, "B", "keys and values read from HBM: once, and what was lost", sp.Min(kv_once, streamed) + lost * again),
+    Formula(pairs_streamed, "B", "loaded pairs of all programs", heads * queries * live * keys * pair_width),
+    Formula(
+        pairs_read,
+        "B",
+        "of these, read from HBM: heads that read the same lie as far apart as all that are distinct",
+        sp.Min(pairs_once, pairs_streamed) + sp.Max(0, pairs_streamed - pairs_once) * _lost(pairs_once),
+    ),
+    Formula(hbm, "B", "HBM traffic; queries, results and vectors move once", once + kv_read + pairs_read),
+    Formula(
+        t_hbm,
+        "s",
+        "HBM traffic at the copy rate, and what must leave the L2 cache first",
+        (hbm + sp.Min(hbm, WRITTEN_BACK * l2)) / bandwidth,
+    ),
+    Formula(
+        t_fill,
+        "s",
+        "what a program waits for while all others do too: its queries, first keys, values and pairs, its results",
+        (once + (kv_read + pairs_read) / sp.Max(1, live)) / programs * sms / bandwidth,
+    ),
+)
+JOINED = (t_grid**TOGETHER + t_hbm**TOGETHER) ** sp.Rational(1, TOGETHER)
+
 FORMULAS = (
     *GRID,
     Formula(
@@ -140,16 +231,13 @@ FORMULAS = (
         (1 - fma) * _fragments + fma * (_scalar + _scalar_loads + _loose),
     ),
     RESIDENT,
+    *TRAFFIC,
     Formula(
         t_mma,
         "s",
-        "both products of one step; warps that divide keys and features do narrower ones",
-        2
-        * rows
-        * keys
-        * (d_pad * sp.Max(1, narrowest * ways / keys) + e_pad * sp.Max(1, narrowest * ways / e_pad))
-        * sms
-        / flops,
+        "both products of one step; warps that divide keys and features do narrower ones; without tensor cores, operands "
+        "come from shared memory, for each side of a thread's square",
+        2 * rows * keys * ((1 - fma) * (1 + (1 / SYNC_SHARE - 1) * alone) * _grouped + fma * _exact) * sms / flops,
     ),
     Formula(t_exp, "s", "special functions of one step", rows * keys * (1 + pair_specials) / (exp_rate * clock)),
     Formula(
@@ -159,7 +247,12 @@ FORMULAS = (
         (
             rows
             * keys
-            * (SOFTMAX_INSTRUCTIONS + pair_ops + LOOKUP_INSTRUCTIONS * lookups + (MASK_INSTRUCTIONS + mask_ops) * masked)
+            * (
+                SOFTMAX_INSTRUCTIONS
+                + pair_ops
+                + LOOKUP_INSTRUCTIONS * lookups * keys / 64
+                + (MASK_INSTRUCTIONS + COMPARE_INSTRUCTIONS * sp.Min(1, vector_width) + mask_ops) * masked
+            )
             + rows * e_pad
         )
         / (lanes * clock),
@@ -180,8 +273,12 @@ FORMULAS = (
     Formula(
         t_wait,
         "s",
-        "memory latency that one step of a program shows",
-        latency * (sp.Max(0, STAGES - stages) + LOOKUP * sp.Min(1, pair_loads + vector_width)),
+        "memory latency that one step of a program shows, longer for the share of keys and values that HBM has",
+        latency
+        * (
+            STAGE * (1 + FAR * kv_read / sp.Max(1, streamed)) * sp.Max(0, STAGES - stages)
+            + LOOKUP * sp.Min(1, pair_loads + vector_width)
+        ),
     ),
     Formula(
         t_chain,
@@ -198,43 +295,25 @@ FORMULAS = (
         "one step",
         sp.sqrt(t_busy**2 + (LOAD_SHARE * t_load) ** 2 + (t_chain / resident) ** 2),
     ),
-    Formula(t_start, "s", "start, end and filling the pipeline of each loop", START * latency * loops / resident),
-    Formula(t_program, "s", "an average program", live * t_step + t_start),
-    Formula(t_last, "s", "the program that starts last", last * t_step + t_start),
+    Formula(
+        t_solo,
+        "s",
+        "one step of a program that is left alone on its SM",
+        sp.sqrt(t_busy**2 + (LOAD_SHARE * t_load) ** 2 + t_chain**2),
+    ),
+    Formula(
+        t_start,
+        "s",
+        "start, end and filling the pipeline of each loop",
+        (START + LOOP * loops + SCAN * scanned) * latency + t_fill,
+    ),
+    Formula(t_program, "s", "an average program", live * t_step + t_start / resident),
+    Formula(t_last, "s", "the program that starts last", last * t_step + t_start / resident),
     Formula(
         t_grid,
         "s",
-        "the grid: even shares, the unfilled last wave, and no less than the longest program",
-        sp.Max(programs / sms * t_program + (sp.ceiling(programs / sms) - programs / sms) * t_last, most * t_step + t_start),
+        "the grid: even shares, the unfilled last wave, and no less than the longest program, by itself",
+        sp.Max(programs / sms * t_program + (sp.ceiling(programs / sms) - programs / sms) * t_last, most * t_solo + t_start),
     ),
-    Formula(streamed, "B", "keys and values that all programs ask for", programs * live * keys * (d + e) * kv_width),
-    Formula(
-        in_flight,
-        "B",
-        "keys and values of the heads that run at one time",
-        kv_once * sp.Min(1, sp.Max(1, sms * resident / tiles) / heads),
-    ),
-    Formula(
-        together,
-        "",
-        "programs of one head that go through its keys side by side, if half of the L2 cache holds a block for each",
-        sp.Max(1, sp.Min(tiles, sms * resident, l2 / (2 * keys * (d + e) * kv_width))),
-    ),
-    Formula(
-        kv_read,
-        "B",
-        "of these, read from HBM: once, and again for all that go together as far as half of the L2 cache lacks room",
-        sp.Min(kv_once, streamed) + sp.Max(0, streamed / together - kv_once) * sp.Max(0, 1 - l2 / (2 * in_flight)),
-    ),
-    Formula(pairs_streamed, "B", "loaded pairs of all programs", heads * queries * live * keys * pair_width),
-    Formula(
-        pairs_read,
-        "B",
-        "of these, read from HBM",
-        sp.Min(pairs_once, pairs_streamed)
-        + sp.Max(0, pairs_streamed - pairs_once) * sp.Max(0, 1 - l2 / (2 * sp.Max(1, pairs_once))),
-    ),
-    Formula(hbm, "B", "HBM traffic; queries, results and vectors move once", once + kv_read + pairs_read),
-    Formula(t_hbm, "s", "HBM traffic at the copy rate", hbm / bandwidth),
-    Formula(seconds, "s", "the call", launch + sp.Max(t_grid, t_hbm)),
+    Formula(seconds, "s", "the call", launch + JOINED),
 )

@@ -5,7 +5,8 @@ another one, or the same one's next block, does softmax. A step costs what its b
 overlap of the other. Programs that stay (``persistent``) hide the start of a tile behind the end of the last one, and pay
 for it in each step.
 
-The constants are fitted to one run on an H100 80GB HBM3 (torch 2.11, Triton 3.6): tests/data/hopper_fwd_h100.json.
+The constants are fitted to one half of the problems of tests/data/sweep_h100.json (see ``attngen.formulas``) together with an
+earlier run: tests/data/hopper_fwd_h100.json; both on an H100 80GB HBM3 (torch 2.11, Triton 3.6).
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ import sympy as sp
 from attngen import formulas as f
 from attngen.formulas import Formula
 
-SOFTMAX_INSTRUCTIONS = 4.53  # per pair: maximum, shift and scale, sum, conversion
-MASK_INSTRUCTIONS = 12.5  # per pair of a masked block, besides the mask itself
-EXPOSED = 0.02  # of the less busy unit, what does not overlap
-STEP_CYCLES = 282  # of each step: barriers
-STAY_CYCLES = 77.5  # of each step of a program that stays: whether the tile ends, and where the next one begins
-START_CYCLES = 6500  # of each program: its barriers, first loads, first product, results
-TILE_CYCLES = 300  # of each further tile of a program that stays
-LOOKUP_CYCLES = 0.0869  # per pair and load of it by two warpgroups: addresses, and words that come one by one
-PLANE_CYCLES = 0.048  # per byte that TMA copies for each pair: to shared memory, and from there to the threads of the scores
-VECTOR_CYCLES = 1090  # of a step that reads something per key
-RESULT_CYCLES = 8  # of each further tile, for each feature of its results: written, and begun anew
-AHEAD_CYCLES = 400  # of each further tile, for each stage below three: the next tile is loaded late
-SCORE_SHARE = 0.15  # of the operations of a score program; the others are folded into fused multiply-adds
+SOFTMAX_INSTRUCTIONS = 4.61  # per pair: maximum, shift and scale, sum, conversion
+MASK_INSTRUCTIONS = 10.3  # per pair of a masked block, besides the mask itself
+STEP_CYCLES = 301  # of each step: barriers
+STAY_CYCLES = 92  # of each step of a program that stays: whether the tile ends, and where the next one begins
+START_CYCLES = 3055  # of each program: its barriers, the first word from memory
+FIRST_SHARE = 0.394  # of the first block's products and softmax, what nothing overlaps with
+LOOKUP_CYCLES = 0.054  # per pair, in blocks of 64 keys, and load of it by two warpgroups: addresses, words one by one
+PLANE_CYCLES = 0.039  # per byte that TMA copies for each pair: to shared memory, and from there to the threads of the scores
+VECTOR_CYCLES = 627  # of a step that reads something per key
+AHEAD_CYCLES = 14  # of each further tile, for each feature and stage below three: the next tile is loaded late
+FIND = 30  # memory latencies of the kernel that finds bounds in data
+ENOUGH = 4  # tiles for each multiprocessor in a group of heads that take turns, or its longest would be waited for
+SCORE_SHARE = 0.36  # of the operations of a score program; the others are folded into fused multiply-adds
 OTHER_REGISTERS = 32  # of a thread, besides results, scores and weights
 LOOKUP_REGISTERS = 0.6  # of a thread, for each key of a block and table: no kernel that was compiled spills where these fit
 PIECE_REGISTERS = 4  # of a thread, for each further piece of queries and keys
@@ -41,7 +42,7 @@ persistent, held, waiting, softmax, sinks = sp.symbols("persistent held waiting 
 splits, e_splits = sp.symbols("splits e_splits", nonnegative=True)
 # Inputs per row; the share of steps that read something per key; whether a kernel that finds bounds in data runs before.
 row_vectors, reading, finds = sp.symbols("row_vectors reading finds", nonnegative=True)
-t_soft = sp.symbols("t_soft", nonnegative=True)
+t_soft, t_first = sp.symbols("t_soft t_first", nonnegative=True)
 _SHARED = {formula.symbol: formula for formula in f.FORMULAS}
 _pairs = f.rows * f.keys
 _gathers = f.pair_loads * (1 - sp.Min(1, f.plane_width))  # loads of a table: one address for each pair
@@ -77,10 +78,24 @@ _OWN = (
         sp.Max(
             1,
             sp.Min(
+                sp.ceiling(f.programs / f.sms),
                 sp.floor(f.smem_sm / (f.smem + 1024)),
                 sp.floor(f.registers_sm / (f.threads * 8 * sp.floor(f.registers_sm / (f.warp * (f.warps + 4)) / 8))),
             ),
         ),
+    ),
+    Formula(
+        f.turns,
+        "",
+        "heads whose programs run at one time: groups as ``sharing.jinja`` makes them where the heaviest tiles come first",
+        f.heavy * sp.ceiling(f.heads / sp.ceiling(f.heads / sp.Max(f.FITS, sp.ceiling(ENOUGH * f.sms / f.tiles))))
+        + (1 - f.heavy) * sp.Max(1, f.sms * f.resident / f.tiles),
+    ),
+    Formula(
+        f.pairs_read,
+        "B",
+        "loaded pairs read from HBM: heads that read the same take turns",
+        sp.Min(f.pairs_once, f.pairs_streamed),
     ),
     Formula(f.t_mma, "s", "both products of one step", 2 * _pairs * (f.d_pad + f.e_pad) * f.sms / f.flops),
     Formula(
@@ -97,7 +112,10 @@ _OWN = (
         f.t_wait,
         "s",
         "what loads beside keys and values cost one step",
-        (_pairs * (LOOKUP_CYCLES * 8 / f.warps * _gathers + PLANE_CYCLES * f.plane_width) + VECTOR_CYCLES * reading)
+        (
+            _pairs * (LOOKUP_CYCLES * f.keys / 64 * 8 / f.warps * _gathers + PLANE_CYCLES * f.plane_width)
+            + VECTOR_CYCLES * reading
+        )
         / f.clock,
     ),
     Formula(t_soft, "s", "what the warpgroups compute between products", f.t_exp + f.t_alu + f.t_wait),
@@ -107,32 +125,44 @@ _OWN = (
         "s",
         "one step",
         sp.Max(
-            f.t_busy + EXPOSED * sp.Min(f.t_mma, t_soft) + (STEP_CYCLES + STAY_CYCLES * persistent) / f.clock,
+            f.t_busy + (STEP_CYCLES + STAY_CYCLES * persistent) / f.clock,
             f.t_load,
         ),
     ),
     Formula(
+        t_first,
+        "s",
+        "what a program's first tile waits for: queries and first keys, a block that nothing overlaps with",
+        START_CYCLES / f.clock + f.t_fill + FIRST_SHARE * (f.t_mma + t_soft),
+    ),
+    Formula(
         f.t_start,
         "s",
-        "start and end of a tile",
-        (
-            START_CYCLES * (1 - persistent)
-            + (TILE_CYCLES + RESULT_CYCLES * f.e_pad + AHEAD_CYCLES * sp.Max(0, 3 - f.stages)) * persistent
-        )
-        / f.clock
-        / f.resident,
+        "start and end of a tile; one that stays has loaded the next ahead",
+        (t_first * (1 - persistent) + AHEAD_CYCLES * f.d_pad * sp.Max(0, 3 - f.stages) / f.clock * persistent) / f.resident,
+    ),
+    Formula(f.t_program, "s", "an average program", f.live * f.t_step + f.t_start),
+    Formula(f.t_last, "s", "the program that starts last", f.last * f.t_step + f.t_start),
+    Formula(
+        f.t_grid,
+        "s",
+        "the grid: even shares, the unfilled last wave, and no less than the longest program",
+        sp.Max(
+            f.programs / f.sms * f.t_program + (sp.ceiling(f.programs / f.sms) - f.programs / f.sms) * f.t_last,
+            f.most * f.t_step + f.t_start,
+        ),
     ),
     Formula(
         f.seconds,
         "s",
         "the call, with the one before it that finds bounds, and the start of programs that stay",
-        f.launch * (1 + finds) + persistent * START_CYCLES / f.clock + sp.Max(f.t_grid, f.t_hbm),
+        f.launch * (1 + finds) + FIND * f.latency * finds + persistent * t_first + f.JOINED,
     ),
 )
 _BY_SYMBOL = {formula.symbol: formula for formula in _OWN}
 _ORDER = (
-    f.tiles, f.programs, f.threads, f.smem, f.registers, f.resident, f.t_mma, f.t_exp, f.t_alu, f.t_load, f.t_wait, t_soft,
-    f.t_busy, f.t_step, f.t_start, f.t_program, f.t_last, f.t_grid, f.streamed, f.in_flight, f.together, f.kv_read,
-    f.pairs_streamed, f.pairs_read, f.hbm, f.t_hbm, f.seconds,
+    f.tiles, f.programs, f.threads, f.smem, f.registers, f.resident, *(formula.symbol for formula in f.TRAFFIC), f.t_mma,
+    f.t_exp, f.t_alu, f.t_load, f.t_wait, t_soft, f.t_busy, f.t_step, t_first, f.t_start, f.t_program, f.t_last, f.t_grid,
+    f.seconds,
 )  # fmt: skip
 FORMULAS = tuple(_BY_SYMBOL.get(symbol) or _SHARED[symbol] for symbol in _ORDER)

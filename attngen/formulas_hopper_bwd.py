@@ -3,8 +3,9 @@
 ``rows`` are the keys that a program holds, ``keys`` the queries of one step: five products of that size, between which two
 warpgroups compute the weights and their gradients. A kernel before and one after it go over the queries once.
 
-The constants are fitted to one run on an H100 (torch 2.11, Triton 3.6, bf16, 16,384 tokens, heads of 64 and 128, full and
-causal, lengths of 1,024 to 16,384; tests/data/hopper_bwd_h100.json): off by at most 8 %.
+The constants are fitted to one half of the backward problems of tests/data/sweep_h100.json (see ``attngen.formulas``),
+together with an earlier run (16,384 tokens, heads of 64 and 128, full and causal, lengths of 1,024 to 16,384;
+tests/data/hopper_bwd_h100.json: off by at most 8 %), both on an H100 (torch 2.11, Triton 3.6, bf16).
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from attngen import formulas as f
 from attngen.formulas import Formula
 from attngen.formulas_bwd import members
 
-EXPOSED = 0.4  # of what the warpgroups compute, what does not overlap with products
-SOFTMAX_INSTRUCTIONS = 6  # per pair: shift and scale, difference, product, two conversions
-SCORE_SHARE = 0.5  # of the operations of a score program, for its value and its derivative each
-MASK_INSTRUCTIONS = 4  # per pair of a masked block, besides the mask itself
-STEP_CYCLES = 300  # of each step: barriers, the exchange, the sums of the queries' gradient
-START_CYCLES = 14000  # of each program: its barriers, first loads, first product, results
+EXPOSED = 0.377  # of what the warpgroups compute, what does not overlap with products
+SOFTMAX_INSTRUCTIONS = 15  # per pair: shift and scale, difference, product, conversions, both exchanged in shared memory
+SCORE_SHARE = 0.234  # of the operations of a score program, for its value and its derivative each
+MASK_INSTRUCTIONS = 0.35  # per pair of a masked block, besides the mask itself
+STEP_CYCLES = 25.6  # of each step, besides: barriers
+START_CYCLES = 9190  # of each program: its barriers, first loads, first product, results
 
 row_bytes = sp.Symbol("row_bytes", positive=True)
 t_soft, t_rows = sp.symbols("t_soft t_rows", nonnegative=True)
@@ -46,7 +47,13 @@ FORMULAS = (
         "one step",
         sp.Max(f.t_mma, t_soft) + EXPOSED * sp.Min(f.t_mma, t_soft) + STEP_CYCLES / f.clock,
     ),
-    Formula(f.t_start, "s", "start and end of a program", START_CYCLES / f.clock),
+    Formula(
+        f.t_fill,
+        "s",
+        "what a program waits for while all others do too: what it holds, and what it goes over first",
+        (f.once + f.kv_once / sp.Max(1, f.live)) / f.programs * f.sms / f.bandwidth,
+    ),
+    Formula(f.t_start, "s", "start and end of a program", START_CYCLES / f.clock + f.t_fill),
     Formula(f.t_program, "s", "an average program", members * f.live * f.t_step + f.t_start),
     Formula(f.t_last, "s", "the program that starts last", members * f.last * f.t_step + f.t_start),
     Formula(
@@ -58,6 +65,11 @@ FORMULAS = (
             members * f.most * f.t_step + f.t_start,
         ),
     ),
-    Formula(t_rows, "s", "what is done row by row, before and after the products", row_bytes / f.bandwidth),
+    Formula(
+        t_rows,
+        "s",
+        "what is done row by row, before and after the products, and what must leave the L2 cache first",
+        (row_bytes + sp.Min(f.once + f.kv_once, f.WRITTEN_BACK * f.l2)) / f.bandwidth,
+    ),
     Formula(f.seconds, "s", "all three kernels", 3 * f.launch + t_rows + f.t_grid),
 )

@@ -91,6 +91,11 @@ def grouped(intervals: tuple[Interval, ...]) -> list[tuple[Interval, ...]]:
     return [group for group in (heads, tails, *others) if group]
 
 
+def heavy_first(cover: Cover) -> bool:
+    """Whether tiles see more keys the later their rows are, so that the last ones are started first."""
+    return any(interval.high.has(FIRST, LAST) for interval in cover.visit)
+
+
 def may_be_full(cover: Cover) -> bool:
     """Some block may need no mask, and it can be told which."""
     always = any(i.low == 0 and i.high == SIZE and not i.when and not i.among for i in cover.partial)

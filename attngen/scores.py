@@ -7,7 +7,7 @@ from typing import Any
 
 from attngen.algebra import ONE, TRUE, Const, Expr, Load, Op, number, op, terms, total
 from attngen.layout import arguments
-from attngen.mask import FIRST, LAST, Cover
+from attngen.mask import Cover, heavy_first
 from attngen.printer import LOG2E, Printer, Unprintable, bare
 from attngen.spec import KEY, ROW, SCORE, AttentionSpec
 
@@ -16,9 +16,9 @@ MASKING = 1e5  # a number beyond this masks; in base 2 it would lose digits that
 
 def holes_of_spec(spec: AttentionSpec, cover: Cover, l2_bytes: int) -> dict[str, Any]:
     """What any forward template is filled with, whatever its tile."""
-    heavy_first = any(i.high.has(FIRST, LAST) for i in cover.visit)
+    first = heavy_first(cover)
     return {
-        "heavy_first": heavy_first,
+        "heavy_first": first,
         "softmax": spec.softmax,
         "empty": spec.empty,
         "lse": spec.lse,
@@ -26,7 +26,7 @@ def holes_of_spec(spec: AttentionSpec, cover: Cover, l2_bytes: int) -> dict[str,
         "ln2": repr(1 / LOG2E),
         "head_dim": spec.head_dim,
         "value_dim": spec.value_dim,
-        **arguments(spec, heavy_first),
+        **arguments(spec, first),
         "l2_half": l2_bytes // 2,
         "kv_bytes_per_key": spec.head_dim * spec.keys.dtype.itemsize + spec.value_dim * spec.values.dtype.itemsize,
     }

@@ -47,7 +47,7 @@ def test_the_pick_fits_everywhere(device: str, dtype: torch.dtype, d: int) -> No
         for length in (1, 17, 197, 4000):
             plan = plan_for(spec, Problem((2, 16), length, length), device)
             assert 0 < plan.cost.smem_bytes <= DEVICES[device].smem_block
-            assert plan.cost.registers <= REGISTER_LIMIT
+            assert plan.cost.registers <= plan.cost.limit  # in fp32 the fastest tile of the sweep spills
             assert plan.tile.warps * DEVICES[device].warp_size <= 1024
             if length == 1:
                 assert plan.tile.rows == 16
@@ -58,6 +58,15 @@ def test_every_kind_of_spec_gets_a_plan(case: Case) -> None:
     for length in (1, 17, 2048):
         plan = plan_for(case.spec, case.problem(length))
         assert plan.cost.seconds >= H200.launch and plan.cost.hbm_bytes > 0
+
+
+def test_without_tensor_cores_some_spilling_is_taken_but_not_operands_in_memory() -> None:
+    """In the sweep 128x32 was 1.6 times as fast as what spills nothing (heads of 64), 32x64 ten times slower (of 128)."""
+    fast, slow = (
+        costs(attention(dtype=torch.float32, head_dim=d), Problem((4, 16), 1024, 1024), DEVICES["h100"], [tile])[0]
+        for d, tile in ((64, Tile(128, 32, 4, 3)), (128, Tile(32, 64, 4, 3)))
+    )
+    assert REGISTER_LIMIT < fast.registers <= fast.limit < slow.registers
 
 
 def test_where_all_tiles_lack_registers_the_one_that_lacks_fewest_is_taken() -> None:

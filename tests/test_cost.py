@@ -207,6 +207,28 @@ def test_a_bias_is_read_again_for_each_batch_only_if_it_outgrows_the_cache() -> 
     assert 6 < bias_bytes(4096) / (16 * 4096 * 4096 * 2) <= 8
 
 
+def test_heads_that_read_the_same_keys_side_by_side_read_them_once() -> None:
+    """One query each, as in decoding: four heads share keys, or each has its own."""
+    own, shared = (attention(dtype=BF16, head_dim=128, groups=groups) for groups in (1, 4))
+    apart, together = (cost(s, Problem((16, 32), 1, 32768), Tile(16, 64, 4, 3)).hbm_bytes for s in (own, shared))
+    assert apart / together == pytest.approx(4, rel=0.05)
+
+
+def test_each_wave_reads_keys_again_that_outgrow_the_cache() -> None:
+    """One head at a time: what it reads fits in half of the cache, or every wave of programs reads it anew."""
+    spec = attention(dtype=BF16, head_dim=128)
+    fits, outgrows = (cost(spec, square(n)).hbm_bytes / (4 * 16 * n * 128 * 2) for n in (16384, 65536))
+    waves = 65536 / 128 / (132 * 1)
+    assert fits == pytest.approx(1, abs=0.01) and outgrows == pytest.approx(1 + waves / 2, rel=0.02)
+
+
+def test_a_program_that_is_left_alone_bounds_the_time() -> None:
+    """Few programs, of which two share a multiprocessor: the longest takes as long as by itself."""
+    spec = attention(dtype=BF16, head_dim=128, mask=CAUSAL)
+    few, one = (cost(spec, square(2048, heads), Tile(64, 32, 4, 2)).seconds for heads in (8, 1))
+    assert few == pytest.approx(one, rel=0.1)
+
+
 def test_a_relative_bias_table_is_no_larger_than_its_diagonals() -> None:
     extras = {"table": (torch.float32, (H, KEY - ROW + ROW.extent - 1))}
     spec = attention(dtype=BF16, score=plus(scaled(0.1), loaded("table", H, KEY - ROW + ROW.extent - 1)), extras=extras)
@@ -251,8 +273,8 @@ def test_prediction_is_near_what_was_measured(d: int, length: int, tile: str) ->
 
 def test_parts_add_up_and_the_last_wave_costs() -> None:
     spec = attention(dtype=BF16, head_dim=128)
-    whole = cost(spec, Problem((1, 132), 128, 4096))
-    more = cost(spec, Problem((1, 133), 128, 4096))
+    whole = cost(spec, Problem((1, 1), 132 * 128, 4096))  # of one head, so that no time goes to HBM
+    more = cost(spec, Problem((1, 1), 133 * 128, 4096))
     assert more.seconds > 1.9 * whole.seconds  # one program too many for one wave
     p = whole.parts
     assert min(p.mma, p.exp, p.alu, p.load, p.waves, p.launch) > 0
