@@ -25,7 +25,8 @@ from torch import Tensor
 
 from attngen import decide, verify
 from attngen.cache.key import versions
-from attngen.choose import Plan
+from attngen.choose import HOPPER_TILES, TILES, Plan
+from attngen.cost import costs
 from attngen.device import Device, resolve
 from attngen.emit import Kernel
 from attngen.errors import AttngenError, Miss, Unavailable
@@ -64,15 +65,25 @@ class Row:
 
     name: str
     tile: str = ""
-    predicted: int = 0
     read: float = 0.0
     written: float = 0.0
     problem: str = ""
 
     @property
-    def error(self) -> float:
-        """Of the model."""
-        return self.predicted / (self.read + self.written) - 1
+    def moved(self) -> float:
+        return self.read + self.written
+
+
+def predicted(row: Row, device: Device) -> int:
+    """What the model says that the tile of ``row`` moves, in bytes."""
+    site = next(site for site in PROBLEMS if site.name == row.name)
+    tile = next(tile for tile in (*TILES, *HOPPER_TILES) if str(tile) == row.tile)
+    return costs(site.spec, site.problem, device, [tile])[0].hbm_bytes
+
+
+def error(row: Row, device: Device) -> float:
+    """Of the model, as a share of what was counted."""
+    return predicted(row, device) / row.moved - 1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,10 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.launch:
         given.out.write_text(json.dumps([asdict(launched(site, resolve("auto"))) for site in PROBLEMS]))
         return
-    rows = measured()
-    found = {"device": resolve("auto").label, "versions": versions(), "problems": [asdict(row) for row in rows]}
+    rows, device = measured(), resolve("auto")
+    found = {"device": device.label, "versions": versions(), "problems": [asdict(row) for row in rows]}
     given.out.write_text(json.dumps(found, indent=1) + "\n")
-    print("\n".join(lines(rows)))
+    print("\n".join(lines(rows, device)))
 
 
 # ------------------------------------------------------------------------------------------------------------- launching
@@ -116,7 +127,7 @@ def launched(site: Site, device: Device) -> Row:
     launch(*inputs)
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
-    return Row(site.name, str(plan.tile), plan.cost.hbm_bytes)
+    return Row(site.name, str(plan.tile))
 
 
 def _drawn(site: Site) -> list[Tensor]:
@@ -160,14 +171,15 @@ def counted(rows: Sequence[Row], log: str) -> list[Row]:
     return [row if row.problem else replace(row, **next(left)) for row in rows]
 
 
-def lines(rows: Sequence[Row]) -> list[str]:
+def lines(rows: Sequence[Row], device: Device) -> list[str]:
     """For people: gigabytes, and how far the model is off."""
+    able = {row.name: error(row, device) for row in rows if not row.problem}
     shown = []
     for row in rows:
-        counts = f"{row.read / 1e9:7.3f} GB read, {row.written / 1e9:6.3f} written, {row.predicted / 1e9:7.3f} predicted"
-        shown.append(f"{row.name:36s} {row.problem or f'{counts} ({row.error:+.1%}) {row.tile}'}")
-    able = [row for row in rows if not row.problem]
-    close = sum(abs(row.error) <= CLOSE for row in able)
+        counts = f"{row.read / 1e9:7.3f} GB read, {row.written / 1e9:6.3f} written"
+        said = row.problem or f"{counts}, {predicted(row, device) / 1e9:7.3f} predicted ({able[row.name]:+.1%}) {row.tile}"
+        shown.append(f"{row.name:36s} {said}")
+    close = sum(abs(off) <= CLOSE for off in able.values())
     return [*shown, f"{close} of {len(rows)} within {CLOSE:.0%}."]
 
 

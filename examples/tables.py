@@ -127,6 +127,20 @@ def choices(record: Record) -> list[str]:
     return [*sweep_report.table(sweep_report.ratings(Store.of(record))), "", f"{sweep_report.NOTE} {_machine(record)}"]
 
 
+def traffic(record: Record) -> list[str]:
+    """Bytes that hardware counters saw, beside those of the cost model."""
+    import count_traffic
+
+    from attngen.device import DEVICES
+
+    device = next(device for device in DEVICES.values() if device.label == record["device"])
+    lines = ["| problem | tile | counted | predicted | off by |", "|---|---|---|---|---|"]
+    for row in (count_traffic.Row(**each) for each in record["problems"]):
+        sizes = f"{row.moved / 1e9:.3f} GB | {count_traffic.predicted(row, device) / 1e9:.3f} GB"
+        lines.append(f"| {row.name} | {row.tile} | {sizes} | {count_traffic.error(row, device):+.1%} |")
+    return [*lines, "", f"To and from HBM, reads and writes. {_machine(record)}"]
+
+
 def _machine(record: Record) -> str:
     return f"{record['device']}, {', '.join(f'{name} {version}' for name, version in record['versions'].items())}."
 
@@ -140,6 +154,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
     "long": ("examples/results/long.json", long),
     "starts": ("examples/results/starts.json", starts),
     "choices": ("tests/data/sweep_h100.json", choices),
+    "traffic": ("tests/data/traffic_h100.json", traffic),
 }
 
 
