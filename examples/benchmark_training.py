@@ -156,8 +156,8 @@ def prepared(
         row, run = Row(name), step_of(model, name, inputs, weights)
         ready[name] = (row, run)
         model.zero_grad()
-        gc.collect()  # what a failed step left is in the frames of its error
         if DEVICE == "cuda":
+            gc.collect()  # what a failed step left is in the frames of its error
             torch.cuda.empty_cache()
         started = time.perf_counter()
         try:

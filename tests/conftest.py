@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before numpy and torch are there: workers have a processor each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import forked
 import pytest
@@ -26,6 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["ATTNGEN_CACHE"] = "skip"  # what has been tuned on this machine decides nothing here
+    # pytest listens to each logger that does not propagate. Listened to, this one writes down all graphs that are compiled.
+    logging.getLogger("torch.__trace").propagate = True
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
 
 

@@ -48,8 +48,9 @@ def interpret(folder: Path, timeout: float) -> str:
 
 
 def _serve() -> None:
-    import triton  # noqa: F401
+    from hurried import hurry
 
+    hurry()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

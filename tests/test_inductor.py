@@ -279,7 +279,7 @@ def generated(model: Callable[..., Any], *args: Tensor, backend: str = "attngen"
     """How many kernels Inductor writes beside the library calls and our operator."""
     torch._dynamo.reset()
     metrics.reset()
-    with torch.no_grad(), config.patch(force_disable_caches=True):
+    with torch.no_grad(), config.patch(force_disable_caches=True, cpp_cache_precompile_headers=False):
         torch.testing.assert_close(torch.compile(model, backend=backend)(*args), model(*args), rtol=1e-4, atol=1e-4)
     count: int = metrics.generated_kernel_count
     return count
