@@ -219,9 +219,10 @@ def _takes_log_off(weight: Expr, divisor: Expr) -> bool:
 
 
 def _negated_log(part: Expr) -> Expr | None:
+    """``- log(z) -> z`` where ``z`` is made of sums; the logarithm of a distance is a bias like any other."""
     if isinstance(part, Op) and part.name == "mul" and part.args[1] == Const(-1.0):
         inner = part.args[0]
-        if isinstance(inner, Op) and inner.name == "log":
+        if isinstance(inner, Op) and inner.name == "log" and any(isinstance(n, Reduce) for n in inner.walk()):
             return inner.args[0]
     return None
 

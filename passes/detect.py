@@ -115,6 +115,8 @@ _FROM_SCORES = "an operand is computed from the scores"
 
 
 def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: Decomposer, marks: Marks) -> Terms | Miss:
+    if node in lowered.refused:
+        return Miss(lowered.refused[node], node.name, depth=1)
     try:
         return _proof(node, lowered, facts, decompose, marks)
     except (TooMuch, RecursionError):

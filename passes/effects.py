@@ -83,11 +83,15 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _live(graph: fx.Graph) -> frozenset[fx.Node]:
+    """What outputs are made of, and what writes to memory that is read later on, or is not the graph's own."""
+    given = {storage(node) for node in graph.nodes if node.op in ("placeholder", "get_attr") and _is_tensor(node)}
     live: set[fx.Node] = set()
+    read: set[int] = set()
     for node in reversed(graph.nodes):
-        if node.op == "output" or node in live or written(node):
+        if node.op == "output" or node in live or any(storage(n) in read | given for n in written(node)):
             live.add(node)
             live.update(node.all_input_nodes)
+            read.update(storage(n) for n in node.all_input_nodes if _is_tensor(n))
     return frozenset(live)
 
 

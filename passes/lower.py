@@ -19,7 +19,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from attngen import compat
-from attngen.passes import versions
+from attngen.passes import joins, versions
 from attngen.passes.repeats import CannotCopy, Repeats, materialised, traced_node
 
 
@@ -30,6 +30,7 @@ class Lowered:
     ``origins`` lists for each lowered node the captured nodes that hold exactly its value, in program order.
     ``emitted`` lists for each captured node the lowered nodes it was traced into.
     ``parameters`` are the placeholders that stand for weights of the model.
+    ``refused`` are products of pieces of the weights that are not joined, and why.
     ``tables`` are those that replaced sites needed (and their seeds), each with the captured node that holds it now.
     """
 
@@ -38,6 +39,7 @@ class Lowered:
     emitted: dict[fx.Node, list[fx.Node]]
     parameters: frozenset[fx.Node] = frozenset()
     tables: dict[Hashable, fx.Node] = field(default_factory=dict)
+    refused: dict[fx.Node, str] = field(default_factory=dict)
 
     def parent(self, node: fx.Node) -> fx.Node | None:
         """The captured node whose tracing made the lowered ``node``."""
@@ -57,17 +59,20 @@ def run(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Lowered:
         lowered, record = _traced(gm, names, fake_mode, inputs, _Record(None))
     _write_out_constants(lowered)
     versions.run(lowered.graph)
+    joined = joins.run(lowered.graph)
     kept = set(lowered.graph.nodes)
     origins: dict[fx.Node, list[fx.Node]] = {}
     for captured, node in record.values.items():
+        node = joined.moved.get(node, node)
         if node in kept:
             origins.setdefault(node, []).append(captured)
         if node.target is torch.ops.aten.detach_.default:  # a literal tensor is copied, then detached in place
             origins.setdefault(node.all_input_nodes[0], []).append(captured)
-    emitted = {node: [n for n in new if n in kept] for node, new in record.emitted.items()}
+    made = {node: [joined.moved.get(n, n) for n in new] for node, new in record.emitted.items()}
+    emitted = {node: [n for n in new if n in kept] for node, new in made.items()}
     placeholders = lowered.graph.find_nodes(op="placeholder")
     weights = (n for n, x in zip(placeholders, tree_leaves(inputs), strict=True) if isinstance(x, torch.nn.Parameter))
-    return Lowered(lowered.graph, origins, emitted, frozenset(weights))
+    return Lowered(lowered.graph, origins, emitted, frozenset(weights), refused=joined.refused)
 
 
 def _traced(

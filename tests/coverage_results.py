@@ -64,16 +64,17 @@ def _fused(counted: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def beside(packed: dict[str, Any], files: Sequence[Path]) -> dict[str, Any]:
-    """``packed``, with Inductor's counts of other runs over the same models, where these saw as many sites."""
+    """``packed``, with Inductor's counts of other runs over some of the models, where these saw as many sites."""
     for file in files:
         source = packed["sources"][file.stem]
-        counted = []
         for o in read(file):
             entry = source["by_model"].get(o["model"], [None])
             if o["status"] == "run" and o["inductor"] is not None and len(o["sites"]) == entry[0]:
+                added, known = _fused([o]), entry[2] is not None
+                source["inductor"] = (source["inductor"] or 0) + o["inductor"] - (entry[2] or 0)
+                for name in () if known else ("inductor_sites", "inductor_models"):
+                    source[name] += added[name]
                 entry[2] = o["inductor"]
-                counted.append(o)
-        source |= _fused(counted)
     return packed | {"inductor_versions": {"torch": _versions()["torch"]}}
 
 

@@ -290,7 +290,7 @@ def test_what_inductor_fuses_is_counted_per_call(sharp: bool, fused: int) -> Non
 
 
 def test_inductors_counts_go_beside_what_was_packed(tmp_path: Path) -> None:
-    """Of models with as many sites as before, that Inductor was counted in."""
+    """Of models with as many sites as before, that Inductor was counted in; they add to what was counted earlier."""
     site = {"fate": "replaced", "learned": False}
     others = [site | {"learned": True}, site | {"fate": DEAD}]
 
@@ -300,10 +300,14 @@ def test_inductors_counts_go_beside_what_was_packed(tmp_path: Path) -> None:
     file = tmp_path / "source.jsonl"
     file.write_text("\n".join([line("a", 3, 2), line("b", 3, None), line("c", 1, 1), line("new", 1, 1)]))
     old = {name: [5, 3, None, {}] for name in "abc"}
-    packed = beside({"sources": {"source": {"sites": 9, "by_model": old}}}, [file])
+    uncounted = {"inductor": None, "inductor_sites": 0, "inductor_models": 0}
+    packed = beside({"sources": {"source": {"sites": 9, "by_model": old, **uncounted}}}, [file])
     source = packed["sources"]["source"]
     assert [source[name] for name in ("inductor", "inductor_sites", "inductor_models", "sites")] == [2, 3, 1, 9]
     assert [entry[2] for entry in source["by_model"].values()] == [2, None, None]
+    file.write_text("\n".join([line("a", 3, 1), line("b", 3, 3)]))
+    source = beside(packed, [file])["sources"]["source"]
+    assert [source[name] for name in ("inductor", "inductor_sites", "inductor_models", "sites")] == [4, 6, 2, 9]
     assert packed["inductor_versions"] == {"torch": torch.__version__}
 
 

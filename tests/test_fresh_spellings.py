@@ -141,11 +141,17 @@ def masked_exponentials_late(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return e @ v / e.sum(-1, keepdim=True)
 
 
+def logarithm_of_the_distance(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A bias that is subtracted as a logarithm divides exponentials, but is not the sum that they are divided by."""
+    place = torch.arange(LENGTH)
+    return (scores(q, k) - torch.log1p((place[:, None] - place).abs().float())).softmax(-1) @ v
+
+
 FOUND: list[Callable[..., Tensor]] = [
     mask_of_blocks, mask_of_a_tree, mask_by_a_view_taken_before, mask_changed_after_it_is_added, filled_by_truth,
     weights_emptied_by_truth, powers_of_two, powers_of_any_number, sum_by_einsum, by_tensordot, one_query_without_a_row,
     decay_over_its_sum, state_space_duality, silu_weights, masked_then_scaled, diagonal_filled,
-    masked_exponentials, masked_exponentials_late,
+    masked_exponentials, masked_exponentials_late, logarithm_of_the_distance,
 ]  # fmt: skip
 
 
@@ -249,6 +255,12 @@ def powers_over_another_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.exp2(s) / torch.exp(s).sum(-1, keepdim=True) @ v
 
 
+def logarithm_in_the_sum_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    e = (s - torch.log1p(torch.arange(LENGTH).float())).exp()
+    return s.exp() / e.sum(-1, keepdim=True) @ v
+
+
 def exponentials_masked_in_the_sum_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     e = scores(q, k).exp()
     return e / (e * torch.ones(LENGTH, LENGTH).tril()).sum(-1, keepdim=True) @ v
@@ -277,7 +289,7 @@ def over_the_sum_of_magnitudes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     "function",
     [
         mask_of_data_changed_after_it_is_added, mask_of_data_read_at_two_times, filled_at_listed_places, added_up_by_truth,
-        powers_over_another_sum, exponentials_masked_in_the_sum_alone,
+        powers_over_another_sum, exponentials_masked_in_the_sum_alone, logarithm_in_the_sum_alone,
         powers_of_a_negative_number, few_keys_for_each_query, three_in_one_einsum,
         over_the_sum_of_magnitudes,
     ],

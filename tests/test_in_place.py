@@ -184,6 +184,30 @@ def a_chunk_before_and_all_after(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) 
     return (scores_of(q, k) + before[0] + view.exp()[0]).softmax(-1) @ v
 
 
+def weights_kept_for_nobody(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """BigBird puts its weights together for somebody who need not have asked for them."""
+    weights, kept = scores_of(q, k).softmax(-1), torch.zeros(2, 3, 16, 8)
+    out = weights @ v
+    kept[:, :, :8] = weights
+    kept[:, :, 8:].add_(weights[:, :, :, :1])
+    return out
+
+
+def weights_kept_and_read(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    weights, kept = scores_of(q, k).softmax(-1), torch.zeros(2, 3, 16, 8)
+    shown = kept[:, :, 5]
+    out = weights @ v
+    kept[:, :, :8] = weights
+    return out + shown.sum()
+
+
+def weights_kept_by_the_caller(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    weights = scores_of(q, k).softmax(-1)
+    out = weights @ v
+    mask.copy_(weights[0, 0] > 0.1)
+    return out
+
+
 # Whether the site is still replaced. Where it is not, a kernel would read what was written, or might.
 TWINS: dict[Callable[..., Tensor], bool] = {
     queries_before: True,
@@ -212,6 +236,9 @@ TWINS: dict[Callable[..., Tensor], bool] = {
     scores_into_a_buffer: True,
     values_swapped_with_keys: False,
     a_chunk_before_and_all_after: True,
+    weights_kept_for_nobody: True,
+    weights_kept_and_read: False,
+    weights_kept_by_the_caller: False,
 }
 
 

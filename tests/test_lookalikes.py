@@ -195,7 +195,7 @@ MISSED: dict[str, tuple[Function, str]] = {
     "scores of another head written in": (scores_of_another_head, "no tensor for"),
     "scores of the row before added": (scores_of_the_row_before, "more than pointwise arithmetic"),
     "a written part is read": (part_read_elsewhere, "also read by sum"),
-    "a part is written after the softmax": (part_written_after_the_softmax, "also read by select"),
+    "a part is written after the softmax": (part_written_after_the_softmax, "is written in place"),
     "a changed copy is read": (only_the_part, "more than pointwise arithmetic"),
     "weights thresholded": (lambda q, k, v: (lambda w: torch.where(w > 0.05, w, 0.0) @ v)(weights(q, k)), "no tensor for"),
     "a sum's logarithm, lost in a fill": (
