@@ -11,7 +11,23 @@ from dataclasses import dataclass
 
 import torch
 
-from attngen.algebra import COMPARISONS, ONE, TRUE, Const, Expr, Int, Load, Op, negate, number, op, terms, total, where
+from attngen.algebra import (
+    BOOLEAN,
+    COMPARISONS,
+    ONE,
+    TRUE,
+    Const,
+    Expr,
+    Int,
+    Load,
+    Op,
+    negate,
+    number,
+    op,
+    terms,
+    total,
+    where,
+)
 from attngen.errors import Miss
 from attngen.index import Axis
 from attngen.mask import no_row_is_empty
@@ -56,7 +72,7 @@ def split(site: Site) -> Split | Miss:
         return Miss("a sink that comes after the softmax, and rows that may be NaN", name, depth=7)
     whole, redo_below = None, None
     certain = no_row_is_empty(mask, site.row, site.key) and all(drowns(fill.value, dtype) for fill in fills)
-    certain = certain and not _loads_over_keys(score, site.key)
+    certain = certain and not _loads_over_keys(score, site.key) and not _holds_fill(score)
     finite = [fill for fill in fills if math.isfinite(fill.value)]
     lifted = site.lifted or _by_library(site)
     if finite and not certain and site.by_log and not lifted:
@@ -88,8 +104,12 @@ def _may_be_nan(score: Expr, mask: Expr, fills: list[_Fill], site: Site) -> bool
 
 
 def _loads_over_keys(score: Expr, key: Axis) -> bool:
-    """Something loaded may mask every key that the constants keep."""
-    return any(isinstance(n, Load) and n.kind == "float" and key in n.axes for n in score.walk())
+    """Something loaded may mask every key that the constants keep: a number; what only chooses between others may not."""
+    if isinstance(score, Load):
+        return score.kind != "bool" and key in score.axes
+    if not isinstance(score, Op) or score.name in BOOLEAN:
+        return False
+    return any(_loads_over_keys(arg, key) for arg in score.args[score.name == "where" :])
 
 
 def _without_zeros(weight: Expr) -> tuple[Expr, Expr]:

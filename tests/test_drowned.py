@@ -166,6 +166,33 @@ def test_of_two_fills_the_lower_one_counts_less() -> None:
     close(*compared(model, q, k, v, hidden))
 
 
+def test_what_is_kept_may_be_lower_than_the_fill() -> None:
+    """A row whose visible keys are all at the lowest number, and the others at -1e9: the mean of the others."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+        s = scores(q, k).masked_fill(~kept[:, None, None], -math.inf).clamp(min=torch.finfo(q.dtype).min)
+        return s.masked_fill(torch.ones_like(s, dtype=torch.bool).triu(1), -1e9).softmax(-1) @ v
+
+    kept = torch.ones(2, 12, dtype=torch.bool)
+    kept[0], kept[1, :3] = False, False
+    close(*compared(model, *inputs_in(torch.float32), kept))
+
+
+@pytest.mark.parametrize("subtracted", ["times 1e9", "as a whole number"])
+def test_a_mask_of_whole_numbers_may_be_as_low_as_the_fill(subtracted: str) -> None:
+    """A row whose visible keys are all lowered as far as the others are: the mean of all."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+        hidden = hidden[:, None, None]
+        low = hidden * 1e9 if subtracted == "times 1e9" else (hidden * 1_000_000_000).to(q.dtype)
+        s = scores(q, k) - low
+        return s.masked_fill(torch.ones_like(s, dtype=torch.bool).triu(1), -1e9).softmax(-1) @ v
+
+    hidden = torch.zeros(2, 12, dtype=torch.int64)
+    hidden[0], hidden[1, :3] = 1, 1
+    close(*compared(model, *inputs_in(torch.float32), hidden))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_mask_made_from_numbers(dtype: torch.dtype) -> None:
     """One for what is kept, zero for what is not: the mask is computed in the kernel."""
