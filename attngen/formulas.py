@@ -210,6 +210,19 @@ TRAFFIC = (
         (once + (kv_read + pairs_read) / sp.Max(1, live)) / programs * sms / bandwidth,
     ),
 )
+
+
+def grid_of(longest: sp.Expr) -> Formula:
+    """What the programs of a grid take together, of which the one with most to do takes ``longest`` by itself."""
+    share = programs / sms
+    return Formula(
+        t_grid,
+        "s",
+        "the grid: even shares, the unfilled last wave, and no less than the longest program, by itself",
+        sp.Max(share * t_program + (sp.ceiling(share) - share) * t_last, longest),
+    )
+
+
 JOINED = (t_grid**TOGETHER + t_hbm**TOGETHER) ** sp.Rational(1, TOGETHER)
 
 FORMULAS = (
@@ -309,11 +322,6 @@ FORMULAS = (
     ),
     Formula(t_program, "s", "an average program", live * t_step + t_start / resident),
     Formula(t_last, "s", "the program that starts last", last * t_step + t_start / resident),
-    Formula(
-        t_grid,
-        "s",
-        "the grid: even shares, the unfilled last wave, and no less than the longest program, by itself",
-        sp.Max(programs / sms * t_program + (sp.ceiling(programs / sms) - programs / sms) * t_last, most * t_solo + t_start),
-    ),
+    grid_of(most * t_solo + t_start),
     Formula(seconds, "s", "the call", launch + JOINED),
 )

@@ -65,6 +65,12 @@ def _slower(columns: sp.Expr) -> sp.Expr:
 
 
 _read = f.once + f.kv_once + f.pairs_once
+FILL = Formula(
+    f.t_fill,
+    "s",
+    "what a program waits for while all others do too: what it holds, and what it goes over first",
+    (f.once + f.kv_once / sp.Max(1, f.live)) / f.programs * f.sms / f.bandwidth,
+)
 
 FORMULAS = (
     *f.GRID,
@@ -145,12 +151,7 @@ FORMULAS = (
         "one step of a program that is left alone on its SM",
         sp.sqrt(f.t_busy**2 + (LOAD_SHARE * f.t_load) ** 2 + f.t_chain**2),
     ),
-    Formula(
-        f.t_fill,
-        "s",
-        "what a program waits for while all others do too: what it holds, and what it goes over first",
-        (f.once + f.kv_once / sp.Max(1, f.live)) / f.programs * f.sms / f.bandwidth,
-    ),
+    FILL,
     Formula(f.t_start, "s", "start, end and filling the pipeline", (START + f.SCAN * f.scanned) * f.latency),
     Formula(
         f.t_program,
@@ -164,15 +165,7 @@ FORMULAS = (
         "the program that starts last",
         members * (f.last * f.t_step + f.t_start / f.resident) + f.t_fill / f.resident,
     ),
-    Formula(
-        f.t_grid,
-        "s",
-        "the grid: even shares, the unfilled last wave, and no less than the longest program, by itself",
-        sp.Max(
-            f.programs / f.sms * f.t_program + (sp.ceiling(f.programs / f.sms) - f.programs / f.sms) * f.t_last,
-            members * (f.most * f.t_solo + f.t_start) + f.t_fill,
-        ),
-    ),
+    f.grid_of(members * (f.most * f.t_solo + f.t_start) + f.t_fill),
     Formula(
         f.t_hbm,
         "s",

@@ -143,15 +143,7 @@ _OWN = (
     ),
     Formula(f.t_program, "s", "an average program", f.live * f.t_step + f.t_start),
     Formula(f.t_last, "s", "the program that starts last", f.last * f.t_step + f.t_start),
-    Formula(
-        f.t_grid,
-        "s",
-        "the grid: even shares, the unfilled last wave, and no less than the longest program",
-        sp.Max(
-            f.programs / f.sms * f.t_program + (sp.ceiling(f.programs / f.sms) - f.programs / f.sms) * f.t_last,
-            f.most * f.t_step + f.t_start,
-        ),
-    ),
+    f.grid_of(f.most * f.t_step + f.t_start),
     Formula(
         f.seconds,
         "s",

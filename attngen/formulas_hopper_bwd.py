@@ -14,7 +14,7 @@ import sympy as sp
 
 from attngen import formulas as f
 from attngen.formulas import Formula
-from attngen.formulas_bwd import members
+from attngen.formulas_bwd import FILL, members
 
 EXPOSED = 0.377  # of what the warpgroups compute, what does not overlap with products
 SOFTMAX_INSTRUCTIONS = 15  # per pair: shift and scale, difference, product, conversions, both exchanged in shared memory
@@ -47,24 +47,11 @@ FORMULAS = (
         "one step",
         sp.Max(f.t_mma, t_soft) + EXPOSED * sp.Min(f.t_mma, t_soft) + STEP_CYCLES / f.clock,
     ),
-    Formula(
-        f.t_fill,
-        "s",
-        "what a program waits for while all others do too: what it holds, and what it goes over first",
-        (f.once + f.kv_once / sp.Max(1, f.live)) / f.programs * f.sms / f.bandwidth,
-    ),
+    FILL,
     Formula(f.t_start, "s", "start and end of a program", START_CYCLES / f.clock + f.t_fill),
     Formula(f.t_program, "s", "an average program", members * f.live * f.t_step + f.t_start),
     Formula(f.t_last, "s", "the program that starts last", members * f.last * f.t_step + f.t_start),
-    Formula(
-        f.t_grid,
-        "s",
-        "the grid: even shares, the unfilled last wave, and no less than the longest program",
-        sp.Max(
-            f.programs / f.sms * f.t_program + (sp.ceiling(f.programs / f.sms) - f.programs / f.sms) * f.t_last,
-            members * f.most * f.t_step + f.t_start,
-        ),
-    ),
+    f.grid_of(members * f.most * f.t_step + f.t_start),
     Formula(
         t_rows,
         "s",

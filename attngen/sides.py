@@ -16,7 +16,7 @@ from attngen.gradient import HEAD, Backward, Target, mirrored_spec
 from attngen.gradient import mirrored_input as turned
 from attngen.index import Axis
 from attngen.layout import extent_of, memory_order, tuple_of, unpacked
-from attngen.mask import FIRST, LAST, Cover
+from attngen.mask import Cover, heavy_first
 from attngen.spec import FEATURE, INNER, KEY, ROW, AttentionSpec, Input, Tile
 
 
@@ -52,8 +52,7 @@ def leading(grad: Expr) -> tuple[float, Expr]:
 
 def order_of(cover: Cover) -> str:
     """Which tiles go first: those that have most to do."""
-    descending = any(i.high.has(FIRST, LAST) for i in cover.visit)
-    return "tiles - 1 - within // peers" if descending else "within // peers"
+    return "tiles - 1 - within // peers" if heavy_first(cover) else "within // peers"
 
 
 # --------------------------------------------------------------------------------------------------------------- heads
