@@ -119,7 +119,7 @@ def calls_of(module: ModuleType, inputs: Sequence[Layout]) -> dict[str, _Recorde
 
 def backward_launches_of(module: ModuleType, inputs: Sequence[Layout]) -> dict[str, _Recorder]:
     """The kernel calls that ``launch`` of a backward module makes for such inputs, by kernel."""
-    recorders = {name: _Recorder() for name in BACKWARD if hasattr(module, name)}
+    recorders = {name: _Recorder() for name in (FINDER, *BACKWARD) if hasattr(module, name)}
     known = {**vars(module), **recorders, "deterministic": lambda: False}
     launch = FunctionType(module.launch.__code__, known, argdefs=module.launch.__defaults__)
     tensors = [layout.meta() for layout in inputs]

@@ -151,7 +151,7 @@ def hopper_seconds(plan: Backward, problem: Problem, device: Device) -> float:
     values = 2 * plan.spec.value_dim * plan.spec.out_dtype.itemsize  # of the result and its gradient
     row = values + 8 * width + plan.spec.head_dim * plan.spec.query.dtype.itemsize  # and of the sums, twice
     at |= {f.d_pad: width, f.e_pad: width, formulas_hopper_bwd.row_bytes: problem.heads * problem.rows * row}
-    if hopper_bwd.reads_mask(plan.spec):
+    if hopper_bwd.masks_everything(plan.spec):
         at[f.masked] = 1.0
     for formula in formulas_hopper_bwd.FORMULAS:
         at[formula.symbol] = evaluate(formula.expression, at)

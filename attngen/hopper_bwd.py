@@ -15,7 +15,8 @@ from typing import Any
 from attngen import boxes, hopper
 from attngen.adjoint import SCORE_GRAD
 from attngen.algebra import ONE, Const, Load
-from attngen.bounds import is_plain, loop_bounds
+from attngen.bounds import Bounds, loop_bounds
+from attngen.finder import data_of, finder
 from attngen.gluon import DTYPES, box_dims, gluon, helpers_of
 from attngen.gradient import Backward, adjoints, backward_of, mirrored
 from attngen.layout import base_of, memory_order, stride_of, unpacked, used_dims
@@ -56,22 +57,21 @@ def _unsuited_plan(plan: Backward) -> str | None:
         return "scores may be so low that rows have to be computed again"
     if not all(target.direct for target in (plan.query, plan.keys, plan.values)):
         return "keys and values are shared in different ways"
-    if not is_plain(cover_of(plan.spec)):
-        return "the queries that matter come in more than one stretch"
-    if any(isinstance(node, Load) and ROW in node.axes for node in plan.spec.mask.walk()):
-        return "which keys matter is loaded for each query"
     return None
 
 
 def cover_of(spec: AttentionSpec) -> Cover:
-    """Which queries keys matter to, mirrored, as far as that is known without data: no queries are passed over for it."""
+    """Which queries keys matter to, mirrored; as far as positions tell, where heads that share keys have data of their own."""
     cover = derive(mirrored(spec.mask))
+    shared = {axis for axis, _ in backward_of(spec).members}
+    if not any(shared & node.axes for each in data_of(cover) for node in each.expr.walk() if isinstance(node, Load)):
+        return cover
     return Cover(tuple(map(by_position, cover.visit)), tuple(map(by_position, cover.partial)), False)
 
 
-def reads_mask(spec: AttentionSpec) -> bool:
-    """Whether every block is masked, for some of the mask is loaded."""
-    return any(isinstance(node, Load) for node in spec.mask.walk())
+def masks_everything(spec: AttentionSpec) -> bool:
+    """Whether every block is masked, for what is loaded does not tell which need it."""
+    return any(isinstance(node, Load) for node in spec.mask.walk()) and not data_of(cover_of(spec))
 
 
 def padded(spec: AttentionSpec) -> int:
@@ -99,7 +99,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     printer = Printer(side.spec, _PLACES)
     score = _score(printer, side)
     cover = cover_of(spec)
-    bounds = _bounds(printer, spec, cover)
+    bounds, found = finder(side.spec, cover, tile) or (loop_bounds(printer, cover, warps=1), None)
     heads = heads_of(side)
     launch = launch_of(spec, plan)
     prologue = [gluon(line) for line in (*(base_of(x, printer) for x in side.spec.extras), *printer.prologue)]
@@ -111,12 +111,13 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "value_dim": spec.value_dim,
         "dtype": kind,
         "short": {"gl.bfloat16": "bf16", "gl.float16": "f16"}[kind],
-        "helpers": helpers_of(printer, " ".join(score.values())),
+        "helpers": {**helpers_of(printer, " ".join(score.values())), "longer": bounds.compares},
         **score,
         "reads_columns": bool(re.search(r"\bcols\b", score["score"] + score["chain"])),
         "mentioned": bool(prologue) or _mentions(" ".join(score.values()), spec),
         "prologue": prologue,
-        "bounds": bounds,
+        "bounds": _bounds(bounds, spec, "tl" if found else "gl"),
+        "finder": found,
         "order": order_of(cover),
         "head": "source" if heads["members"] else "head",
         "group": heads,
@@ -152,12 +153,13 @@ def _score(printer: Printer, side: Side) -> dict[str, str]:
     }
 
 
-def _bounds(printer: Printer, spec: AttentionSpec, cover: Cover) -> dict[str, Any]:
-    bounds = loop_bounds(printer, cover, warps=1)
-    lines = [gluon(line) for line in bounds.lines]
-    if _mentions(" ".join(lines), spec):
+def _bounds(bounds: Bounds, spec: AttentionSpec, language: str) -> dict[str, Any]:
+    """``language`` is that of the kernel whose lines they are: one in plain Triton that finds them, or where a tile opens."""
+    lines = list(bounds.lines) if language == "tl" else list(map(gluon, bounds.lines))
+    if language == "gl" and _mentions(" ".join(lines), spec):
         raise Unprintable("the queries that matter differ from head to head")
-    return {"lines": lines, "has_full": bounds.has_full, "uses_last": any(re.search(r"\blast\b", line) for line in lines)}
+    uses_last = any(re.search(r"\blast\b", line) for line in lines)
+    return {"lines": lines, "language": language, "has_full": bounds.has_full, "has_gap": bounds.has_gap, "uses_last": uses_last}
 
 
 def _mentions(text: str, spec: AttentionSpec) -> bool:
