@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 from attngen import boxes, hopper
 from attngen.adjoint import SCORE_GRAD
-from attngen.algebra import ONE, Const, Load
+from attngen.algebra import ONE, Const, Expr, Load
 from attngen.bounds import Bounds, loop_bounds
 from attngen.finder import data_of, finder
 from attngen.gluon import DTYPES, box_dims, gluon, helpers_of
@@ -25,6 +26,7 @@ from attngen.printer import LOG2E, Places, Printer, Unprintable, bare, fixed_dim
 from attngen.scores import in_units, kept
 from attngen.sides import Side, called_with, heads_of, launch_of, leading, mirrored_side, order_of
 from attngen.spec import FEATURE, HOPPER, INNER, KEY, ROW, SCORE, AttentionSpec, Input, Tile
+from attngen.words import columns_of, written
 
 HELD = 128  # keys of a program: two warpgroups of 64
 STEPS = {64: 128, 128: 64}  # queries of a step, by the width of a head
@@ -97,12 +99,17 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     side = Side("keys", spec, (spec.keys, spec.values), (spec.query, grad), plan, tile, False)
     side = mirrored_side(spec, side)
     printer = Printer(side.spec, _PLACES)
+    columns = columns_of(side.spec, *_programs(side))
+    printer.known |= {column.load: column.text for column in columns}
     score = _score(printer, side)
+    data = written(spec, columns) if columns else None
     cover = cover_of(spec)
     bounds, found = finder(side.spec, cover, tile) or (loop_bounds(printer, cover, warps=1), None)
     heads = heads_of(side)
     launch = launch_of(spec, plan)
-    prologue = [gluon(line) for line in (*(base_of(x, printer) for x in side.spec.extras), *printer.prologue)]
+    read = _read_by(side.spec, [*score.values(), *printer.prologue])
+    prologue = [gluon(line) for line in (*(base_of(x, printer) for x in read), *printer.prologue)]
+    once, each = parted(prologue, [axis.name for axis, _ in plan.members])
     kind = DTYPES[spec.query.dtype]
     return {
         "tile": tile,
@@ -111,11 +118,12 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "value_dim": spec.value_dim,
         "dtype": kind,
         "short": {"gl.bfloat16": "bf16", "gl.float16": "f16"}[kind],
-        "helpers": {**helpers_of(printer, " ".join(score.values())), "longer": bounds.compares},
+        "helpers": _helpers(printer, score, bounds, found, data),
+        "data": data,
         **score,
         "reads_columns": bool(re.search(r"\bcols\b", score["score"] + score["chain"])),
-        "mentioned": bool(prologue) or _mentions(" ".join(score.values()), spec),
-        "prologue": prologue,
+        "mentioned": bool(each) or _mentions(" ".join(score.values()), spec),
+        "prologue": {"once": once, "each": each},
         "bounds": _bounds(bounds, spec, "tl" if found else "gl"),
         "finder": found,
         "order": order_of(cover),
@@ -131,7 +139,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "step_bytes": 2 * (spec.head_dim + spec.value_dim) + 4 * padded(spec),  # queries, gradients and sums
         **_boxes(spec, tile),
         **_rows(spec, plan),
-        **_arguments(side),
+        **_arguments(side, read),
         **launch,
     }
 
@@ -151,6 +159,38 @@ def _score(printer: Printer, side: Side) -> dict[str, str]:
         "times": f" * {scale!r}" if scale != 1 else "",
         "result_times": f" * {factor!r}" if factor != 1 else "",
     }
+
+
+def _programs(side: Side) -> list[Expr]:
+    """Whatever the warpgroups evaluate for each pair."""
+    return [side.spec.score, side.spec.mask, *(grad for of, grad in adjoints(side.spec, side.spec.score) if of == SCORE)]
+
+
+def _read_by(spec: AttentionSpec, texts: list[str]) -> list[Input]:
+    """The inputs that lines of a kernel load by pointers."""
+    words = set(re.findall(r"\w+", " ".join(texts)))
+    return [x for x in spec.extras if f"{x.name}_base" in words]
+
+
+def parted(lines: list[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Assignments that depend on none of ``names``, and those that do, if only through one another."""
+    once: list[str] = []
+    each: list[str] = []
+    moving = set(names)
+    for line in lines:
+        target, value = line.split(" = ", 1)
+        depends = not moving.isdisjoint(re.findall(r"\w+", value))
+        moving |= {target} if depends else set()
+        (each if depends else once).append(line)
+    return once, each
+
+
+def _helpers(
+    printer: Printer, score: dict[str, str], bounds: Bounds, found: dict[str, Any] | None, data: dict[str, Any] | None
+) -> dict[str, bool]:
+    made = helpers_of(printer, " ".join(score.values()))
+    divides = any(kernel is not None and kernel["floor_div"] for kernel in (found, data))
+    return {**made, "floor_div": made["floor_div"] or divides, "longer": bounds.compares}
 
 
 def _bounds(bounds: Bounds, spec: AttentionSpec, language: str) -> dict[str, Any]:
@@ -213,9 +253,9 @@ def _rows(spec: AttentionSpec, plan: Backward) -> dict[str, Any]:
     }
 
 
-def _arguments(side: Side) -> dict[str, Any]:
+def _arguments(side: Side, extras: list[Input]) -> dict[str, Any]:
     """What the kernel of the products is called with, beside tensors that TMA copies."""
-    spec, extras = side.plan.spec, side.spec.extras
+    spec = side.plan.spec
     strides = [f"{x.name}_stride_{dim}" for x in extras for dim in used_dims(x)]
     outer = [f"size_{axis.name}" for axis in spec.batch]
     sources = [f"sources_{axis.name}" for axis, by in side.plan.members if by]
