@@ -111,7 +111,8 @@ def _ranked(spec: AttentionSpec, problem: Problem, device: Device, deterministic
     if device.wgmma and not deterministic and hopper_bwd.unsuited(spec) is None:
         otherwise = able.best(1)[0].tiles if able.queries and able.keys else ()
         seconds = hopper_seconds(plan, problem, device)
-        able = replace(able, one=BackwardPlan((hopper_bwd.tile_of(spec),), seconds, otherwise))
+        if otherwise or plan.redo is None:
+            able = replace(able, one=BackwardPlan((hopper_bwd.tile_of(spec),), seconds, otherwise))
     return able if able.best(1) else Miss(f"no tile of a backward kernel fits {device.label}")
 
 

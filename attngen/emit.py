@@ -14,6 +14,7 @@ import jinja2
 import attngen
 from attngen import hopper, hopper_bwd, portable, portable_bwd
 from attngen.errors import Miss
+from attngen.gradient import backward_of
 from attngen.printer import Unprintable
 from attngen.spec import HOPPER, PORTABLE, AttentionSpec, Tile, digest
 
@@ -114,6 +115,11 @@ class BackwardKernel:
     @property
     def family(self) -> str:
         return self.tiles[0].family
+
+    @property
+    def leaves_rows(self) -> bool:
+        """Whether ``otherwise`` has to be launched after it, for rows whose weights do not follow from their log-sum-exp."""
+        return self.family == HOPPER and backward_of(self.spec).redo is not None
 
 
 def emit_backward(

@@ -16,10 +16,11 @@ from typing import Any
 from attngen import boxes, hopper
 from attngen.adjoint import SCORE_GRAD
 from attngen.algebra import ONE, Const, Expr, Load
+from attngen.boxes import PLANE_DTYPES, planes
 from attngen.bounds import Bounds, loop_bounds
 from attngen.finder import data_of, finder
 from attngen.gluon import DTYPES, box_dims, gluon, helpers_of
-from attngen.gradient import Backward, adjoints, backward_of, mirrored
+from attngen.gradient import Backward, adjoints, backward_of, mirrored, mirrored_spec
 from attngen.layout import base_of, memory_order, stride_of, unpacked, used_dims
 from attngen.mask import Cover, by_position, derive
 from attngen.printer import LOG2E, Places, Printer, Unprintable, bare, fixed_dims
@@ -31,6 +32,8 @@ from attngen.words import columns_of, written
 HELD = 128  # keys of a program: two warpgroups of 64
 STEPS = {64: 128, 128: 64}  # queries of a step, by the width of a head
 STAGES = 2
+SHARED = 232448  # bytes of a block, on sm_90
+RESERVED = 768  # of them, for barriers, and to begin where buffers may
 L2_SHARE = Fraction(16, 25)  # of the cache, for what programs that run together go over; all heads at once are far slower
 # Of a thread of the warpgroups that compute, of the warps that load and write, and as the kernel is launched.
 REGISTERS, OTHER_REGISTERS, LIMIT = 240, 24, 168
@@ -49,14 +52,12 @@ def unsuited(spec: AttentionSpec) -> str | None:
         return "nothing normalises its weights"
     if padded(spec) not in STEPS or _width(spec.value_dim) != padded(spec):
         return f"heads of {spec.head_dim}, {spec.value_dim} for values, are no pair of one width up to {max(STEPS)}"
-    if any(x.dim_of(KEY) is not None and any(p.has(ROW) for p in x.index) for x in spec.extras):
-        return "something is loaded for each pair"
+    if _bytes(spec) > SHARED:
+        return "what is added to each pair takes too much shared memory"
     return _unsuited_plan(backward_of(spec))
 
 
 def _unsuited_plan(plan: Backward) -> str | None:
-    if plan.redo is not None:
-        return "scores may be so low that rows have to be computed again"
     if not all(target.direct for target in (plan.query, plan.keys, plan.values)):
         return "keys and values are shared in different ways"
     return None
@@ -90,6 +91,17 @@ def tile_of(spec: AttentionSpec) -> Tile:
     return Tile(HELD, STEPS[padded(spec)], 8, STAGES, HOPPER)
 
 
+def _bytes(spec: AttentionSpec) -> int:
+    """Shared memory of the kernel of the products: keys, values, queries and gradients, the gradients of scores twice, sums,
+    what is added to scores, and what is known of each query."""
+    width, queries = padded(spec), STEPS[padded(spec)]
+    held = 2 * width * 2 * (HELD + STAGES * queries) + 2 * 2 * HELD * queries + 2 * 64 * 64 * 4
+    added = sum(HELD * queries * plane.dtype.itemsize for plane in planes(spec))
+    turned = mirrored_spec(spec)
+    words = 2 + sum(column.words for column in columns_of(turned, *_programs(turned)))
+    return held + added + 4 * STAGES * queries * words + RESERVED
+
+
 def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     """What fills the template. Raises ``Unprintable``."""
     if (reason := unsuited(spec)) is not None:
@@ -99,7 +111,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     side = Side("keys", spec, (spec.keys, spec.values), (spec.query, grad), plan, tile, False)
     side = mirrored_side(spec, side)
     printer = Printer(side.spec, _PLACES)
-    columns = columns_of(side.spec, *_programs(side))
+    columns = columns_of(side.spec, *_programs(side.spec))
     printer.known |= {column.load: column.text for column in columns}
     score = _score(printer, side)
     data = written(spec, columns) if columns else None
@@ -121,7 +133,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "helpers": _helpers(printer, score, bounds, found, data),
         "data": data,
         **score,
-        "reads_columns": bool(re.search(r"\bcols\b", score["score"] + score["chain"])),
+        "reads_columns": bool(re.search(r"\bcols\b", " ".join((score["score"], score["chain"], score["reads"])))),
         "mentioned": bool(each) or _mentions(" ".join(score.values()), spec),
         "prologue": {"once": once, "each": each},
         "bounds": _bounds(bounds, spec, "tl" if found else "gl"),
@@ -131,6 +143,10 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "group": heads,
         "unpack_head": unpacked(spec.batch),
         "lost": plan.may_be_lost,
+        "below": repr(plan.redo.below) if plan.redo else "",
+        "planes": [x.name for x in planes(spec)],
+        "widths": {x.name: x.dtype.itemsize for x in planes(spec)},
+        "dtypes": {x.name: PLANE_DTYPES[x.dtype] for x in planes(spec)},
         "may_be_empty": plan.may_be_lost or spec.empty == "zero",
         "log2e": repr(LOG2E),
         "registers": [REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
@@ -152,18 +168,22 @@ def _score(printer: Printer, side: Side) -> dict[str, str]:
     factor, rest = leading(dict(adjoints(side.spec, side.spec.score)).get(SCORE, Const(0.0)))
     score = gluon(bare(printer.value(shaped, masked=True)))
     printer.known[SCORE_GRAD] = "p"
+    chain = "" if rest == SCORE_GRAD else gluon(bare(printer.value(rest, masked=True)))
+    copied = tuple(f"{x.name}_block = " for x in planes(side.plan.spec))
+    reads = [gluon(line) for line in printer.blocks() if not line.startswith(copied or "no line")]
     return {
         "score": score,
+        "reads": "\n".join(reads),
         "keep": "(rows < size_i) & (cols < size_j)" + (f" & {gluon(keep)}" if keep else ""),
-        "chain": "" if rest == SCORE_GRAD else gluon(bare(printer.value(rest, masked=True))),
+        "chain": chain,
         "times": f" * {scale!r}" if scale != 1 else "",
         "result_times": f" * {factor!r}" if factor != 1 else "",
     }
 
 
-def _programs(side: Side) -> list[Expr]:
+def _programs(turned: AttentionSpec) -> list[Expr]:
     """Whatever the warpgroups evaluate for each pair."""
-    return [side.spec.score, side.spec.mask, *(grad for of, grad in adjoints(side.spec, side.spec.score) if of == SCORE)]
+    return [turned.score, turned.mask, *(grad for of, grad in adjoints(turned, turned.score) if of == SCORE)]
 
 
 def _read_by(spec: AttentionSpec, texts: list[str]) -> list[Input]:
@@ -214,12 +234,13 @@ def _boxes(spec: AttentionSpec, tile: Tile) -> dict[str, Any]:
     operands = (
         (spec.query, ROW, INNER, tile.keys, "row"), (spec.keys, KEY, INNER, HELD // 2, "key"),
         (spec.values, KEY, FEATURE, HELD // 2, "key"), (grad, ROW, FEATURE, tile.keys, "row"),
+        *((plane, ROW, KEY, tile.keys, "row") for plane in planes(spec)),
     )  # fmt: skip
     boxes, places, dims, orders = {}, {}, {}, {}
     for source, row, feature, count, place in operands:
         outer = [printer.index(at) for _, at in fixed_dims(source)]
-        boxes[source.name] = [*[1] * len(outer), count, padded(spec)]
-        places[source.name] = ", ".join([*outer, place, "0"])
+        boxes[source.name] = [*[1] * len(outer), count, HELD // 2 if feature == KEY else padded(spec)]
+        places[source.name] = ", ".join([*outer, place, "key" if feature == KEY else "0"])
         dims[source.name] = box_dims(source, row, feature)
         orders[source.name] = tuple(memory_order(spec, source))
     return {

@@ -230,7 +230,8 @@ def _same_bits(run: Gradient) -> Gradient:
 
 def _launched(kernel: BackwardKernel, *args: Any) -> Sequence[Tensor] | None:
     """What ``launch`` of a backward gives, or that of its other kernel; None if neither makes what is needed."""
-    made: Sequence[Tensor] | None = import_kernel(kernel_path(kernel)).launch(*args)
+    again = {"again": import_kernel(kernel_path(kernel.otherwise)).launch} if kernel.leaves_rows and kernel.otherwise else {}
+    made: Sequence[Tensor] | None = import_kernel(kernel_path(kernel)).launch(*args, **again)
     return _launched(kernel.otherwise, *args) if made is None and kernel.otherwise else made
 
 

@@ -110,10 +110,12 @@ def block(values: Any) -> Block:
 
 
 def _reinterpreted(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Bits as floats, which are in 32 bits here."""
+    """The same bits: as floats, which are in 32 bits here, or as whole numbers, which may be in more."""
     if dtype == "bfloat16":
         return (np.asarray(values, np.int32) << 16).view(np.float32)
-    return np.ascontiguousarray(values).view(dtype).astype(np.float32)
+    bits = np.asarray(values, np.int32) if dtype == "float32" else np.ascontiguousarray(values)
+    found = bits.view(dtype)
+    return found if found.dtype.kind == "i" else found.astype(np.float32)
 
 
 def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -228,7 +230,8 @@ def _load_tile(descriptor: Descriptor, place: Sequence[Any], barrier: Barrier, s
     assert shared.data.shape == tuple(descriptor.block_shape)
     _here.witness.use(shared.data)
     shared.data[...] = 0
-    shared.data[tuple(slice(0, size) for size in cut.shape)] = cut.float().numpy()
+    values = cut.float() if cut.is_floating_point() else cut
+    shared.data[tuple(slice(0, size) for size in cut.shape)] = values.numpy()
     barrier.step(0, -descriptor.base.element_size() * shared.data.size, _here.witness)
 
 

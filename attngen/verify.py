@@ -23,6 +23,7 @@ from attngen.algebra import ONE, TRUE
 from attngen.emit import BackwardKernel, Kernel
 from attngen.errors import AttngenError, Unavailable, VerificationFailed
 from attngen.index import Axis, span
+from attngen.interpret import AGAIN
 from attngen.layout import memory_order
 from attngen.spec import FEATURE, INNER, KEY, PORTABLE, ROW, AttentionSpec, Input, Problem
 
@@ -237,13 +238,17 @@ def run_interpreted(
     with tempfile.TemporaryDirectory(prefix="attngen-") as name:
         folder = Path(name)
         for number, (kernel, inputs) in enumerate(jobs):
-            source = kernel.source
-            if in_interpreter(kernel):
-                source = source.replace("torch.bfloat16", "torch.float16")
-            (folder / f"{number}.py").write_text(source)
+            (folder / f"{number}.py").write_text(_interpretable(kernel))
+            if isinstance(kernel, BackwardKernel) and kernel.leaves_rows and kernel.otherwise:
+                (folder / AGAIN).mkdir(exist_ok=True)
+                (folder / AGAIN / f"{number}.py").write_text(_interpretable(kernel.otherwise))
             torch.save(list(inputs), folder / f"{number}.in.pt")
         ending = _interpret(folder, timeout * len(jobs))
         return [_result(kernel, folder, number, ending) for number, (kernel, _) in enumerate(jobs)]
+
+
+def _interpretable(kernel: Kernel | BackwardKernel) -> str:
+    return kernel.source.replace("torch.bfloat16", "torch.float16") if in_interpreter(kernel) else kernel.source
 
 
 def in_interpreter(kernel: Kernel | BackwardKernel) -> bool:
