@@ -123,15 +123,11 @@ def backward_launches_of(module: ModuleType, inputs: Sequence[Layout]) -> dict[s
     known = {**vars(module), **recorders, "deterministic": lambda: False}
     launch = FunctionType(module.launch.__code__, known, argdefs=module.launch.__defaults__)
     tensors = [layout.meta() for layout in inputs]
-    if launch(*tensors) is None:  # it makes no gradients but those of the operands, or leaves rows to other kernels
-        launch(*tensors, **_options(launch))
-    return recorders
-
-
-def _options(launch: FunctionType) -> dict[str, Any]:
     names = launch.__code__.co_varnames[: launch.__code__.co_argcount]
     others: dict[str, Any] = {"again": lambda *_, **__: None} if "again" in names else {}
-    return {**others, **{name: False for name in names if name.startswith("need_")}}
+    if launch(*tensors, **others) is None:  # it makes no gradients but those of the operands
+        launch(*tensors, **others, **{name: False for name in names if name.startswith("need_")})
+    return recorders
 
 
 def compile_for(job: Job, arch: int) -> Binary:

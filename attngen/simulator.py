@@ -418,20 +418,28 @@ def _language() -> types.SimpleNamespace:
         allocate_shared_memory=_allocated,
         load=_loaded,
         store=_stored,
-        atomic_add=_drawn,
+        atomic_add=_added,
         atomic_xchg=_exchanged,
         NVMMASharedLayout=_SharedLayout,
         warp_specialize=_specialised,
     )
 
 
+_adding = threading.Lock()
+
+
 def _exchanged(pointer: Pointer, value: int, sem: str) -> None:
     pointer.tensor[0] = value
 
 
-def _drawn(pointer: Pointer, step: int, sem: str) -> int:
-    before = int(pointer.tensor[0])
-    pointer.tensor[0] += step
+def _added(pointer: Pointer, values: Any, mask: Any = True, sem: str = "") -> int:
+    """Returns what a single element was before."""
+    places, keep, values = np.broadcast_arrays(pointer.places(), mask, np.asarray(values))
+    elements = pointer.elements()
+    with _adding:
+        before = int(elements[0])
+        step = torch.from_numpy(values[keep]).to(elements.dtype)
+        elements.index_put_((_index(places[keep]),), step, accumulate=True)
     return before
 
 
