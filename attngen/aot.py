@@ -32,7 +32,7 @@ from attngen.interpret import import_file
 
 SECONDS = 120.0  # one kernel may take to compile
 KERNEL = "attention_forward"
-BACKWARD = ("backward_prepare", "backward_queries", "backward_keys", "backward_finish")  # those that a family has
+BACKWARD = "backward_"  # names of kernels for gradients begin so
 FINDER = "find_bounds"  # of a kernel that runs before it, where there is one
 
 
@@ -119,7 +119,7 @@ def calls_of(module: ModuleType, inputs: Sequence[Layout]) -> dict[str, _Recorde
 
 def backward_launches_of(module: ModuleType, inputs: Sequence[Layout]) -> dict[str, _Recorder]:
     """The kernel calls that ``launch`` of a backward module makes for such inputs, by kernel."""
-    recorders = {name: _Recorder() for name in (FINDER, *BACKWARD) if hasattr(module, name)}
+    recorders = {name: _Recorder() for name in vars(module) if name == FINDER or name.startswith(BACKWARD)}
     known = {**vars(module), **recorders, "deterministic": lambda: False}
     launch = FunctionType(module.launch.__code__, known, argdefs=module.launch.__defaults__)
     tensors = [layout.meta() for layout in inputs]
@@ -127,7 +127,7 @@ def backward_launches_of(module: ModuleType, inputs: Sequence[Layout]) -> dict[s
     others: dict[str, Any] = {"again": lambda *_, **__: None} if "again" in names else {}
     if launch(*tensors, **others) is None:  # it makes no gradients but those of the operands
         launch(*tensors, **others, **{name: False for name in names if name.startswith("need_")})
-    return recorders
+    return {name: recorder for name, recorder in recorders.items() if hasattr(recorder, "args")}
 
 
 def compile_for(job: Job, arch: int) -> Binary:

@@ -104,11 +104,13 @@ def _operand(source: Input, axes: tuple[Axis, ...], own: set[Axis], direct: bool
 
 def _members(spec: AttentionSpec) -> tuple[tuple[Axis, int], ...] | None:
     """The batch axes along which programs share keys and values; None if these two are shared in different ways."""
-    found = [_sharing(spec, source) for source in (spec.keys, spec.values)]
+    found = [sharing(spec, source) for source in (spec.keys, spec.values)]
     return found[0] if found[0] == found[1] else None
 
 
-def _sharing(spec: AttentionSpec, source: Input) -> tuple[tuple[Axis, int], ...] | None:
+def sharing(spec: AttentionSpec, source: Input) -> tuple[tuple[Axis, int], ...] | None:
+    """The batch axes along which ``source`` is read alike, each with 0, or with what the axis is divided by; None if it is
+    read in another way."""
     shared = []
     for axis in spec.batch:
         places = [place for place in source.index if place.has(axis)]

@@ -13,17 +13,17 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from attngen import boxes, hopper
+from attngen import boxes, hopper, pairs_bwd
 from attngen.adjoint import SCORE_GRAD
 from attngen.algebra import ONE, Const, Expr, Load
 from attngen.boxes import PLANE_DTYPES, planes
 from attngen.bounds import Bounds, loop_bounds
 from attngen.finder import data_of, finder
 from attngen.gluon import DTYPES, box_dims, gluon, helpers_of
-from attngen.gradient import Backward, adjoints, backward_of, mirrored, mirrored_input, mirrored_spec
+from attngen.gradient import DIAGONAL, Backward, adjoints, backward_of, mirrored, mirrored_spec
 from attngen.layout import base_of, memory_order, stride_of, unpacked, used_dims
 from attngen.mask import Cover, by_position, derive
-from attngen.printer import LOG2E, Places, Printer, Unprintable, bare, fixed_dims, moving_dims
+from attngen.printer import LOG2E, Places, Printer, Unprintable, bare, fixed_dims
 from attngen.scores import in_units, kept
 from attngen.sides import Side, called_with, heads_of, launch_of, leading, mirrored_side, order_of
 from attngen.spec import FEATURE, HOPPER, INNER, KEY, ROW, SCORE, AttentionSpec, Input, Tile
@@ -39,7 +39,6 @@ L2_SHARE = Fraction(16, 25)  # of the cache, for what programs that run together
 REGISTERS, OTHER_REGISTERS, LIMIT = 240, 24, 168
 
 _PLACES = Places(row="rows", key="cols", row_beside="", key_beside="")
-_AT = {ROW: "rows", KEY: "cols"}
 
 
 @lru_cache(maxsize=4096)
@@ -120,8 +119,8 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     bounds, found = finder(side.spec, cover, tile) or (loop_bounds(printer, cover, warps=1), None)
     heads = heads_of(side)
     launch = launch_of(spec, plan)
-    trained = _trained(printer, side, score["chain"])
-    read = [*_read_by(side.spec, [*score.values(), *printer.prologue]), *(each["place"] for each in trained)]
+    trained = pairs_bwd.kernels(plan)
+    read = _read_by(side.spec, [*score.values(), *printer.prologue])
     prologue = [gluon(line) for line in (*(base_of(x, printer) for x in read), *printer.prologue)]
     once, each = parted(prologue, [axis.name for axis, _ in plan.members])
     kind = DTYPES[spec.query.dtype]
@@ -135,6 +134,8 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "helpers": _helpers(printer, score, bounds, found, data),
         "data": data,
         "trained": trained,
+        "pairs": pairs_bwd.TILE,
+        "diagonals": any(each["target"]["kind"] == DIAGONAL for each in trained),
         **_extras_made(launch, trained),
         **score,
         "reads_columns": bool(re.search(r"\bcols\b", " ".join((score["score"], score["chain"], score["reads"])))),
@@ -188,29 +189,6 @@ def _score(printer: Printer, side: Side) -> dict[str, str]:
 def _programs(turned: AttentionSpec) -> list[Expr]:
     """Whatever the warpgroups evaluate for each pair."""
     return [turned.score, turned.mask, *(grad for of, grad in adjoints(turned, turned.score) if of == SCORE)]
-
-
-def _trained(printer: Printer, side: Side, chain: str) -> list[dict[str, Any]]:
-    """How gradients of what is added to scores leave the kernel of the products: pair by pair, where several add up."""
-    found = {load.source: grad for load, grad in adjoints(side.spec, side.spec.score)}
-    made = []
-    for target in side.plan.extras:
-        times, rest = leading(found[target.source.name])
-        if chain or not target.shared or rest != SCORE_GRAD:
-            continue
-        place = mirrored_input(target.place)
-        steps = [f"{printer.wide(p, _AT)} * {place.name}_stride_{d}" for d, p in moving_dims(place)]
-        made.append(
-            {
-                "source": target.source.name,
-                "need": f"NEED_{target.source.name.upper()}",
-                "name": place.name,
-                "place": place,
-                "offset": f"({gluon(' + '.join(steps))})",
-                "times": f" * {times!r}" if times != 1 else "",
-            }
-        )
-    return made
 
 
 def _extras_made(launch: dict[str, Any], trained: list[dict[str, Any]]) -> dict[str, Any]:

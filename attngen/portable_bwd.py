@@ -66,20 +66,20 @@ def _kernel(side: Side) -> dict[str, Any]:
     score = score_lines(printer, spec, scale, shaped, natural)
     factor, _ = leading(dict(adjoints(spec, spec.score)).get(SCORE, Const(0.0)))
     bodies = {
-        "full": _body(printer, side, spec.score, factor, masked=False),
-        "masked": _body(printer, side, spec.score, factor, masked=True),
+        "full": body_of(printer, side, spec.score, factor, masked=False),
+        "masked": body_of(printer, side, spec.score, factor, masked=True),
     }
     if plan.redo is not None:
         again = plan.redo.score if side.queries else mirrored(plan.redo.score)
         bodies["again"] = {
             "score": bare(printer.value(again, masked=True)),
-            **_body(printer, side, again, factor, masked=True),
+            **body_of(printer, side, again, factor, masked=True),
         }
     for name in ("full", "masked"):
         bodies[name]["reads"] = list(dict.fromkeys([*score[f"{name}_reads"], *bodies[name]["reads"]]))
     cover = derive(spec.mask)
     bounds = loop_bounds(printer, cover, side.tile.warps)
-    targets = [_target(side, printer, target) for target in side.plan.extras if _by_queries(target) == side.queries]
+    targets = [target_of(side, printer, target) for target in side.plan.extras if _by_queries(target) == side.queries]
     scaled = [f"scale = {scale!r}  # scores times this are in base 2"] if score["times"] else []
     return {
         "name": side.name,
@@ -87,12 +87,12 @@ def _kernel(side: Side) -> dict[str, Any]:
         "tile": side.tile,
         "held": [x.name for x in side.held],
         "stepped": [x.name for x in side.stepped],
-        "at": {x.name: _address(side, printer, x) for x in (*side.held, *side.stepped)},
+        "at": {x.name: address_of(side, printer, x) for x in (*side.held, *side.stepped)},
         "score": score,
         "bodies": bodies,
         "times": f" * {factor!r}" if factor != 1 else "",
         "extra_bases": [base_of(x, printer) for x in spec.extras],
-        "out": _address(side, printer, Input("out", spec.output, spec.out_dtype)) if side.queries else {},
+        "out": address_of(side, printer, Input("out", spec.output, spec.out_dtype)) if side.queries else {},
         "prologue": [*scaled, *printer.prologue],
         "bounds": bounds,
         "sinks": sinks,
@@ -108,7 +108,7 @@ def _kernel(side: Side) -> dict[str, Any]:
     }
 
 
-def _body(printer: Printer, side: Side, score: Expr, factor: float, *, masked: bool) -> dict[str, Any]:
+def body_of(printer: Printer, side: Side, score: Expr, factor: float, *, masked: bool) -> dict[str, Any]:
     """The gradients that one block makes: of the raw product but for ``factor``, and of what else was loaded, also with
     weights in place of the gradients of scores: they are linear in these."""
     found = {load.source: grad for load, grad in adjoints(side.spec, score)}
@@ -135,7 +135,7 @@ def _by_queries(target: Target) -> bool:
 # ----------------------------------------------------------------------------------------------------------- addresses
 
 
-def _address(side: Side, printer: Printer, source: Input) -> dict[str, str]:
+def address_of(side: Side, printer: Printer, source: Input) -> dict[str, str]:
     """Where the slice of a program begins, and what separates rows (queries or keys) and features in it."""
     inner = next(axis for axis in (INNER, FEATURE) if any(place.has(axis) for place in source.index))
     row = KEY if any(place.has(KEY) for place in source.index) else ROW
@@ -153,10 +153,10 @@ def _results(side: Side, printer: Printer) -> list[dict[str, Any]]:
     plan = side.plan
     targets = [plan.query] if side.queries else [plan.keys, plan.values]
     places = [target.place if side.queries else turned(target.place) for target in targets]
-    return [{"name": place.name, **_address(side, printer, place)} for place in places]
+    return [{"name": place.name, **address_of(side, printer, place)} for place in places]
 
 
-def _target(side: Side, printer: Printer, target: Target) -> dict[str, Any]:
+def target_of(side: Side, printer: Printer, target: Target) -> dict[str, Any]:
     """How the gradient of an extra leaves the kernel."""
     place = target.place if side.queries else turned(target.place)
     found = {"name": target.source.name, "need": f"NEED_{target.source.name.upper()}", "kind": target.kind}
