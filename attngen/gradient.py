@@ -167,8 +167,15 @@ def _per_pair(spec: AttentionSpec, source: Input, name: str) -> Target:
     place = Input(name, source.index, torch.float32)
     if len(moving) == 2 and plain >= {ROW, KEY}:
         return Target(source, place, PAIR, shared=True)
-    diagonal = len(moving) == 1 and not sp.expand(moving[0] - KEY + ROW).has(ROW, KEY)
-    return Target(source, place, DIAGONAL if diagonal else SCATTERED, shared=True)
+    return Target(source, place, SCATTERED if diagonal_of(source) is None else DIAGONAL, shared=True)
+
+
+def diagonal_of(source: Input) -> int | None:
+    """The dimension along which ``source`` has an entry for each diagonal, keys minus queries, if it is such a table."""
+    moving = [dim for dim, place in enumerate(source.index) if place.has(ROW, KEY)]
+    if len(moving) == 1 and not sp.expand(source.index[moving[0]] - KEY + ROW).has(ROW, KEY):
+        return moving[0]
+    return None
 
 
 def _redo(spec: AttentionSpec) -> Redo | None:

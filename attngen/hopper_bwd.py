@@ -16,11 +16,11 @@ from typing import Any
 from attngen import boxes, hopper, pairs_bwd
 from attngen.adjoint import SCORE_GRAD
 from attngen.algebra import ONE, Const, Expr, Load
-from attngen.boxes import PLANE_DTYPES, planes
 from attngen.bounds import Bounds, loop_bounds
+from attngen.boxes import PLANE_DTYPES, planes
 from attngen.finder import data_of, finder
 from attngen.gluon import DTYPES, box_dims, gluon, helpers_of
-from attngen.gradient import DIAGONAL, Backward, adjoints, backward_of, mirrored, mirrored_spec
+from attngen.gradient import DIAGONAL, Backward, adjoints, backward_of, diagonal_of, mirrored, mirrored_spec
 from attngen.layout import base_of, memory_order, stride_of, unpacked, used_dims
 from attngen.mask import Cover, by_position, derive
 from attngen.printer import LOG2E, Places, Printer, Unprintable, bare, fixed_dims
@@ -64,7 +64,7 @@ def _unsuited_plan(plan: Backward) -> str | None:
 
 
 def cover_of(spec: AttentionSpec) -> Cover:
-    """Which queries keys matter to, mirrored; as far as positions tell, where heads that share keys have data of their own."""
+    """Which queries keys matter to, mirrored; by positions alone where heads that share keys have data of their own."""
     cover = derive(mirrored(spec.mask))
     shared = {axis for axis, _ in backward_of(spec).members}
     if not any(shared & node.axes for each in data_of(cover) for node in each.expr.walk() if isinstance(node, Load)):
@@ -134,7 +134,8 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "helpers": _helpers(printer, score, bounds, found, data),
         "data": data,
         "trained": trained,
-        "pairs": pairs_bwd.TILE,
+        "margins": {name: dim for name, dim in margins_of(spec).items() if any(x.name == name for x in read)},
+        "pairs": pairs_bwd.TILES[padded(spec)],
         "diagonals": any(each["target"]["kind"] == DIAGONAL for each in trained),
         **_extras_made(launch, trained),
         **score,
@@ -174,11 +175,9 @@ def _score(printer: Printer, side: Side) -> dict[str, str]:
     score = gluon(bare(printer.value(shaped, masked=True)))
     printer.known[SCORE_GRAD] = "p"
     chain = "" if rest == SCORE_GRAD else gluon(bare(printer.value(rest, masked=True)))
-    copied = tuple(f"{x.name}_block = " for x in planes(side.plan.spec))
-    reads = [gluon(line) for line in printer.blocks() if not line.startswith(copied or "no line")]
     return {
         "score": score,
-        "reads": "\n".join(reads),
+        "reads": "\n".join(_reads(printer, side.plan.spec)),
         "keep": "(rows < size_i) & (cols < size_j)" + (f" & {gluon(keep)}" if keep else ""),
         "chain": chain,
         "times": f" * {scale!r}" if scale != 1 else "",
@@ -230,13 +229,27 @@ def _helpers(
     return {**made, "floor_div": made["floor_div"] or divides, "longer": bounds.compares}
 
 
+def _reads(printer: Printer, spec: AttentionSpec) -> list[str]:
+    """Lines that load by pointers for each pair. Tables have margins, and are read without guards, which cost registers."""
+    copied, tables = {x.name for x in planes(spec)}, margins_of(spec)
+    lines = {line.split("_block = ")[0]: gluon(line) for line in printer.blocks()}
+    kept = {name: line for name, line in lines.items() if name not in copied}
+    return [re.sub(r", mask=[^,]*, other=0", "", line) if name in tables else line for name, line in kept.items()]
+
+
+def margins_of(spec: AttentionSpec) -> dict[str, int]:
+    """Tables with an entry for each diagonal, and along which dimension."""
+    return {x.name: dim for x in spec.extras if (dim := diagonal_of(x)) is not None}
+
+
 def _bounds(bounds: Bounds, spec: AttentionSpec, language: str) -> dict[str, Any]:
     """``language`` is that of the kernel whose lines they are: one in plain Triton that finds them, or where a tile opens."""
     lines = list(bounds.lines) if language == "tl" else list(map(gluon, bounds.lines))
     if language == "gl" and _mentions(" ".join(lines), spec):
         raise Unprintable("the queries that matter differ from head to head")
     uses_last = any(re.search(r"\blast\b", line) for line in lines)
-    return {"lines": lines, "language": language, "has_full": bounds.has_full, "has_gap": bounds.has_gap, "uses_last": uses_last}
+    flags = {"has_full": bounds.has_full, "has_gap": bounds.has_gap, "uses_last": uses_last}
+    return {"lines": lines, "language": language, **flags}
 
 
 def _mentions(text: str, spec: AttentionSpec) -> bool:

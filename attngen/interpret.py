@@ -3,8 +3,8 @@
 Plain Triton runs in Triton's interpreter, Gluon, which has none, in the simulator.
 
 For every ``N.py`` of the folder it calls ``launch`` on the tensors of ``N.in.pt`` and writes ``N.out.pt``, or one line
-in ``N.error``; ``again/N.py`` is the kernel that it leaves rows to, if there is one. A process of its own, because ``TRITON_INTERPRET=1`` decides what ``triton.jit`` makes when a kernel is
-imported, and because a parent can stop it.
+in ``N.error``; ``again/N.py`` is the kernel that it leaves rows to, if there is one. A process of its own, because
+``TRITON_INTERPRET=1`` decides what ``triton.jit`` makes when a kernel is imported, and because a parent can stop it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from attngen.simulator import simulated
-
 
 AGAIN = "again"
 

@@ -1,8 +1,9 @@
-"""Kernels for gradients of what is loaded into scores for each pair, beside a backward that makes those of the operands alone.
+"""Kernels for gradients of what is loaded into scores for each pair, beside a backward of the operands alone.
 
-Several heads, or batches, read the same bias, and every pair of a diagonal the same entry of a table. Added up by atomics from
-each pair on its own that takes longer than all products together (an H200: 3 to 6 ms beside 3, 64 heads of 4,096 x 4,096). So
-a program makes a block of pairs again, two products of five, for all heads that share it, and adds up in registers.
+Several heads, or batches, read the same bias, and every pair of a diagonal the same entry of a table. Added up by atomics
+from each pair on its own that takes longer than all products together (on an H200 3 to 6 ms beside 3, for 64 heads of
+4,096 x 4,096). So a program makes a block of pairs again, two products of five, for all heads that share it, and adds up in
+registers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from attngen.scores import in_units, score_lines
 from attngen.sides import Side, called_with, heads_of, leading
 from attngen.spec import KEY, ROW, SCORE, Input, Tile
 
-TILE = Tile(128, 128, 8, 1)
+TILES = {64: Tile(64, 64, 4, 2), 128: Tile(128, 64, 8, 2)}  # by the width of a head: the best of six that were measured
 
 
 def kernels(plan: Backward) -> list[dict[str, Any]]:
@@ -44,7 +45,7 @@ def _members(plan: Backward, target: Target) -> tuple[Any, ...] | None:
 def _kernel(plan: Backward, target: Target, members: tuple[Any, ...]) -> dict[str, Any]:
     spec = plan.spec
     grad = Input("grad", spec.output, spec.out_dtype)
-    side = Side("queries", spec, (spec.query, grad), (spec.keys, spec.values), plan, TILE, True)
+    side = Side("queries", spec, (spec.query, grad), (spec.keys, spec.values), plan, TILES[64], True)
     printer = Printer(spec, known=dict(NAMES))
     scale, shaped, natural = in_units(spec)
     score = score_lines(printer, spec, scale, shaped, natural)
@@ -85,7 +86,7 @@ def _bounds(printer: Printer, plan: Backward) -> Bounds:
     visit = tuple(map(by_position, derive(plan.spec.mask).visit))
     names = {axis.name for axis in plan.spec.batch}
     for cover in (Cover(visit, (), False), Cover((EVERYTHING,), (), False)):
-        bounds = loop_bounds(printer, cover, TILE.warps)
+        bounds = loop_bounds(printer, cover, warps=4)
         if is_plain(cover) and names.isdisjoint(re.findall(r"\w+", " ".join(bounds.lines))):
             break
     return bounds

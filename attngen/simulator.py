@@ -172,6 +172,10 @@ class Pointer:
     def __init__(self, tensor: torch.Tensor, offset: Any = 0) -> None:
         self.tensor, self.offset = tensor, offset
 
+    @property
+    def dtype(self) -> types.SimpleNamespace:
+        return types.SimpleNamespace(element_ty=str(self.tensor.dtype).removeprefix("torch."))
+
     def __add__(self, steps: Any) -> Pointer:
         return Pointer(self.tensor, self.offset + steps)
 
@@ -419,6 +423,10 @@ def _language() -> types.SimpleNamespace:
         load=_loaded,
         store=_stored,
         atomic_add=_added,
+        dot=lambda a, b: block(np.asarray(a, np.float32) @ np.asarray(b, np.float32)),
+        trans=lambda values: block(values.T),
+        zeros=lambda shape, dtype: block(np.zeros(shape, np.float32)),
+        gather=lambda values, places, axis: block(np.take_along_axis(values, np.broadcast_to(places, values.shape), axis)),
         atomic_xchg=_exchanged,
         NVMMASharedLayout=_SharedLayout,
         warp_specialize=_specialised,
@@ -487,6 +495,7 @@ def simulated(source: str, programs: int = 3) -> types.ModuleType:
     modules["triton.language"] = modules["triton"].language
     modules["triton.experimental.gluon.language"] = modules["triton.experimental.gluon"].language
     module = types.ModuleType("simulated")
+    vars(module)["range"] = lambda *ends: map(Scalar, range(*ends))
     saved = {name: sys.modules.get(name) for name in modules}
     sys.modules.update(modules)  # type: ignore[arg-type]
     try:

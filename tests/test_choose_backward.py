@@ -62,7 +62,7 @@ def test_portable_tiles_against_kernels_timed_on_an_h100(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("name", ["full", "causal", "alibi", "softcap", "window", "grouped"])
+@pytest.mark.parametrize("name", ["full", "causal", "alibi", "softcap", "window", "grouped", "prefix", "bias", "table"])
 def test_one_kernel_is_chosen_where_warpgroups_multiply(name: str, head_dim: int) -> None:
     spec, problem = BY_HEAD[head_dim][name], Problem((4, 16), 4096, 4096)
     plan = chosen(spec, problem)
@@ -72,7 +72,7 @@ def test_one_kernel_is_chosen_where_warpgroups_multiply(name: str, head_dim: int
     assert isinstance(elsewhere, BackwardPlan) and [tile.family for tile in elsewhere.tiles] == [PORTABLE] * 2
 
 
-@pytest.mark.parametrize("spec", [BY_HEAD[256]["causal"], BY_HEAD[128]["bias"], BY_NAME["dense_fp32"].spec], ids=str)
+@pytest.mark.parametrize("spec", [BY_HEAD[256]["causal"], BY_HEAD[128]["sigmoid"], BY_NAME["dense_fp32"].spec], ids=str)
 def test_what_it_cannot_express_is_left_to_portable_kernels(spec: AttentionSpec) -> None:
     plan = chosen(spec, Problem((4, 16), 1024, 1024))
     assert [tile.family for tile in plan.tiles] == [PORTABLE] * 2 and str(plan).startswith("queries ") and not plan.otherwise

@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from specs import ALIBI, BOTTOM_RIGHT, BY_NAME, CASES, CAUSAL, QK, SLOPES, Case, attention, softcap, window
+from specs import ALIBI, BOTTOM_RIGHT, BY_NAME, CASES, CAUSAL, QK, SLOPES, B, Case, H, attention, loaded, softcap, window
 from test_hopper import instead, lost, swapped
 
-from attngen import barriers, hopper_bwd, simulator, verify_bwd
-from attngen.algebra import Expr
+from attngen import barriers, blockwise, hopper_bwd, simulator, verify, verify_bwd
+from attngen.algebra import Expr, Int, op
 from attngen.emit import BackwardKernel, emit_backward
 from attngen.errors import Miss
 from attngen.gradient import backward_of
 from attngen.proxies import Broken
 from attngen.simulator import Promise, simulated
-from attngen.spec import FEATURE, AttentionSpec, Problem
+from attngen.spec import FEATURE, KEY, ROW, AttentionSpec, Problem, Tile
 from attngen.verify import Check
 from attngen.verify_bwd import Sample
 
@@ -74,7 +74,7 @@ def test_gradients_are_within_budget(case: Case, rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [40, 304])
-@pytest.mark.parametrize("name", ["bias", "mask_added_in_half", "table_cross"])
+@pytest.mark.parametrize("name", ["bias", "table_cross"])
 def test_gradients_of_what_is_added_to_scores(name: str, rows: int) -> None:
     case = BY_NAME[name]
     at = replace(sample(case.spec, case.problem(rows)), extras=True)
@@ -85,9 +85,19 @@ def test_gradients_of_what_is_added_to_scores(name: str, rows: int) -> None:
 
 def test_every_suited_case_is_among_them() -> None:
     """The cases that the template refuses are few and known."""
-    assert len(SUITED) >= 32 and {"causal_bf16", "grouped", "window", "sinks", "alibi", "softcap_window", "temperature"} <= {
-        case.name for case in SUITED
+    some = {
+        "causal_bf16",
+        "grouped",
+        "window",
+        "sinks",
+        "alibi",
+        "softcap_window",
+        "documents",
+        "prefix",
+        "bias",
+        "fill_shows",
     }
+    assert len(SUITED) >= 48 and some <= {case.name for case in SUITED}
 
 
 # ------------------------------------------------------------------------------------------------------ lengths and heads
@@ -167,6 +177,91 @@ def test_nothing_has_no_gradient(rows: int, keys: int) -> None:
     assert delta.shape == (1, 2, rows)
 
 
+# ------------------------------------------------------------------------------------------------------- masks from data
+
+
+def documents(dtype: torch.dtype, ids: torch.Tensor, groups: int = 1) -> tuple[AttentionSpec, Sample]:
+    """Four heads, queries and keys in documents numbered by ``ids``."""
+    case = BY_NAME["documents"].spec
+    extras = {x.name: (dtype, x.index) for x in case.extras}
+    spec = attention(dtype=BF16, mask=case.mask, extras=extras, groups=groups)
+    at = sample(spec, Problem((1, 4), ids.numel(), ids.numel()))
+    inputs = (*at.inputs[:3], *[ids.to(dtype)[None].contiguous()] * len(spec.extras))
+    out, lse = blockwise.forward(at.spec, inputs)
+    return spec, replace(at, inputs=inputs, out=out, lse=lse.float().contiguous())
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_documents_in_any_order(dtype: torch.dtype, groups: int) -> None:
+    ids = torch.tensor([3, 1, 1, 3, 2, 7]).repeat_interleave(57)
+    spec, at = documents(dtype, ids, groups)
+    assert all(verdict.ok for verdict in verdicts(kernel_of(spec).source, at).values())
+
+
+@pytest.mark.parametrize("apart", [1 << 25, 1 << 32, (1 << 32) + 1])
+def test_both_words_of_what_is_loaded_count(apart: int) -> None:
+    """Numbers that differ in the lower half of their bits only, in the upper half only, and beyond what floats tell apart."""
+    spec, at = documents(torch.int64, (torch.arange(300) // 100) * apart - (1 << 40))
+    assert all(verdict.ok for verdict in verdicts(kernel_of(spec).source, at).values())
+
+
+def test_data_of_its_own_for_each_head_that_shares_keys_bounds_nothing() -> None:
+    mask = op("lt", loaded("t0", B, H, ROW, kind="int"), Int(KEY))
+    extras = {"t0": (torch.int32, (B, H, ROW))}
+    shared = attention(dtype=BF16, mask=mask, extras=extras, groups=2, empty="zero")
+    assert hopper_bwd.masks_everything(shared) and "find_bounds" not in kernel_of(shared).source
+    alone = attention(dtype=BF16, mask=mask, extras=extras, empty="zero")
+    assert not hopper_bwd.masks_everything(alone) and "find_bounds" in kernel_of(alone).source
+    for spec in (shared, alone):
+        right(spec, Problem((1, 4), 150, 150))
+
+
+def test_lines_that_depend_on_a_name_if_only_through_others() -> None:
+    lines = ["a = x + 1", "c = a * h", "d = c + a", "e = a // 2"]
+    assert hopper_bwd.parted(lines, ["h"]) == (["a = x + 1", "e = a // 2"], ["c = a * h", "d = c + a"])
+
+
+# ------------------------------------------------------------------------------------------------- rows left to other kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
+def test_rows_that_are_left_to_others_are_verified_with_them(dtype: torch.dtype) -> None:
+    """One kernel runs in the simulator, the other, which it calls, in Triton's interpreter."""
+    shown = BY_NAME["fill_shows"].spec
+    half = {name: replace(getattr(shown, name), dtype=dtype) for name in ("query", "keys", "values")}
+    kernel = kernel_of(replace(shown, out_dtype=dtype, **half))
+    other = emit_backward(kernel.spec, (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)))
+    assert kernel.leaves_rows and isinstance(other, BackwardKernel) and not other.leaves_rows
+    both, alone = verify_bwd.verify_all_interpreted(
+        [(each, Problem((1, 2), 48, 48)) for each in (replace(kernel, otherwise=other), other)]
+    )
+    for found in (both, alone):
+        assert isinstance(found, dict) and all(verdict.ok for verdict in found.values()), found
+
+
+@pytest.mark.parametrize("flag", [0, 1])
+def test_other_kernels_write_only_if_there_are_such_rows(flag: int) -> None:
+    at = sample(BY_NAME["bias"].spec, Problem((1, 2), 40, 40))
+    other = emit_backward(at.spec, (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)))
+    assert isinstance(other, BackwardKernel)
+    made = *map(torch.full_like, at.inputs, [7.0] * 4), torch.full_like(at.lse, 7.0)
+    (found,) = verify.run_interpreted([(other, (*at.arguments, torch.tensor([flag], dtype=torch.int32), made))])
+    assert isinstance(found, list) and all(bool((x == 7.0).all()) == (flag == 0) for x in (*found[:3], found[-1]))
+
+
+def test_without_other_kernels_nothing_is_launched_that_may_need_them() -> None:
+    at = sample(BY_NAME["bias"].spec, Problem((1, 2), 40, 40))
+    module = simulated(kernel_of(at.spec).source)
+    assert module.launch(*at.arguments) is None
+    assert module.launch(*at.arguments, again=exactly(at)) is not None
+
+
+def test_what_tma_cannot_address_of_a_bias_is_left_to_others() -> None:
+    at = sample(BY_NAME["bias"].spec, Problem((1, 2), 40, 44))
+    assert simulated(kernel_of(at.spec).source).launch(*at.arguments, again=exactly(at)) is None
+
+
 # --------------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -174,11 +269,8 @@ def test_what_is_refused_says_why() -> None:
     assert "softmax" not in str(hopper_bwd.unsuited(BY_NAME["causal"].spec))
     for name, reason in {
         "head_256": "no pair of one width",
-        "bias": "for each pair",
         "no_softmax": "nothing normalises",
-        "prefix": "more than one stretch",
         "multi_query": "shared in different ways",
-        "documents": "loaded for each query",
         "head_gain": "after softmax",
     }.items():
         spec = BY_NAME[name].spec

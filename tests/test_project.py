@@ -41,7 +41,7 @@ LAYERS = (
     {"printer", "work", "formulas", "blockwise", "layout", "simulator", "gluon"},
     {"boxes", "bounds", "scores", "formulas_hopper", "formulas_bwd", "formulas_hopper_bwd", "adjoint"},
     {"finder"},
-    {"portable", "hopper", "gradient", "sides", "portable_bwd", "hopper_bwd"},
+    {"portable", "hopper", "gradient", "sides", "words", "portable_bwd", "pairs_bwd", "hopper_bwd"},
     {"emit", "cost"},
     {"choose", "choose_bwd", "interpret"},
     {"verify", "verify_bwd", "aot", "runtime", "plan", "checkpoints", "report", "advice", "sample", "tuned"},
