@@ -38,7 +38,7 @@ LAYERS = (
     {"errors", "paths", "compat", "index", "philox", "device", "measure", "barriers", "proxies"},
     {"algebra", "text", "evaluate", "abbreviate"},
     {"normaliser", "spec", "inequalities", "mask", "naming", "parcel"},
-    {"printer", "work", "formulas", "blockwise", "layout", "simulator", "gluon"},
+    {"printer", "work", "formulas", "blockwise", "layout", "simulator", "gluon", "fp8"},
     {"boxes", "bounds", "scores", "formulas_hopper", "formulas_bwd", "formulas_hopper_bwd", "adjoint"},
     {"finder"},
     {"portable", "hopper", "gradient", "sides", "portable_bwd", "hopper_bwd"},
