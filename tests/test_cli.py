@@ -274,6 +274,17 @@ def test_deterministic_plans_for_gradients_that_add_nothing_up_in_memory() -> No
     assert inference["backward"] == ""
 
 
+def test_fp8_says_what_is_in_8_bits_and_why_the_rest_is_not() -> None:
+    usual, asked = (explained(BOTH_FAMILIES, *extra) for extra in ((), ("--fp8", "rotate")))
+    assert "fp8" not in usual[0]["computes"] + usual[1]["computes"]
+    assert asked[0]["computes"].endswith("bfloat16 in fp8 (rotate)") and "hopper" in asked[0]["tile"]
+    assert asked[1]["computes"].endswith("float32, not fp8: TMA and warpgroups take 16-bit operands")
+    assert asked[1]["tile"] == usual[1]["tile"]
+    training = BOTH_FAMILIES.replace("dtype=torch.bfloat16)", "dtype=torch.bfloat16, requires_grad=True)")
+    assert "not fp8: gradients are asked for" in explained(training, "--train", "--fp8", "block")[0]["computes"]
+    assert run("explain", model_file(BOTH_FAMILIES), "--fp8", "always").exit_code == 2
+
+
 def test_target_decides_what_is_planned_for() -> None:
     reports = [json.loads(run("explain", model_file(), "--json", "--target", t).stdout) for t in ("a100", "h200")]
     assert [report["device"] for report in reports] == ["NVIDIA A100 80GB", "NVIDIA H200"]
