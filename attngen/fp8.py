@@ -13,9 +13,10 @@ With "rotate", features of queries and keys are multiplied by a random-sign Hada
 outlier, whose error is as large as itself, becomes many small numbers (arXiv 2307.13304; for attention arXiv 2407.08608).
 
 Rounding to e4m3 loses up to 2**-4 of a number. Tensor cores add such products up in about 14 bits (arXiv 2412.19437), far
-less of a loss over the features of a head. Results add up over all keys there as well, as FlashAttention-3 has it: what each
-addition cuts off is towards zero, so of a sum that grows steadily over n keys up to n / 32 * 2**-14 may be missing, 3 % at
-16384. Adding each block up in float32 would take as many registers again as results have, which large heads have not.
+less of a loss over the features of a head or the keys of a block. But what each addition cuts off is towards zero: of a sum
+that grows steadily over n keys up to n / 32 * 2**-14 would be missing, 3 % at 16384. So each block is multiplied ``apart``
+and added to the result in float32, by the multiplication that moves it. That takes as many registers again as results have;
+where there are not so many (``_apart``) tensor cores add all keys up, as FlashAttention-3 does.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attngen.algebra import TRUE, Op
 from attngen.printer import Printer, fixed_dims
-from attngen.spec import AttentionSpec, Tile
+from attngen.scores import scaled_score
+from attngen.spec import SCORE, AttentionSpec, Tile
 
 OFF, BLOCK, ROTATE = "off", "block", "rotate"
 DTYPE = "gl.float8e4nv"
@@ -35,12 +38,14 @@ LARGEST = 448.0  # of e4m3
 SPREAD = 8  # weights of at most one are times 2 to this in 8 bits: numbers below 2**-6 have fewer digits
 LEAST = 2.0**-50  # that a scale is made for: products of two must not vanish in float32
 SMALLEST_HEAD = 64
+COMPARISONS = ("le", "lt", "ge", "gt")
+MOST_APART = 128  # features of results that registers of two warpgroups have room for twice
 GROUP_ROWS = 64  # queries of a warpgroup, which share a scale
 TURN = 128  # features that are rotated together, or all of a smaller head
 WARPS = 8  # of the kernel that writes operands in 8 bits
 _USUAL: dict[str, Any] = {
-    "fp8": False, "depth": 16, "width": 2, "scales": [], "scale_values": [], "scale_strides": [], "quantised": [],
-    "unaddressed": ("out",),
+    "fp8": False, "apart": False, "depth": 16, "width": 2, "scales": [], "scale_values": [], "scale_strides": [],
+    "quantised": [], "unaddressed": ("out",),
 }  # fmt: skip
 
 
@@ -87,6 +92,7 @@ def holes(spec: AttentionSpec, tile: Tile, copied: dict[str, Any], printer: Prin
         "fp8": True,
         "depth": DEPTH,
         "width": 1,
+        "apart": _apart(spec, tile, copied["e_pieces"][0].width),
         "rotated": spec.fp8 == ROTATE,
         "turn": TURN,
         "largest": LARGEST,
@@ -107,6 +113,14 @@ def holes(spec: AttentionSpec, tile: Tile, copied: dict[str, Any], printer: Prin
         "quantised": [_quantised(name, spec, tile, copied) for name in operands],
         "unaddressed": ("out", *operands, *(f"{name}_codes" for name in operands)),
     }
+
+
+def _apart(spec: AttentionSpec, tile: Tile, features: int) -> bool:
+    """Whether registers have room for the results of a block beside those of all: where two warpgroups take nothing but
+    products, scaled and with no more of a mask than one comparison. All else was compiled, and spills some."""
+    plain = not spec.extras and scaled_score(spec.score)[1] == SCORE
+    bare = spec.mask == TRUE or (isinstance(spec.mask, Op) and spec.mask.name in COMPARISONS)
+    return tile.rows == 2 * GROUP_ROWS and features <= MOST_APART and plain and bare
 
 
 def _coded(box: dict[str, Any]) -> dict[str, Any]:
