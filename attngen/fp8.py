@@ -92,6 +92,7 @@ def holes(spec: AttentionSpec, tile: Tile, copied: dict[str, Any], printer: Prin
         "fp8": True,
         "depth": DEPTH,
         "width": 1,
+        "kv_bytes_per_key": copied["d_pieces"][0].width + copied["e_pieces"][0].width,
         "apart": _apart(spec, tile, copied["e_pieces"][0].width),
         "rotated": spec.fp8 == ROTATE,
         "turn": TURN,
