@@ -9,13 +9,13 @@ import pytest
 import torch
 from specs import CASES, CAUSAL, Case, attention
 from test_fp8 import MODES, PROGRAMS, eighths, outliers, rms, suited
+from test_hopper import kernel_of
 
 from attngen.aot import import_file
 from attngen.choose import choose
 from attngen.device import probe
-from attngen.emit import Kernel, emit
 from attngen.spec import AttentionSpec, Problem, Tile
-from attngen.verify import check, eager, reference, sample_inputs
+from attngen.verify import check, eager, reference, sample_inputs, samples_for
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,8 +34,7 @@ def tiles_of(spec: AttentionSpec, problem: Problem) -> list[Tile]:
 
 
 def launched(spec: AttentionSpec, tile: Tile, folder: Path, *inputs: torch.Tensor) -> torch.Tensor:
-    kernel = emit(spec, tile)
-    assert isinstance(kernel, Kernel)
+    kernel = kernel_of(spec, tile)
     path = folder / f"{kernel.name}.py"
     path.write_text(kernel.source)
     module = import_file(path)
@@ -50,7 +49,7 @@ def test_right_and_the_same_each_time(case: Case, tmp_path: Path) -> None:
     spec = eighths(case.spec, MODES[len(case.name) % 2])
     for tile in tiles_of(spec, case.problem(1024)):
         for rows in (152, 1000):
-            inputs = sample_inputs(spec, case.problem(rows), device="cuda")
+            inputs = samples_for(kernel_of(spec, tile), case.problem(rows), device="cuda")
             verdict = check(launched(spec, tile, tmp_path, *inputs), spec, inputs)
             assert verdict.ok, f"{tile} at {rows}: {verdict}"
 
