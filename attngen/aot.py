@@ -115,7 +115,7 @@ def launch_of(module: ModuleType, inputs: Sequence[Layout]) -> _Recorder:
 def calls_of(module: ModuleType, inputs: Sequence[Layout]) -> dict[str, _Recorder]:
     """The same for each of its kernels."""
     recorders = {name: _Recorder() for name in (*BEFORE, KERNEL) if hasattr(module, name)}
-    known: dict[str, Any] = {"COMPILED": {}, "READY": {}, "FOUND": {}}
+    known: dict[str, Any] = {"COMPILED": {}, "READY": {}, "FOUND": {}, "WRITERS": {}}
     launch = FunctionType(module.launch_anew.__code__, {**vars(module), **recorders, **known})
     launch(*(layout.meta() for layout in inputs))
     return recorders
