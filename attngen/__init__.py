@@ -42,8 +42,8 @@ def load(plan: str | Path, **options: Any) -> Callable[..., Any]:
     from attngen import backend
     from attngen import plan as plan_files
 
-    plan_files.read(plan)
-    return partial(backend.attngen, options={**options, "plan": str(plan)})
+    found = plan_files.read(plan)
+    return partial(backend.attngen, options={"fp8": found.fp8, **options, "plan": str(plan)})
 
 
 def record() -> AbstractContextManager[list[Report]]:

@@ -33,7 +33,7 @@ from attngen.interpret import import_file
 SECONDS = 120.0  # one kernel may take to compile
 KERNEL = "attention_forward"
 BACKWARD = "backward_"  # names of kernels for gradients begin so
-FINDER = "find_bounds"  # of a kernel that runs before it, where there is one
+BEFORE = ("find_bounds", "quantise")  # kernels that run before them, where there are such
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,10 @@ class Binary:
 
 
 class _Recorder:
-    """Stands in for a kernel: remembers one launch instead of running it."""
+    """Stands in for a kernel: remembers its last launch, and ``all`` of them, instead of running any."""
+
+    def __init__(self) -> None:
+        self.all: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def __getitem__(self, grid: Any) -> Any:
         self.grid = grid
@@ -101,6 +104,7 @@ class _Recorder:
 
     def _record(self, *args: Any, **options: Any) -> None:
         self.args, self.options = args, options
+        self.all.append((args, options))
 
 
 def launch_of(module: ModuleType, inputs: Sequence[Layout]) -> _Recorder:
@@ -110,8 +114,8 @@ def launch_of(module: ModuleType, inputs: Sequence[Layout]) -> _Recorder:
 
 def calls_of(module: ModuleType, inputs: Sequence[Layout]) -> dict[str, _Recorder]:
     """The same for each of its kernels."""
-    recorders = {name: _Recorder() for name in (FINDER, KERNEL) if hasattr(module, name)}
-    known: dict[str, Any] = {"COMPILED": {}, "READY": {}, "FOUND": {}}
+    recorders = {name: _Recorder() for name in (*BEFORE, KERNEL) if hasattr(module, name)}
+    known: dict[str, Any] = {"COMPILED": {}, "READY": {}, "FOUND": {}, "WRITERS": {}}
     launch = FunctionType(module.launch_anew.__code__, {**vars(module), **recorders, **known})
     launch(*(layout.meta() for layout in inputs))
     return recorders
@@ -119,7 +123,7 @@ def calls_of(module: ModuleType, inputs: Sequence[Layout]) -> dict[str, _Recorde
 
 def backward_launches_of(module: ModuleType, inputs: Sequence[Layout]) -> dict[str, _Recorder]:
     """The kernel calls that ``launch`` of a backward module makes for such inputs, by kernel."""
-    recorders = {name: _Recorder() for name in vars(module) if name == FINDER or name.startswith(BACKWARD)}
+    recorders = {name: _Recorder() for name in vars(module) if name in BEFORE or name.startswith(BACKWARD)}
     known = {**vars(module), **recorders, "deterministic": lambda: False}
     launch = FunctionType(module.launch.__code__, known, argdefs=module.launch.__defaults__)
     tensors = [layout.meta() for layout in inputs]
@@ -142,10 +146,13 @@ def compile_for(job: Job, arch: int) -> Binary:
         module = import_file(job.source)
         alone = hasattr(module, KERNEL)
         calls = calls_of(module, job.inputs) if alone else backward_launches_of(module, job.inputs)
-        built = {name: compat.compile_kernel(getattr(module, name), c.args, c.options, arch) for name, c in calls.items()}
+        built = {
+            name: [compat.compile_kernel(getattr(module, name), *each, arch) for each in c.all] for name, c in calls.items()
+        }
     except Exception as error:  # the compiler raises errors of many kinds, from several libraries
         raise VerificationFailed(f"{job.source.name} does not compile for sm_{arch}: {_last_line(error)}") from error
-    counted = [built[KERNEL]] if alone else list(built.values())  # what finds bounds before it is small
+    several = [built[KERNEL]] if alone else built.values()  # what runs before it is small
+    counted = [each for made in several for each in made]
     return _merged([_binary(compiled, arch) for compiled in counted], time.perf_counter() - started)
 
 

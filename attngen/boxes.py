@@ -50,13 +50,13 @@ def widths(features: int, most: int) -> list[int]:
 
 def pieces(spec: AttentionSpec) -> list[Piece]:
     """Of the features of queries and keys."""
-    each = widths(spec.head_dim, MAX_PIECES)
+    each = widths(spec.head_dim, 1 if spec.fp8 else MAX_PIECES)
     return [Piece(sum(each[:k]), width) for k, width in enumerate(each)]
 
 
 def results(spec: AttentionSpec) -> list[Piece]:
     """Of the features of values. Where either head is in pieces, less of a row waits: its buffers fill the rest."""
-    each = widths(spec.value_dim, MAX_RESULTS)
+    each = widths(spec.value_dim, 1 if spec.fp8 else MAX_RESULTS)
     waiting = OUT_WIDTH if len(each) == len(pieces(spec)) == 1 else OUT_WIDTH // 2
     return [Piece(sum(each[:k]), width, min(width, max(waiting, width // 2))) for k, width in enumerate(each)]
 

@@ -63,8 +63,11 @@ def choose(
     if (widest := max(spec.head_dim, spec.value_dim)) > MAX_HEAD:
         return Miss(f"the head size {widest} is over the limit of {MAX_HEAD}")
     outright = hopper.unsuited(spec) or misaligned
-    candidates = (*TILES, *HOPPER_TILES) if device.wgmma and not outright else TILES
-    if tile is not None and tile not in candidates and (tile.family == PORTABLE or not outright):
+    portable = () if spec.fp8 else TILES
+    candidates = (*portable, *HOPPER_TILES) if device.wgmma and not outright else portable
+    if spec.fp8 and not candidates:
+        return Miss(outright or f"{device.label} has no warpgroups that multiply")
+    if tile is not None and tile not in candidates and (not spec.fp8 if tile.family == PORTABLE else not outright):
         candidates = (*candidates, tile)
     predicted = dict(zip(candidates, costs(spec, problem, device, candidates), strict=True))
     refused = tuple(Refusal(t, reason) for t, c in predicted.items() if (reason := refusal(t, c, problem, device)))

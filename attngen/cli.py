@@ -13,6 +13,7 @@ from attngen.commands import (
     CONVENTION,
     EXIT_CODES,
     Deterministic,
+    Fp8,
     Json,
     Model,
     Only,
@@ -77,6 +78,7 @@ def optimize(
     skip: Skip = None,
     train: Train = False,
     deterministic: Deterministic = False,
+    fp8: Fp8 = "off",
     json: Json = False,
     traceback: Traceback = False,
 ) -> None:
@@ -85,7 +87,7 @@ def optimize(
         from attngen import plan, show, stages
         from attngen.page import document
 
-        options = options_of(target, only, skip, traceback, deterministic=deterministic)
+        options = options_of(target, only, skip, traceback, deterministic=deterministic, fp8=fp8)
         folder = output or Path("attngen-out") / model.stem
         outputs.refuse_bad_cache()
         with outputs.staged(folder) as stage:
@@ -117,13 +119,14 @@ def explain(
     formula: Annotated[bool, typer.Option("--formula", help="Print the cost formula with its numbers.")] = False,
     train: Train = False,
     deterministic: Deterministic = False,
+    fp8: Fp8 = "off",
     json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     with ending(traceback):
         from attngen import capture, show, stages
 
-        options = options_of(target, only, skip, traceback, deterministic=deterministic)
+        options = options_of(target, only, skip, traceback, deterministic=deterministic, fp8=fp8)
         progress = show.Progress(show.console(stderr=True))
         with opened(progress, model, train) as example, progress.stage("analyse", "tracing the model") as stage:
             found = capture.explain(example.model, example.args, example.kwargs, options, may_run=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attngen.commands import CONVENTION, EXIT_CODES, Model, Only, Skip, Traceback, Train, ending, opened, options_of
+from attngen.commands import CONVENTION, EXIT_CODES, Fp8, Model, Only, Skip, Traceback, Train, ending, opened, options_of
 from attngen.errors import BadOption, Unavailable, VerificationFailed
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def tune(
     only: Only = None,
     skip: Skip = None,
     train: Train = False,
+    fp8: Fp8 = "off",
     traceback: Traceback = False,
 ) -> None:
     with ending(traceback):
@@ -35,7 +36,7 @@ def tune(
 
         if seconds <= 0:
             raise BadOption("--seconds must be positive.")
-        options = options_of("auto", only, skip, traceback)
+        options = options_of("auto", only, skip, traceback, fp8=fp8)
         progress = show.Progress(show.console(stderr=True))
         device = _card(progress)
         tuners = _tuners(device, devices, "full" if full else "quick", seconds)

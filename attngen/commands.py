@@ -44,18 +44,23 @@ Train = Annotated[bool, typer.Option("--train", help="Plan for training: gradien
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="Plan for gradients that are the same bits in every run; with --train.")
 ]
+Fp8 = Annotated[str, typer.Option("--fp8", help="Inference in products of 8-bit numbers: off, block (scales), or rotate.")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")]
 
 
 def options_of(
-    target: str, only: list[str] | None, skip: list[str] | None, traceback: bool, *, deterministic: bool = False
-) -> dict[str, Any]:
+    target: str, only: list[str] | None, skip: list[str] | None, traceback: bool,
+    *, deterministic: bool = False, fp8: str = "off",
+) -> dict[str, Any]:  # fmt: skip
     """Options of the backend. Checked here, before any work."""
     from attngen import device, options
 
     if target != "auto":
         device.resolve(target)
-    chosen = {"target": target, "only": only or [], "skip": skip or [], "deterministic": deterministic, "strict": traceback}
+    chosen = {
+        "target": target, "only": only or [], "skip": skip or [], "deterministic": deterministic, "fp8": fp8,
+        "strict": traceback,
+    }  # fmt: skip
     options.parse(chosen)
     return chosen
 

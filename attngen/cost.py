@@ -132,12 +132,14 @@ def padded(count: int) -> int:
 
 def of_spec(spec: AttentionSpec, problem: Problem) -> Values:
     in_score, in_mask = operations(spec, spec.score) + operations(spec, spec.gain), operations(spec, spec.mask)
-    q_once, k_once, v_once = (float(bytes_of(spec, problem, x)) for x in (spec.query, spec.keys, spec.values))
+    width = 1 if spec.fp8 else 0  # of an operand that is written in 8 bits and read again; else it is read as it is
+    q_once, k_once, v_once = (bytes_of(spec, problem, x) * (1.0 + width) for x in (spec.query, spec.keys, spec.values))
     pairs = [x for x in spec.extras if _varies(x, ROW) and _varies(x, KEY)]
     vectors = [x for x in spec.extras if _varies(x, KEY) and x not in pairs]
     others = sum(bytes_of(spec, problem, x) for x in spec.extras if x not in pairs)
     lines = problem.heads * problem.rows
-    kv_each = problem.keys * (spec.head_dim * spec.keys.dtype.itemsize + spec.value_dim * spec.values.dtype.itemsize)
+    k_width, v_width = (width or x.dtype.itemsize for x in (spec.keys, spec.values))
+    kv_each = problem.keys * (spec.head_dim * k_width + spec.value_dim * v_width)
     return {
         f.queries: problem.rows,
         f.heads: problem.heads,
@@ -145,8 +147,8 @@ def of_spec(spec: AttentionSpec, problem: Problem) -> Values:
         f.e: spec.value_dim,
         f.d_pad: padded(spec.head_dim),
         f.e_pad: padded(spec.value_dim),
-        f.q_width: spec.query.dtype.itemsize,
-        f.kv_width: spec.keys.dtype.itemsize,
+        f.q_width: width or spec.query.dtype.itemsize,
+        f.kv_width: k_width,
         f.pair_width: in_score.loaded + in_mask.loaded,
         f.plane_width: sum(x.dtype.itemsize for x in pairs if x.dim_of(KEY) is not None),
         f.vector_width: sum(x.dtype.itemsize for x in vectors),
@@ -177,7 +179,7 @@ def of_tiles(spec: AttentionSpec, problem: Problem, device: Device, tiles: Seque
     high, wide, warp_count, depth = (np.array([getattr(t, f) for t in tiles], float) for f in _TILE_FIELDS)
     exact = spec.query.dtype.itemsize >= 4 and not spec.tf32
     grouped = (high >= 64) & (warp_count % 4 == 0) & (device.wgmma and not exact)
-    rate = device.fp32 if exact else (device.tensor32 if spec.tf32 else device.tensor16)
+    rate = device.fp32 if exact else (device.tensor32 if spec.tf32 else device.tensor16 * (2 if spec.fp8 else 1))
     by_warp = ~grouped & (device.wgmma and not exact)
     scans = any(i.among for i in (*cover.visit, *cover.partial))
     return {
@@ -213,7 +215,7 @@ def _of_hopper(spec: AttentionSpec, tiles: Sequence[Tile], masked: Any) -> Value
         formulas_hopper.finds: 1.0 * bool(data_of(derive(spec.mask))),
         formulas_hopper.splits: len(inner) - 1,
         formulas_hopper.e_splits: len(features) - 1,
-        formulas_hopper.waiting: sum(piece.part for piece in features),
+        formulas_hopper.waiting: sum(piece.part for piece in features) * (2 if spec.fp8 else 1),  # in widths of a query
         formulas_hopper.held: np.array([hopper.queries_held(spec, t) for t in tiles]),
         formulas_hopper.softmax: 1.0 * spec.softmax,
         formulas_hopper.sinks: len(spec.sinks),

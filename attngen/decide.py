@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from attngen import hopper
+from attngen import fp8, hopper
 from attngen.aot import Layout
 from attngen.cache import lookup
 from attngen.cache.key import Wanted
@@ -81,6 +81,15 @@ def chosen(
     return choose(spec, problem, device, tile, misaligned)
 
 
+def in_eighths(spec: AttentionSpec, problem: Problem, device: Device, asked: str) -> tuple[AttentionSpec, str]:
+    """``spec`` with products of 8-bit numbers, if that is ``asked`` for and can be; else itself, and why it cannot."""
+    if asked == fp8.OFF:
+        return spec, ""
+    eighths = replace(spec, fp8=asked)
+    plan = chosen(eighths, problem, device)
+    return (spec, plan.reason) if isinstance(plan, Miss) else (eighths, "")
+
+
 def misaligned(spec: AttentionSpec, traced: Sequence[Layout]) -> str | None:
     """Why TMA cannot address the operands as they were traced, if so; ``suits`` looks again at each call."""
     if hopper.unsuited(spec) is not None:
@@ -112,8 +121,12 @@ def emitted(plan: Plan, device: Device, where: str) -> Kernel | Miss:
 
 def _otherwise(plan: Plan, device: Device) -> Kernel | None:
     """The portable kernel, for calls whose operands turn out to be nothing that TMA can address."""
-    tile = next((tile for tile, _ in plan.ranked if tile.family == PORTABLE), None)
-    kernel = tile and emit(plan.spec, tile, l2_bytes=device.l2_bytes, sms=device.sms)
+    spec, ranked = replace(plan.spec, fp8=""), plan.ranked
+    if plan.spec.fp8:
+        usual = chosen(spec, plan.problem, device)
+        ranked = () if isinstance(usual, Miss) else usual.ranked
+    tile = next((tile for tile, _ in ranked if tile.family == PORTABLE), None)
+    kernel = tile and emit(spec, tile, l2_bytes=device.l2_bytes, sms=device.sms)
     return kernel if isinstance(kernel, Kernel) else None
 
 

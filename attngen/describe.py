@@ -34,6 +34,8 @@ def missed(each: Missed) -> SiteReport:
 
 def found(each: Found, device: Device, status: str) -> SiteReport:
     report = replace(planned(each.plan, device, each.backward), where=each.where, status=status)
+    if each.in_16_bits:
+        report = replace(report, computes=f"{report.computes}, not fp8: {each.in_16_bits}")
     report = _chosen(report, *each.given)
     if len(each.terms) > 1:
         number = 1 + next(place for place, term in enumerate(each.terms) if term is each.placed)
@@ -96,5 +98,5 @@ def computes(spec: AttentionSpec, problem: Problem) -> str:
     sinks = f"; sinks {', '.join(map(readable, spec.sinks))}" if spec.sinks else ""
     sizes = f"d={spec.head_dim}" + (f"/{spec.value_dim}" if spec.value_dim != spec.head_dim else "")
     lengths = f"{'x'.join(map(str, problem.batch)) or '1'} heads, {problem.rows} x {problem.keys}"
-    kind = str(spec.query.dtype).removeprefix("torch.")
+    kind = str(spec.query.dtype).removeprefix("torch.") + (f" in fp8 ({spec.fp8})" if spec.fp8 else "")
     return f"{'softmax' if spec.softmax else 'weights'}({score}{shown}{times}{sinks}), {lengths}, {sizes}, {kind}"

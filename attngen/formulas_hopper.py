@@ -64,7 +64,8 @@ _OWN = (
         "per thread that computes: results, scores and weights, inputs per pair, sinks, the rest",
         f.e_pad / 2 * (1 + RESULT_SHARE * e_splits)
         + PIECE_REGISTERS * splits
-        + 3 * f.keys / 4
+        + f.keys / 2
+        + f.keys * f.q_width / 8
         + f.keys * f.plane_width / 8
         + LOOKUP_REGISTERS * f.keys * _gathers
         + ROW_REGISTERS * row_vectors

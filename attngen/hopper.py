@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from attngen import boxes
+from attngen import boxes, fp8
 from attngen.algebra import ONE, Load, Op
 from attngen.bounds import Bounds, loop_bounds
 from attngen.boxes import PLANE_DTYPES, WARPGROUP_ROWS, operands, planes
@@ -28,7 +28,8 @@ from attngen.spec import FEATURE, KEY, ROW, AttentionSpec, Input, Tile
 
 MAX_SIDE = 256  # of a box that TMA copies, and of a product
 MAX_RANK = 5
-MOST_ALTERNATING = 128  # features of a head; of more, products take so much longer than exponentials that turns do not pay
+# Features of a head, twice as many in 8 bits: of more, products take so much longer than exponentials that turns do not pay.
+MOST_ALTERNATING = 128
 PAIRS = {torch.float16: "f16x2", torch.bfloat16: "bf16x2"}  # two of them in one word, as PTX has it
 PART = 32  # columns of a block that are masked together, where the mask is loaded
 _PLACES = Places(row="rows", key="cols", row_beside="", key_beside="", key_float="col_floats")
@@ -61,7 +62,7 @@ def unsuited(spec: AttentionSpec) -> str | None:
         return "weights are multiplied after softmax"
     if any(sink.axes & {ROW, KEY} for sink in spec.sinks):
         return "its sinks differ from row to row"
-    return None
+    return fp8.unsuited(spec) if spec.fp8 else None
 
 
 def unfit(spec: AttentionSpec) -> str | None:
@@ -93,6 +94,8 @@ def _unaddressable(spec: AttentionSpec) -> str | None:
 def misaligned(spec: AttentionSpec, layouts: Sequence[tuple[Sequence[int], int]]) -> str | None:
     """Why TMA cannot address operands with such (strides, offset), in elements, if so; of all inputs, in order."""
     copied = {source.name: (source, row, feature) for source, row, feature in operands(spec)}
+    if spec.fp8:  # what is copied of these is dense
+        copied = {x.name: copied[x.name] for x in planes(spec)}
     for each, (strides, offset) in zip(spec.inputs, layouts, strict=True):
         if each.name not in copied:
             continue
@@ -119,10 +122,12 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
     scale, shaped, natural = in_units(spec)
     score = _score(printer, spec, shaped)
     score["natural"], score["times"] = natural, f" * {scale!r}" if scale != 1 and not natural else ""
+    score["folds"] = bool(spec.fp8) and not score["any"] and not natural  # the scales of 8-bit operands, into that of scores
     sinks = sink_values(printer, spec.sinks, natural)
     bounds, found = finder(spec, cover, tile) or (loop_bounds(printer, cover, warps=1), None)
     common = holes_of_spec(spec, cover, l2_bytes)
     copied = boxes.holes(spec, tile, printer)
+    eighths = fp8.holes(spec, tile, copied, printer)
     extras = _extras(spec)
     prologue = [*(base_of(x, printer) for x in _pointed(spec)), *printer.prologue]
     names = [line.split(" = ")[0] for line in prologue]
@@ -136,7 +141,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "groups": groups,
         "queries": queries_held(spec, tile),
         "overlap": groups == 2,
-        "alternate": groups == 2 and block_d <= MOST_ALTERNATING,
+        "alternate": groups == 2 and block_d * eighths["width"] <= 2 * MOST_ALTERNATING,
         "halvings": (tile.keys // 8).bit_length() - 1,
         "programs": sms,
         "block_d": block_d,
@@ -152,7 +157,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "planes": [x.name for x in planes(spec)],
         "widths": {x.name: x.dtype.itemsize for x in planes(spec)},
         "prologue": list(map(gluon, prologue)),
-        "unpacks": bool(prologue) or not set(told).isdisjoint(outer),
+        "unpacks": bool(prologue) or bool(spec.fp8) or not set(told).isdisjoint(outer),
         "values": told,
         "extras": [*extras["pointers"], *extras["strides"]],
         "extra_strides": extras["call"],
@@ -162,9 +167,9 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         **copied,
         "accs": [f"acc{e.suffix}" for e in copied["e_pieces"]],
         "weighted": [f"weighted{e.suffix}" for e in copied["e_pieces"]],
-        **common,
+        **common, **eighths,
         "heads": common["heads_python"],
-        "unspecialised": json.dumps([*common["sizes"], "tiles", "heads_per_group"]),
+        "unspecialised": json.dumps([*common["sizes"], "tiles", "heads_per_group", *eighths["scale_strides"]]),
         "partitions": _partitions(groups),
         "bounds": _bounds(bounds, "tl" if found else "gl"),
     }

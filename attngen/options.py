@@ -14,6 +14,7 @@ from attngen.errors import BadOption
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 CACHE = "tuned choices: use, skip, assert (there must be one) or refresh (tune again); also ATTNGEN_CACHE"
+FP8 = "inference in products of 8-bit numbers: off, block (a scale for each block of rows) or rotate (of rotated rows)"
 
 
 class Options(BaseModel):
@@ -32,6 +33,7 @@ class Options(BaseModel):
     tune_seconds: float = Field(120.0, gt=0, description="what tuning may take, for all graphs of a process")
     verify: bool = Field(False, description="check each kernel against float64 before it is used")
     deterministic: bool = Field(False, description="gradients that are the same bits in every run")
+    fp8: Literal["off", "block", "rotate"] = Field("off", description=FP8)
     strict: bool = Field(False, description="raise instead of leaving a graph as it was (also ATTNGEN_STRICT=1)")
 
     @property

@@ -47,7 +47,8 @@ class Found:
     """A site that can be replaced, with the problem it poses and the choices made for it and, if it has any, its gradients.
 
     ``given`` are those of them that had been made before. ``inputs`` are the tensors that its operator will be called on;
-    ``terms`` are all that add up to its output, itself among them: they are replaced together.
+    ``terms`` are all that add up to its output, itself among them: they are replaced together. ``in_16_bits`` is why its
+    products are not of 8-bit numbers, where that was asked for.
     """
 
     placed: replacing.Placed
@@ -58,6 +59,7 @@ class Found:
     backward: BackwardPlan | Miss | None = None
     given: tuple[Choice | None, Choice | None] = (None, None)
     terms: tuple[replacing.Placed, ...] = ()
+    in_16_bits: str = ""
 
     @property
     def anchor(self) -> fx.Node:
@@ -199,7 +201,7 @@ def _analysed(
     if (unwanted := _unselected(provenance.module_path(placed.anchor), options)) is not None:
         return unwanted
     problem = _problem(each)
-    spec = _finished(specialised, each, training)
+    spec, in_16_bits = decide.in_eighths(_finished(specialised, each, training), problem, device, options.fp8)
     where = provenance.where(placed.anchor)
     wanted = Wanted(FORWARD, spec, problem, _layouts(each, specialised, problem), device, where)
     plan, given = decide.forward(wanted, choices)
@@ -209,7 +211,7 @@ def _analysed(
         return kernel
     backward, given_backward = decide.gradients(replace(wanted, phase=BACKWARD, deterministic=options.deterministic), choices)
     placed = replace(placed, specialised=replace(specialised, spec=spec))
-    return Found(placed, where, problem, plan, wanted.inputs, backward, (given, given_backward))
+    return Found(placed, where, problem, plan, wanted.inputs, backward, (given, given_backward), in_16_bits=in_16_bits)
 
 
 def _unselected(path: str, options: Options) -> Miss | None:

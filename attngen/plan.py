@@ -65,11 +65,12 @@ class Entry(Record):
 
 
 class PlanFile(Record):
-    """``plan.json``. ``device`` is what was planned for."""
+    """``plan.json``. ``device`` is what was planned for, and ``fp8`` the option that it was planned with."""
 
     attngen: str
     device: str
     entries: list[Entry]
+    fp8: Literal["off", "block", "rotate"] = "off"
 
     def tile_for(self, spec: AttentionSpec, problem: Problem) -> Tile | None:
         """The tile chosen for this spec at these sizes, else at any sizes, else None."""
@@ -112,8 +113,8 @@ def entry(
     )  # fmt: skip
 
 
-def new(device: str, entries: list[Entry]) -> PlanFile:
-    return PlanFile(attngen=attngen.__version__, device=device, entries=entries)
+def new(device: str, entries: list[Entry], fp8: str = "off") -> PlanFile:
+    return PlanFile.model_validate({"attngen": attngen.__version__, "device": device, "entries": entries, "fp8": fp8})
 
 
 def of(report: Report, kernels: Sequence[Kernel]) -> PlanFile:
@@ -127,7 +128,8 @@ def of(report: Report, kernels: Sequence[Kernel]) -> PlanFile:
         backward = tuple(Tile(**tile) for tile in site.backward_tiles)
         made = entry(kernel.spec, problem, kernel.tile, site.where, site.kernel, backward)
         entries.setdefault((site.kernel, problem), made)
-    return new(report.device, list(entries.values()))
+    asked = next((kernel.spec.fp8 for kernel in kernels if kernel.spec.fp8), "off")
+    return new(report.device, list(entries.values()), asked)
 
 
 def read(path: str | Path) -> PlanFile:

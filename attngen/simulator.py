@@ -25,6 +25,8 @@ from attngen.barriers import Barrier, Stuck, Turn
 from attngen.proxies import Ground, Witness
 
 MOST_PRODUCTS = 8  # that may be on their way
+NARROW = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float8e4nv": torch.float8_e4m3fn}
+LARGEST = 448.0  # of 8-bit numbers, as which larger ones are rounded to on a GPU
 _here = threading.local()
 
 
@@ -119,8 +121,8 @@ def _reinterpreted(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype in ("float16", "bfloat16"):  # products of 16-bit numbers are exact in 32 bits
-        return torch.from_numpy(np.asarray(values, np.float32)).to(getattr(torch, dtype)).float().numpy()
+    if dtype in NARROW:  # products of such numbers are exact in 32 bits
+        return torch.from_numpy(np.array(values, np.float32)).to(NARROW[dtype]).float().numpy()
     return np.asarray(values).astype(dtype)
 
 
@@ -347,7 +349,9 @@ def _exp2(values: Any) -> Any:
 def _reduced(call: Callable[..., Any]) -> Callable[..., Any]:
     def apply(values: Block, axis: int | None = None) -> Any:
         found = call(np.asarray(values), axis=axis)
-        return block(found) if found.ndim else Scalar(found)
+        if found.ndim:
+            return block(found)
+        return Scalar(found) if found.dtype.kind in "iu" else found[()]
 
     return apply
 
@@ -356,7 +360,11 @@ def _asm(text: str, constraints: str, args: Sequence[Any], dtype: Any, **_: Any)
     if text.startswith("cvt.rn."):
         high, low = (_bits(each, "bfloat16" if "bf16" in text else "float16") for each in reversed(args))
         return block(low | high << 16)
+    if "e4m3x2" in text:
+        return block(sum(_bytes(each) << 8 * place for place, each in enumerate(args)))
     (value,) = args
+    if dtype == "float8e4nv":  # four numbers of one word, which it was joined with itself for
+        return _of_bytes(np.asarray(value) >> 8 * (np.arange(value.shape[-1]) % 4))
     if text.startswith("bar."):
         for action, name, threads in re.findall(r"bar\.(\w+) (\d+), (\d+);", text):
             _here.named.setdefault(name, Turn()).meet(int(threads), action == "sync")
@@ -374,6 +382,17 @@ def _bits(values: np.ndarray, dtype: str) -> np.ndarray:
 
 def _of_bits(words: np.ndarray, dtype: str) -> Block:
     found = torch.from_numpy(words.astype(np.int16)).view(getattr(torch, dtype))
+    return block(found.float().numpy())
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+    """The bits of 8-bit floats."""
+    found = torch.from_numpy(np.array(values, np.float32)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
+    return found.numpy().astype(np.int64)
+
+
+def _of_bytes(words: np.ndarray) -> Block:
+    found = torch.from_numpy((words & 0xFF).astype(np.uint8)).view(torch.float8_e4m3fn)
     return block(found.float().numpy())
 
 
@@ -399,7 +418,7 @@ class _SharedLayout:
 def _language() -> types.SimpleNamespace:
     shapeless = ("NVMMADistributedLayout", "SliceLayout", "DotOperandLayout", "BlockedLayout", "SwizzledSharedLayout")
     names: dict[str, Any] = {name: lambda *_, **__: types.SimpleNamespace(value=None) for name in shapeless}
-    names |= {name: name for name in ("float16", "bfloat16", "float32", "int16", "int32", "int64")}
+    names |= {name: name for name in ("float16", "bfloat16", "float8e4nv", "float32", "int16", "int32", "int64")}
     names |= {name: _numeric(getattr(np, name)) for name in _FUNCTIONS}
     return types.SimpleNamespace(
         **names,
@@ -408,6 +427,7 @@ def _language() -> types.SimpleNamespace:
         arange=lambda start, stop, layout=None: block(np.arange(start, stop)),
         full=lambda shape, value, dtype, layout: block(np.full(shape, value, np.float32 if dtype == "float32" else np.int64)),
         where=_where,
+        dot=lambda a, b: block(np.asarray(a, np.float32) @ np.asarray(b, np.float32)),
         max=_reduced(np.max),
         min=_reduced(np.min),
         sum=_reduced(np.sum),
@@ -423,7 +443,6 @@ def _language() -> types.SimpleNamespace:
         load=_loaded,
         store=_stored,
         atomic_add=_added,
-        dot=lambda a, b: block(np.asarray(a, np.float32) @ np.asarray(b, np.float32)),
         trans=lambda values: block(values.T),
         zeros=lambda shape, dtype: block(np.zeros(shape, np.float32)),
         gather=lambda values, places, axis: block(np.take_along_axis(values, np.broadcast_to(places, values.shape), axis)),
@@ -440,12 +459,12 @@ def _exchanged(pointer: Pointer, value: int, sem: str) -> None:
     pointer.tensor[0] = value
 
 
-def _added(pointer: Pointer, values: Any, mask: Any = True, sem: str = "") -> int:
-    """Returns what a single element was before."""
+def _added(pointer: Pointer, values: Any, mask: Any = True, sem: str = "") -> int | None:
+    """Returns what a single number was before."""
     places, keep, values = np.broadcast_arrays(pointer.places(), mask, np.asarray(values))
     elements = pointer.elements()
     with _adding:
-        before = int(elements[0])
+        before = int(elements[int(places)]) if places.ndim == 0 else None
         step = torch.from_numpy(values[keep]).to(elements.dtype)
         elements.index_put_((_index(places[keep]),), step, accumulate=True)
     return before

@@ -61,6 +61,7 @@ class AttentionSpec:
     ``gain``    multiplies each weight after the softmax
     ``sinks``   extra logits in the denominator
     ``empty``   a row without any pair gives "nan" or "zero"
+    ``fp8``     products are of 8-bit numbers, with scales for each "block" of rows, or of rotated ones ("rotate")
     """
 
     query: Input
@@ -83,6 +84,7 @@ class AttentionSpec:
     lse: bool = False
     tf32: bool = False
     wide: bool = False
+    fp8: str = ""
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -104,6 +106,7 @@ class AttentionSpec:
             lines.append(f"gain {canonical(self.gain)}")
         lines += [f"sink {canonical(sink)}" for sink in self.sinks]
         flags = [name for name in ("lse", "tf32", "wide") if getattr(self, name)]
+        flags += [f"fp8={self.fp8}"] if self.fp8 else []
         ending = f"empty={self.empty}" if self.softmax else "no softmax"
         return "\n".join([*lines, " ".join([ending, *flags])])
 

@@ -1,4 +1,5 @@
-"""Is a kernel right? Its error against float64 may be at most twice what eager makes in the same dtype.
+"""Is a kernel right? Its error against float64 may be at most twice what eager makes in the same dtype: in 8 bits, twice what
+eager makes of operands and weights that are rounded to them.
 
 Kernels run where they can: on a GPU, or in a child process at small sizes, plain Triton in Triton's interpreter and Gluon in
 the simulator.
@@ -18,7 +19,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from attngen import blockwise, boxes, compat
+from attngen import blockwise, boxes, compat, fp8
 from attngen.algebra import ONE, TRUE
 from attngen.emit import BackwardKernel, Kernel
 from attngen.errors import AttngenError, Unavailable, VerificationFailed
@@ -103,10 +104,14 @@ def reference(spec: AttentionSpec, inputs: Sequence[Tensor]) -> tuple[Tensor, Te
 def eager(spec: AttentionSpec, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp as a careful model computes them, over all pairs at once.
 
-    Both products are in the model's dtype, scores and softmax at least in float32.
+    Both products are in the model's dtype, scores and softmax at least in float32. Where ``spec.fp8`` asks for it, what is
+    multiplied has been rounded to 8 bits; products of such numbers are exact.
     """
     call = blockwise.arrange(spec, inputs, inputs[0].dtype)
     precise = torch.promote_types(call.dtype, torch.float32)
+    if spec.fp8:
+        query, keys, values = (fp8.rounded(x.to(precise)) for x in (call.query, call.keys, call.values))
+        call = replace(call, query=query, keys=keys, values=values)
     qk = (call.query @ call.keys.transpose(-1, -2)).to(precise)
     evaluate = blockwise.evaluator(replace(call, dtype=precise), 0, call.sizes[ROW], qk)
     scores = evaluate(spec.score if spec.whole is None else spec.whole)
@@ -124,7 +129,7 @@ def eager(spec: AttentionSpec, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor
         weights = weights.nan_to_num(0.0)
     if spec.gain != ONE:
         weights = weights * evaluate(spec.gain)
-    out = weights.to(call.dtype) @ call.values
+    out = fp8.weighed(weights) @ call.values if spec.fp8 else weights.to(call.dtype) @ call.values
     return blockwise.laid_out(call, out), torch.logsumexp(logits, -1)
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from attngen.bench import flash, peers, problems, spelling
+from attngen.bench import flash, peers, phases, problems, spelling
 from attngen.bench.problems import PROBLEMS, Problem, changed, selected, small
-from attngen.bench.terms import Missing, NotSpelled
+from attngen.bench.terms import FORWARD, Missing, NotSpelled
 from attngen.errors import BadOption
 from attngen.verify import within_budget
 
@@ -240,6 +240,40 @@ def test_flash_attention_is_asked_for_the_problem(peer: str, name: str, monkeypa
         return
     actual = peers.PEERS[peer].prepare(p, inputs)()
     torch.testing.assert_close(actual.double(), spelling.references(p, inputs)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tiny", "grouped_views"])
+def test_flash_attention_gets_operands_in_8_bits_and_what_they_are_worth(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fake(FakeFlash):
+        def flash_attn_func(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+            worth = [options.pop(f"{each}_descale") for each in "qkv"]
+            assert {x.dtype for x in (q, k, v)} == {torch.float8_e4m3fn}
+            shared = [s.repeat_interleave(x.shape[2] // s.shape[1], 1) for s, x in zip(worth, (q, k, v), strict=True)]
+            back = [x.float() * s[:, None, :, None] for s, x in zip(shared, (q, k, v), strict=True)]
+            return super().flash_attn_func(*back, **options)
+
+    monkeypatch.setattr(flash, "_imported", lambda *names, install: Fake("fake"))
+    p = replace(TINY, causal=True) if name == "tiny" else replace(TINY, kv_heads=1, views=True)
+    inputs = spelling.inputs_of(p, "cpu")
+    (wanted,) = phases.expected_in_eighths(p, inputs, phases.expected(p, inputs, FORWARD))
+    actual = peers.PEERS["fa3-fp8"].prepare(p, inputs)()
+    assert within_budget(actual, wanted.exact, wanted.eager).ok
+    assert not within_budget(actual, *spelling.references(p, inputs)).ok
+
+
+@pytest.mark.parametrize("mode", ["", "-rotate"])
+def test_ours_in_8_bits_is_not_timed_where_it_stays_in_16(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = torch.compile
+
+    def planned(function: Any, options: dict[str, Any], **others: Any) -> Any:
+        return compiled(function, options={**options, "inner": "eager", "target": "h200"}, **others)
+
+    monkeypatch.setattr(torch, "compile", planned)
+    suited, narrow = (replace(TINY, head_size=size, length=96, dtype="bfloat16") for size in (64, 32))
+    inputs = spelling.inputs_of(suited, "cpu")
+    assert peers.PEERS[f"attngen-fp8{mode}"].prepare(suited, inputs)().shape == inputs.query.shape
+    with pytest.raises(NotSpelled, match="left in 16 bits"):
+        peers.PEERS[f"attngen-fp8{mode}"].prepare(narrow, spelling.inputs_of(narrow, "cpu"))
 
 
 def test_what_is_not_installed_says_how_to_install_it() -> None:

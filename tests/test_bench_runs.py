@@ -257,6 +257,17 @@ def test_the_table_says_times_shares_and_reasons() -> None:
     assert "…" not in text
 
 
+def test_errors_stand_beside_each_other_where_some_are_of_8_bits() -> None:
+    record = a_record()
+    (result,) = record.results
+    eager, ours, missing = (replace(row, rms=rms) for row, rms in zip(result.rows, (1e-4, 2e-4, None), strict=True))
+    coarse = replace(ours, peer="attngen-fp8", rms=1e-2)
+    with_it = replace(record, results=(replace(result, rows=(eager, ours, coarse, missing)),))
+    without = replace(record, results=(replace(result, rows=(eager, ours, missing)),))
+    assert "RMS error: eager 1.00e-04, attngen 2.00e-04, attngen-fp8 1.00e-02" in shown(with_it)
+    assert "RMS error" not in shown(without)
+
+
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     records.written(a_record(), tmp_path / "a.json")
     assert records.read([tmp_path / "a.json"]) == [a_record()]

@@ -274,6 +274,32 @@ def test_deterministic_plans_for_gradients_that_add_nothing_up_in_memory() -> No
     assert inference["backward"] == ""
 
 
+def test_fp8_says_what_is_in_8_bits_and_why_the_rest_is_not() -> None:
+    usual, asked = (explained(BOTH_FAMILIES, *extra) for extra in ((), ("--fp8", "rotate")))
+    assert "fp8" not in usual[0]["computes"] + usual[1]["computes"]
+    assert asked[0]["computes"].endswith("bfloat16 in fp8 (rotate)") and "hopper" in asked[0]["tile"]
+    assert asked[1]["computes"].endswith("float32, not fp8: TMA and warpgroups take 16-bit operands")
+    assert asked[1]["tile"] == usual[1]["tile"]
+    training = BOTH_FAMILIES.replace("dtype=torch.bfloat16)", "dtype=torch.bfloat16, requires_grad=True)")
+    assert "not fp8: gradients are asked for" in explained(training, "--train", "--fp8", "block")[0]["computes"]
+    assert run("explain", model_file(BOTH_FAMILIES), "--fp8", "always").exit_code == 2
+
+
+@interprets
+def test_what_was_planned_in_8_bits_is_loaded_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", "cache")
+    done = run("optimize", model_file(BOTH_FAMILIES), "-o", "out", "--json", "--fp8", "block")
+    assert done.exit_code == 0, done.stderr
+    (site, _) = json.loads(done.stdout)["sites"]
+    assert site["error"] <= site["budget"] and site["compiled"]["spills"] <= 8
+    assert json.loads(Path("out/plan.json").read_text())["fp8"] == "block"
+    q = torch.zeros(1, 2, 256, 64, dtype=torch.bfloat16)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    with torch.no_grad(), attngen.record() as reports:
+        torch.compile(lambda x: attend(x, x, x), backend=attngen.load("out", inner="eager", target="h200"))(q)
+    assert "fp8 (block)" in reports[0].sites[0].computes
+
+
 def test_target_decides_what_is_planned_for() -> None:
     reports = [json.loads(run("explain", model_file(), "--json", "--target", t).stdout) for t in ("a100", "h200")]
     assert [report["device"] for report in reports] == ["NVIDIA A100 80GB", "NVIDIA H200"]

@@ -42,6 +42,11 @@ HOPPER_REVIEWED = (
         attention(dtype=BF16, head_dim=256, score=softcap(50.0, scaled(1 / 16)), mask=window(512)),
         Tile(128, 64, 8, 2, HOPPER),
     ),
+    Case(
+        "hopper_causal_fp8",
+        attention(dtype=BF16, head_dim=128, groups=4, mask=CAUSAL, fp8="rotate"),
+        Tile(128, 128, 8, 2, HOPPER, True),
+    ),
 )
 NOTES = (
     "Predicted for h200: 0.120 ms, 33.6 MB of HBM traffic at b=2 h=4 i=1024 j=1024.",

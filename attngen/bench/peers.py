@@ -30,6 +30,7 @@ OURS = "attngen"
 class Peer:
     """``prepare`` makes the forward to be timed. It raises ``NotSpelled`` or ``Missing`` where there is none.
 
+    ``eighths``: its products are of 8-bit numbers, and its error is held against an eager whose operands are such numbers.
     ``rows_first``: it takes ``[B, N, H, D]``, and is given leaves that lie so where gradients are asked for.
     """
 
@@ -39,6 +40,7 @@ class Peer:
     devices: tuple[str, ...] = ("cuda",)
     default: bool = True
     rows_first: bool = False
+    eighths: bool = False
 
 
 def chosen(names: Sequence[str], device: str) -> list[Peer]:
@@ -59,9 +61,9 @@ def _eager(problem: Problem, inputs: Inputs) -> Run:
     return lambda: attend(*inputs.operands, inputs.tensors)
 
 
-def _compiled(backend: str) -> Callable[[Problem, Inputs], Run]:
+def _compiled(backend: str, **given: Any) -> Callable[[Problem, Inputs], Run]:
     def prepare(problem: Problem, inputs: Inputs) -> Run:
-        attend = torch.compile(spelled(problem), backend=backend, dynamic=False)
+        attend = torch.compile(spelled(problem), backend=backend, dynamic=False, **given)
         return lambda: attend(*inputs.operands, inputs.tensors)
 
     return prepare
@@ -78,6 +80,21 @@ def _ours(problem: Problem, inputs: Inputs) -> Run:
     if without := [site.backward for site in sites if inputs.leaves and not site.backward_tiles]:
         raise NotSpelled(f"no kernel of ours for the gradient: {without[0] or 'nobody asks for it'}")
     return run
+
+
+def _in_eighths(mode: str) -> Callable[[Problem, Inputs], Run]:
+    """Ours in products of 8-bit numbers. Operands come in 16 bits: writing them in 8 is part of what is timed."""
+
+    def prepare(problem: Problem, inputs: Inputs) -> Run:
+        run = _compiled("attngen", options={"fp8": mode})(problem, inputs)
+        with attngen.record() as reports:
+            run()
+        sites = [site for report in reports for site in report.sites]
+        if not sites or any(f"fp8 ({mode})" not in site.computes for site in sites):
+            raise NotSpelled("left in 16 bits: " + "; ".join(site.reason or site.computes for site in sites))
+        return run
+
+    return prepare
 
 
 # ----------------------------------------------------------------------------------------------------------------- sdpa
@@ -235,6 +252,8 @@ PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
         Peer(OURS, _ours, 'torch.compile(backend="attngen") of the plain spelling', BOTH),
+        Peer("attngen-fp8", _in_eighths("block"), 'ours with options={"fp8": "block"}', BOTH, default=False, eighths=True),
+        Peer("attngen-fp8-rotate", _in_eighths("rotate"), "the same, rotated", BOTH, default=False, eighths=True),
         Peer("eager", _eager, "the plain spelling as it is", BOTH),
         Peer("inductor", _compiled("inductor"), "torch.compile of the plain spelling", BOTH),
         Peer("sdpa", _sdpa(), "F.scaled_dot_product_attention, by the backend that it chooses", ("cpu",)),
@@ -245,6 +264,7 @@ PEERS: dict[str, Peer] = {
         Peer("flex-tuned", _flex("TRITON", "max-autotune-no-cudagraphs"), "the same with tiles tried out", default=False),
         Peer("flex-flash", _flex("FLASH"), "compiled flex_attention, FLASH backend (needs flash-attn-4)"),
         Peer("fa3", flash.third, "FlashAttention-3 (pip install fa3-fwd)", rows_first=True),
+        Peer("fa3-fp8", flash.third_in_eighths, "the same on operands that are in 8 bits", default=False, eighths=True),
         Peer("fa4", flash.fourth, "FlashAttention-4 (pip install --pre flash-attn-4)", rows_first=True),
     )
 }

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attngen import verify, verify_bwd
+from attngen import fp8, verify, verify_bwd
 from attngen.bench import spelling as s
 from attngen.bench.problems import Problem
 from attngen.bench.terms import BOTH, FORWARD, GRADIENT, NotSpelled
@@ -95,6 +95,13 @@ def expected(problem: Problem, inputs: s.Inputs, phase: str) -> list[Expected]:
         slack = [verify_bwd.SLACK] * len(names)
         found += map(Expected, names, exact, eager, slack)
     return found
+
+
+def expected_in_eighths(problem: Problem, inputs: s.Inputs, wanted: Sequence[Expected]) -> list[Expected]:
+    """The same of peers that multiply 8-bit numbers: eager is given operands that have been rounded to these."""
+    query, keys, values = (fp8.rounded(x.float()).to(x.dtype) for x in inputs.operands)
+    coarse = replace(inputs, query=query, keys=keys, values=values)
+    return [replace(each, eager=s.result_of_eager(problem, coarse)) for each in wanted]
 
 
 def gradients(problem: Problem, inputs: s.Inputs, grad: Tensor) -> list[Tensor]:

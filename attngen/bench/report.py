@@ -29,7 +29,8 @@ def shown(record: Record) -> RenderableType:
 
 def result_table(result: Result) -> RenderableType:
     """Timed peers, the fastest first, and under them the others with the reason. Product and Copy are shares of the
-    ceilings, To ours is a time over ours, and Error a share of its budget."""
+    ceilings, To ours is a time over ours, and Error a share of its budget; where budgets are of 8 and of 16 bits, the errors
+    themselves are below."""
     phase = "" if result.phase == FORWARD else f"  {TITLES[result.phase]}:"
     title = Text.assemble((result.problem.name, "bold cyan"), f"{phase}  {result.problem}")
     table = _table(*COLUMNS)
@@ -41,6 +42,9 @@ def result_table(result: Result) -> RenderableType:
         if row.status == TIMED:
             table.add_row(*_cells(row, ours), style="bold" if row.peer == OURS else "")
     notes = [_note(row) for row in result.rows if row.status != TIMED or row.kernel]
+    errors = [f"{row.peer} {row.rms:.2e}" for row in result.rows if row.status == TIMED and row.rms is not None]
+    if any(row.peer in PEERS and PEERS[row.peer].eighths for row in result.rows):
+        notes.append(Text(f"  RMS error: {', '.join(errors)}", style="dim"))
     return Group(title, table, *notes)
 
 

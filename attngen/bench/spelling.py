@@ -143,15 +143,15 @@ def _sigmoid(scores: Tensor, kept: Tensor | None, tensors: Tensors) -> Tensor:
 
 
 def references(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The result in float64, and as eager gives it in the dtype of the inputs, each computed a few rows at a time."""
+    """The result in float64, and as eager gives it in the dtype of the inputs."""
+    return result_of_eager(problem, inputs.double()), result_of_eager(problem, inputs)
+
+
+def result_of_eager(problem: Problem, inputs: Inputs) -> Tensor:
+    """What the plain spelling gives in the dtype of the inputs, computed a few rows at a time."""
     attend = spelled(problem)
-    precise = inputs.double()
-    exact, eager = [], []
-    for first, last in chunks(problem, inputs.query.device.type):
-        exact.append(_rows(attend, precise, first, last, problem))
-        eager.append(_rows(attend, inputs, first, last, problem))
-    dim = 1 if problem.views else 2
-    return torch.cat(exact, dim), torch.cat(eager, dim)
+    parts = [_rows(attend, inputs, *each, problem) for each in chunks(problem, inputs.query.device.type)]
+    return torch.cat(parts, 1 if problem.views else 2)
 
 
 def _rows(attend: Spelling, inputs: Inputs, first: int, last: int, problem: Problem) -> Tensor:

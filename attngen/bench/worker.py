@@ -186,7 +186,9 @@ def result_of(
     torch._dynamo.reset()
     inputs = s.inputs_of(problem, device)
     pairs = s.area(problem, inputs)
-    expected = phases.expected(problem, inputs, phase)
+    expected = coarse = phases.expected(problem, inputs, phase)
+    if phase == FORWARD and any(peer.eighths for peer in chosen):
+        coarse = phases.expected_in_eighths(problem, inputs, expected)
     rows: dict[str, Row] = {}
     runs: dict[str, phases.Call] = {}
     for peer in chosen:
@@ -194,10 +196,10 @@ def result_of(
             rows[peer.name] = Row(peer.name, FAILED, reason)
             continue
         begins(peer.name)
-        rows[peer.name], run = _tried(peer, problem, inputs, expected, device, phase)
+        rows[peer.name], run = _tried(peer, problem, inputs, coarse if peer.eighths else expected, device, phase)
         if run is not None:
             runs[peer.name] = run
-    del expected
+    del expected, coarse
     flop, moved = s.flop(problem, pairs, phase), s.traffic(problem, inputs, phase)
 
     def failed(name: str, error: Exception) -> None:
@@ -216,6 +218,8 @@ def _tried(
     try:
         if device not in peer.devices:
             raise NotSpelled("not for this kind of device")
+        if peer.eighths and phase != FORWARD:
+            raise NotSpelled("products of 8-bit numbers are for inference")
         if phase != FORWARD:
             inputs = inputs.wanting(trained=problem.trained, rows_first=peer.rows_first and not problem.views)
         with attngen.record() as reports:

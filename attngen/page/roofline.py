@@ -69,7 +69,7 @@ def flop(spec: AttentionSpec, problem: Problem) -> float:
 
 def rate_of_products(spec: AttentionSpec, device: Device) -> float:
     if spec.query.dtype != torch.float32:
-        return device.tensor16
+        return device.tensor16 * (2 if spec.fp8 else 1)
     return device.tensor32 if spec.tf32 else device.fp32
 
 
