@@ -20,12 +20,12 @@ from attngen.bounds import Bounds, loop_bounds
 from attngen.boxes import PLANE_DTYPES, planes
 from attngen.finder import data_of, finder
 from attngen.gluon import DTYPES, box_dims, gluon, helpers_of
-from attngen.gradient import DIAGONAL, Backward, adjoints, backward_of, diagonal_of, mirrored, mirrored_spec
+from attngen.gradient import DIAGONAL, PAIR, Backward, adjoints, backward_of, diagonal_of, mirrored, mirrored_spec
 from attngen.layout import base_of, memory_order, stride_of, unpacked, used_dims
 from attngen.mask import Cover, by_position, derive
 from attngen.printer import LOG2E, Places, Printer, Unprintable, bare, fixed_dims
 from attngen.scores import in_units, kept
-from attngen.sides import Side, called_with, heads_of, launch_of, leading, mirrored_side, order_of
+from attngen.sides import Side, called_with, heads_of, launch_of, leading, mirrored_side, order_of, read_of
 from attngen.spec import FEATURE, HOPPER, INNER, KEY, ROW, SCORE, AttentionSpec, Input, Tile
 from attngen.words import columns_of, written
 
@@ -137,7 +137,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "margins": {name: dim for name, dim in margins_of(spec).items() if any(x.name == name for x in read)},
         "pairs": pairs_bwd.TILES[padded(spec)],
         "diagonals": any(each["target"]["kind"] == DIAGONAL for each in trained),
-        **_extras_made(launch, trained),
+        **_extras_made(plan, launch, trained),
         **score,
         "reads_columns": bool(re.search(r"\bcols\b", " ".join((score["score"], score["chain"], score["reads"])))),
         "mentioned": bool(each) or _mentions(" ".join(score.values()), spec),
@@ -190,10 +190,15 @@ def _programs(turned: AttentionSpec) -> list[Expr]:
     return [turned.score, turned.mask, *(grad for of, grad in adjoints(turned, turned.score) if of == SCORE)]
 
 
-def _extras_made(launch: dict[str, Any], trained: list[dict[str, Any]]) -> dict[str, Any]:
+def _extras_made(plan: Backward, launch: dict[str, Any], trained: list[dict[str, Any]]) -> dict[str, Any]:
     """Of the gradients beside those of the operands: which are made, and what ``launch`` says of each."""
     sources = {each["source"] for each in trained}
     operands, extras = launch["buffers"][:3], dict(zip(launch["needs"], launch["buffers"][3:], strict=True))
+    for target in plan.extras:
+        if target.kind == PAIR and target.shared:  # a block is written once, also where nothing adds to it
+            name = target.source.name
+            make = f"(torch.empty if {name}.shape == {read_of(plan.spec, target)} else torch.zeros)"
+            extras[name] = {**extras[name], "make": extras[name]["make"].replace("torch.zeros", make)}
     return {
         "untrained": [name for name in extras if name not in sources],
         "made": [*operands, *(buffer for name, buffer in extras.items() if name in sources)],

@@ -118,6 +118,13 @@ def launch_of(spec: AttentionSpec, plan: Backward) -> dict[str, Any]:
     }
 
 
+def read_of(spec: AttentionSpec, target: Target) -> str:
+    """How much is read of each dimension of what ``target`` is the gradient of."""
+    axes = [*spec.batch, ROW, KEY]
+    shape = {**{a: f"size_{a.name}" for a in axes}, INNER: str(spec.head_dim), FEATURE: str(spec.value_dim)}
+    return tuple_of([_extent(place, f"{target.source.name}.shape[{d}]", shape) for d, place in enumerate(target.place.index)])
+
+
 def _buffer(spec: AttentionSpec, target: Target, shape: dict[Axis, str]) -> dict[str, str]:
     """How ``launch`` allocates a gradient, and what it gives back of it."""
     name, source = target.place.name, target.source.name
@@ -129,8 +136,7 @@ def _buffer(spec: AttentionSpec, target: Target, shape: dict[Axis, str]) -> dict
         parts, give = ([*sizes, "tiles"], f"{name}.sum(-1)") if target.kind == HEAD else (sizes, name)
         return {"name": name, "make": f"torch.empty({tuple_of(parts)}, {single})", "give": give}
     order = tuple(memory_order(spec, target.source))
-    read = tuple_of([_extent(place, f"{source}.shape[{d}]", shape) for d, place in enumerate(target.place.index)])
-    whole = f"{source}.shape == {read}" if target.dense else "False"
+    whole = f"{source}.shape == {read_of(spec, target)}" if target.dense else "False"
     return {"name": name, "make": f"gradient_of({source}, {order}, {whole})", "give": name}
 
 

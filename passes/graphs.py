@@ -188,11 +188,15 @@ def _nodes_before(anchor: fx.Node) -> frozenset[fx.Node]:
 
 
 def _traced_table(table: Table, sources: Sequence[fx.Node], sizes: dict[sp.Symbol, tuple[fx.Node, int]]) -> fx.Graph:
-    """The ATen operators that compute ``table`` from the values of ``sources``, on the device of the first."""
+    """The ATen operators that compute ``table`` from the values of ``sources``, on the device of the first.
+
+    What it looks up is widened before, not after: an entry may be read for thousands of diagonals, whose gradients would
+    add up in 16 bits.
+    """
     inputs = values(sources)
 
     def body(*tensors: Tensor) -> Tensor:
-        known = dict(zip(sources, tensors, strict=True))
+        known = dict(zip(sources, map(_widened, tensors), strict=True))
         measured = {symbol: known[node].shape[dim] for symbol, (node, dim) in sizes.items()}
         positions = _positions(table, measured, tensors[0].device)
         evaluate = Evaluator(positions, known.__getitem__, dtype=torch.float32, device=tensors[0].device)
@@ -203,6 +207,10 @@ def _traced_table(table: Table, sources: Sequence[fx.Node], sizes: dict[sp.Symbo
     with mode, compat.enable_python_dispatcher(), compat.tracing(None):
         traced = compat.make_fx(body, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
     return traced.graph
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.is_floating_point() and x.dtype.itemsize < 4 else x
 
 
 def _positions(table: Table, measured: dict[sp.Symbol, Any], device: torch.device) -> dict[sp.Symbol, Any]:

@@ -56,7 +56,7 @@ def call_of(run: Callable[[], Tensor], problem: Problem, inputs: s.Inputs, phase
 
 def kernels(reports: Sequence[Report], problem: Problem, phase: str) -> str:
     """Which kernels of ours are timed: family and tiles."""
-    trained = problem.trained and any((problem.alibi, problem.bias, problem.buckets))
+    trained = problem.trained and problem.alibi
     sites = [site for report in reports for site in report.replaced]
     parts = [f"forward {site.family} ({site.tile})" for site in sites if phase != GRADIENT]
     parts += [f"gradient {_backward(site, trained)}" for site in sites if phase != FORWARD and site.backward_tiles]
@@ -66,7 +66,7 @@ def kernels(reports: Sequence[Report], problem: Problem, phase: str) -> str:
 def _backward(site: SiteReport, trained: bool) -> str:
     family = site.backward_tiles[0]["family"]
     if trained and family == HOPPER:
-        return f"{PORTABLE} (the {HOPPER} kernels make no gradient of what scores load)"
+        return f"{PORTABLE} (the {HOPPER} kernels make no gradient of slopes)"
     return f"{family} ({site.backward})"
 
 
