@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 
-from attngen import boxes, hopper
+from attngen import boxes, fp8, hopper
 from attngen.cost import Cost, costs
 from attngen.device import Device
 from attngen.errors import Miss
@@ -70,7 +70,12 @@ def choose(
     if tile is not None and tile not in candidates and (not spec.fp8 if tile.family == PORTABLE else not outright):
         candidates = (*candidates, tile)
     predicted = dict(zip(candidates, costs(spec, problem, device, candidates), strict=True))
-    refused = tuple(Refusal(t, reason) for t, c in predicted.items() if (reason := refusal(t, c, problem, device)))
+    features = boxes.results(spec)[0].width
+
+    def refuse(tile: Tile, cost: Cost) -> str | None:
+        return refusal(tile, cost, problem, device) or fp8.inexact(spec, tile, features, problem.keys)
+
+    refused = tuple(Refusal(t, reason) for t, c in predicted.items() if (reason := refuse(t, c)))
     if len(refused) == len(candidates) and (least := _least_spilling(refused, predicted)) is not None:
         refused = tuple(each for each in refused if each is not least)
     ranked = _ranked(predicted, {r.tile for r in refused})

@@ -14,9 +14,9 @@ outlier, whose error is as large as itself, becomes many small numbers (arXiv 23
 
 Rounding to e4m3 loses up to 2**-4 of a number. Tensor cores add such products up in about 14 bits (arXiv 2412.19437), far
 less of a loss over the features of a head or the keys of a block. But what each addition cuts off is towards zero: of a sum
-that grows steadily over n keys up to n / 32 * 2**-14 would be missing, 3 % at 16384. So each block is multiplied ``apart``
-and added to the result in float32, by the multiplication that moves it. That takes as many registers again as results have;
-where there are not so many (``_apart``) tensor cores add all keys up, as FlashAttention-3 does.
+that grew steadily over 16,384 keys 18 % was missing on an H200 (heads of 256). So each block is multiplied ``apart`` and
+added to the result in float32, by the multiplication that moves it: 0.003 % was missing (heads of 128). That takes as many
+registers again as results have; where there are not so many (``_apart``) tensor cores add all keys up, if these are few.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ SPREAD = 8  # weights of at most one are times 2 to this in 8 bits: numbers belo
 LEAST = 2.0**-50  # that a scale is made for: products of two must not vanish in float32
 SMALLEST_HEAD = 64
 COMPARISONS = ("le", "lt", "ge", "gt")
+MOST_ADDED = 1024  # keys that tensor cores add up: what is cut off grows with their number, to about 1 %
 MOST_APART = 128  # features of results that registers of two warpgroups have room for twice
 GROUP_ROWS = 64  # queries of a warpgroup, which share a scale
 TURN = 128  # features that are rotated together, or all of a smaller head
@@ -114,6 +115,13 @@ def holes(spec: AttentionSpec, tile: Tile, copied: dict[str, Any], printer: Prin
         "quantised": [_quantised(name, spec, tile, copied) for name in operands],
         "unaddressed": ("out", *operands, *(f"{name}_codes" for name in operands)),
     }
+
+
+def inexact(spec: AttentionSpec, tile: Tile, features: int, keys: int) -> str | None:
+    """Why a kernel of that tile loses too much of a sum over so many keys, if so; ``features`` of a result's first part."""
+    if not spec.fp8 or keys <= MOST_ADDED or _apart(spec, tile, features):
+        return None
+    return f"would add up {keys} keys in tensor cores, which lose too much of 8-bit products of more than {MOST_ADDED}"
 
 
 def _apart(spec: AttentionSpec, tile: Tile, features: int) -> bool:

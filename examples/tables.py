@@ -112,7 +112,8 @@ def attention(record: Record) -> list[str]:
         best = max((rate for peer, rate in rates.items() if peer != "attngen"), default=math.nan)
         ratios.append(rates.get("attngen", math.nan) / best)
         cells = [f"{rates[peer]:.0f}" if peer in rates else "-" for peer in peers]
-        lines.append(f"| {result['problem']['name']} | {' | '.join(cells)} | {ratios[-1]:.2f}x |")
+        ratio = "-" if math.isnan(ratios[-1]) else f"{ratios[-1]:.2f}x"
+        lines.append(f"| {result['problem']['name']} | {' | '.join(cells)} | {ratio} |")
     known = [math.log(ratio) for ratio in ratios if not math.isnan(ratio)]
     mean = math.exp(sum(known) / len(known))
     rate = _RATES[record["results"][0].get("phase", "forward")]
@@ -151,6 +152,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
     "curves": ("examples/results/curves.json", curves),
     "dense": ("examples/results/dense.json", attention),
     "variants": ("examples/results/variants.json", attention),
+    "variants_training": ("examples/results/variants_training.json", attention),
     "long": ("examples/results/long.json", long),
     "starts": ("examples/results/starts.json", starts),
     "choices": ("tests/data/sweep_h100.json", choices),

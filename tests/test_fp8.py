@@ -13,8 +13,10 @@ from torch import Tensor
 
 from attngen import decide, fp8, hopper
 from attngen.algebra import Int, op, to_float
+from attngen.choose import Plan
 from attngen.device import resolve
 from attngen.emit import Kernel
+from attngen.errors import Miss
 from attngen.spec import HOPPER, AttentionSpec, Problem, Tile
 from attngen.verify import check, eager, reference
 
@@ -191,6 +193,17 @@ def test_damage_is_noticed(change: tuple[str, str]) -> None:
 def test_what_cannot_be_in_8_bits_stays_in_16(spec: AttentionSpec, device: str, words: str) -> None:
     found, reason = decide.in_eighths(spec, square(1024), resolve(device), fp8.BLOCK)
     assert found == spec and words in reason
+
+
+def test_long_sums_are_only_taken_where_they_add_up_in_float32() -> None:
+    """Tensor cores cut off 18 % of a sum over 16,384 keys (see ``attngen.fp8``)."""
+    wide, narrow = (eighths(attention(dtype=BF16, head_dim=d)) for d in (256, 128))
+    refused = decide.chosen(wide, square(16384), H200)
+    assert isinstance(refused, Miss) and "lose too much" in refused.reason
+    assert isinstance(decide.chosen(wide, square(fp8.MOST_ADDED), H200), Plan)
+    plan = decide.chosen(narrow, square(16384), H200)
+    assert isinstance(plan, Plan) and all(tile.rows == 128 for tile, _ in plan.ranked)
+    assert any(each.tile.rows == 192 and "lose too much" in each.reason for each in plan.refused)
 
 
 def test_what_nobody_asks_for_stays_as_it_is() -> None:
