@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -60,10 +60,11 @@ def layout_of(tensor: Tensor) -> Layout:
 
 @dataclass(frozen=True)
 class Job:
-    """A kernel file and the layouts of the tensors it will be launched on."""
+    """A kernel file and the layouts of the tensors it will be launched on; ``again`` is that of kernels it leaves rows to."""
 
     source: Path
     inputs: tuple[Layout, ...]
+    again: Path | None = None
 
     @classmethod
     def of(cls, source: Path, inputs: Sequence[Tensor]) -> Job:
@@ -121,16 +122,33 @@ def calls_of(module: ModuleType, inputs: Sequence[Layout]) -> dict[str, _Recorde
     return recorders
 
 
-def backward_launches_of(module: ModuleType, inputs: Sequence[Layout]) -> dict[str, _Recorder]:
-    """The kernel calls that ``launch`` of a backward module makes for such inputs, by kernel."""
+def backward_launches_of(
+    module: ModuleType, inputs: Sequence[Layout], again: Callable[..., None] = lambda *_, **__: None
+) -> dict[str, _Recorder]:
+    """The kernel calls that ``launch`` of a backward module makes for such inputs, by kernel; it may call ``again`` last."""
+    tensors = [layout.meta() for layout in inputs]
+
+    def call(launch: FunctionType) -> None:
+        names = launch.__code__.co_varnames[: launch.__code__.co_argcount]
+        others = {"again": again} if "again" in names else {}
+        if launch(*tensors, **others) is None:  # it makes no gradients but those of the operands
+            launch(*tensors, **others, **{name: False for name in names if name.startswith("need_")})
+
+    return _recorded(module, call)
+
+
+def standby_launches_of(module: ModuleType, other: ModuleType, inputs: Sequence[Layout]) -> dict[str, _Recorder]:
+    """The kernel calls of ``other``, as it is launched behind those of ``module``, which leave rows to it."""
+    found: list[tuple[Any, dict[str, Any]]] = []
+    backward_launches_of(module, inputs, lambda *args, **options: found.append((args, options)))
+    args, options = found[-1]
+    return _recorded(other, lambda launch: launch(*args, **options))
+
+
+def _recorded(module: ModuleType, call: Callable[[FunctionType], object]) -> dict[str, _Recorder]:
     recorders = {name: _Recorder() for name in vars(module) if name in BEFORE or name.startswith(BACKWARD)}
     known = {**vars(module), **recorders, "deterministic": lambda: False}
-    launch = FunctionType(module.launch.__code__, known, argdefs=module.launch.__defaults__)
-    tensors = [layout.meta() for layout in inputs]
-    names = launch.__code__.co_varnames[: launch.__code__.co_argcount]
-    others: dict[str, Any] = {"again": lambda *_, **__: None} if "again" in names else {}
-    if launch(*tensors, **others) is None:  # it makes no gradients but those of the operands
-        launch(*tensors, **others, **{name: False for name in names if name.startswith("need_")})
+    call(FunctionType(module.launch.__code__, known, argdefs=module.launch.__defaults__))
     return {name: recorder for name, recorder in recorders.items() if hasattr(recorder, "args")}
 
 
@@ -145,15 +163,21 @@ def compile_for(job: Job, arch: int) -> Binary:
     try:
         module = import_file(job.source)
         alone = hasattr(module, KERNEL)
-        calls = calls_of(module, job.inputs) if alone else backward_launches_of(module, job.inputs)
-        built = {
-            name: [compat.compile_kernel(getattr(module, name), *each, arch) for each in c.all] for name, c in calls.items()
-        }
+        built = _built(module, calls_of(module, job.inputs) if alone else backward_launches_of(module, job.inputs), arch)
+        if job.again is not None:
+            other = import_file(job.again)
+            _built(other, standby_launches_of(module, other, job.inputs), arch)
     except Exception as error:  # the compiler raises errors of many kinds, from several libraries
         raise VerificationFailed(f"{job.source.name} does not compile for sm_{arch}: {_last_line(error)}") from error
     several = [built[KERNEL]] if alone else built.values()  # what runs before it is small
     counted = [each for made in several for each in made]
     return _merged([_binary(compiled, arch) for compiled in counted], time.perf_counter() - started)
+
+
+def _built(module: ModuleType, calls: dict[str, _Recorder], arch: int) -> dict[str, list[Any]]:
+    return {
+        name: [compat.compile_kernel(getattr(module, name), *each, arch) for each in call.all] for name, call in calls.items()
+    }
 
 
 def _binary(compiled: Any, arch: int) -> Binary:
@@ -242,7 +266,7 @@ def _child(jobs: list[Job], arch: int) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
     command = [sys.executable, "-m", "attngen.aot"]
     child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
-    request = [{**asdict(job), "source": str(job.source)} for job in jobs]
+    request = [{**asdict(job), "source": str(job.source), "again": job.again and str(job.again)} for job in jobs]
     assert child.stdin is not None
     child.stdin.write(json.dumps({"arch": arch, "jobs": request}))
     child.stdin.close()
@@ -273,7 +297,8 @@ def main() -> None:
     for job in request["jobs"]:
         inputs = tuple(Layout(tuple(i["shape"]), tuple(i["strides"]), i["offset"], i["dtype"]) for i in job["inputs"])
         try:
-            answer = asdict(compile_for(Job(Path(job["source"]), inputs), request["arch"]))
+            again = Path(job["again"]) if job["again"] else None
+            answer = asdict(compile_for(Job(Path(job["source"]), inputs, again), request["arch"]))
         except (VerificationFailed, Unavailable) as failed:
             answer = {"error": str(failed)}
         print(json.dumps(answer), file=answers, flush=True)

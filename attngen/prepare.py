@@ -43,7 +43,9 @@ class Use:
         """What there is to compile."""
         jobs = [Job(kernel_path(self.kernel), self.inputs)]
         if self.backward is not None:
-            jobs.append(Job(kernel_path(self.backward), (*results_of(self.kernel.spec, self.problem), *self.inputs)))
+            other = self.backward.otherwise if self.backward.leaves_rows else None
+            inputs = (*results_of(self.kernel.spec, self.problem), *self.inputs)
+            jobs.append(Job(kernel_path(self.backward), inputs, kernel_path(other) if other else None))
         return jobs
 
 
@@ -86,7 +88,8 @@ def results_of(spec: AttentionSpec, problem: Problem) -> tuple[Layout, ...]:
 
 
 def _marker(job: Job, device: Device) -> str:
-    key = digest(f"{job.source.stem}\n{job.inputs}\n{device.arch}\n{compat.triton_build()}")
+    files = f"{job.source.stem} {job.again.stem}" if job.again else job.source.stem
+    key = digest(f"{files}\n{job.inputs}\n{device.arch}\n{compat.triton_build()}")
     return f"compiled/{key}.json"
 
 

@@ -17,6 +17,10 @@ from test_hopper_binaries import SERIALISED, from_nothing
 
 from attngen import aot, hopper_bwd, verify_bwd
 from attngen.aot import Binary, Job
+from attngen.emit import BackwardKernel, emit_backward
+from attngen.errors import VerificationFailed
+from attngen.interpret import import_file
+from attngen.spec import Tile
 
 pytest.importorskip("triton")
 
@@ -61,3 +65,21 @@ def test_program_compiles_as_it_should(head_dim: int, name: str, tmp_path: Path)
     # Three times four warps: those that compute, and those that load and write with the ones that fill up.
     given = 2 * hopper_bwd.REGISTERS + hopper_bwd.OTHER_REGISTERS
     assert given * 128 <= 65536 and 3 * hopper_bwd.LIMIT * 128 <= 65536
+
+
+def test_kernels_that_rows_are_left_to_are_compiled_with_it(tmp_path: Path) -> None:
+    """As they will be launched behind it: told to look at a flag first."""
+    kernel = kernel_of(BY_HEAD[64]["bias"])
+    other = emit_backward(kernel.spec, (Tile(64, 32, 4, 1), Tile(32, 64, 4, 1)))
+    assert isinstance(other, BackwardKernel)
+    path, again = tmp_path / "one.py", tmp_path / "other.py"
+    path.write_text(kernel.source)
+    again.write_text(other.source)
+    at = verify_bwd.sample(kernel.spec, square(64))
+    inputs = tuple(map(aot.layout_of, (at.grad, at.out, at.lse, *at.inputs)))
+    calls = aot.standby_launches_of(import_file(path), import_file(again), inputs)
+    assert calls.keys() == {"backward_queries", "backward_keys"}
+    assert all(any(x is True for x in call.args) for call in calls.values())
+    again.write_text(other.source.replace("tl.dot(", "tl.no_such_thing("))
+    (failed,) = aot.compile_all([Job(path, inputs, again)], 90)
+    assert isinstance(failed, VerificationFailed) and "no_such_thing" in str(failed)
