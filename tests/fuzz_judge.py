@@ -1,7 +1,8 @@
 """Is a replaced graph as good as eager? The judge is float64: results may be off by twice what eager is.
 
 Rows that eager computes well are held to that. Rows that it loses to rounding (huge scores, fills that drown scores) must
-be what either of the two says, as far as that is stable when the inputs are one rounding off.
+be what either of the two says, as far as that is stable when the inputs are one rounding off; or what eager says without
+some of its roundings to 16 bits (``fuzz_roundings``).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 from fuzz_graphs import Case
-from torch import Tensor, fx
+from fuzz_roundings import Exact, with_fewer
+from torch import Tensor
 
 from attngen.verify import within_budget
 
@@ -20,25 +22,6 @@ from attngen.verify import within_budget
 UNSTABLE = {torch.float32: 64, torch.float16: 4, torch.bfloat16: 4}
 SLIGHT = 1e-2  # of the largest value: what eager is off by less than that is rounding, and no other meaning
 GRADIENT = 32  # roundings of the largest value, in the coarsest type of all, that a gradient may be off
-
-
-class _Exact(fx.Interpreter):
-    """A graph in float64: whatever is asked for in a floating type comes in that."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        kept = n.args and isinstance(n.args[0], fx.Node) and result is self.env.get(n.args[0])
-        return result.clone() if kept and n.meta.get("new") else result  # a cast that copied there must copy here
-
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
-        return fx.node.map_aggregate(super().fetch_args_kwargs_from_env(n), _in_double)  # type: ignore[arg-type]
-
-    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().call_method("double" if target in ("float", "half", "bfloat16") else target, args, kwargs)
-
-
-def _in_double(value: Any) -> Any:
-    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 
 Run = Callable[..., Any]
@@ -75,7 +58,8 @@ def judged(case: Case, ours: Sequence[Tensor], eager: Sequence[Tensor]) -> str:
         seen = _without_hidden(case, ours, seen)
     results, values = _counts(case)
     lost = not all(x.isfinite().all() for x in seen[1][:results] if x.dtype.is_floating_point)
-    return difference(ours, seen[0], seen[2:], seen[1], values, lost)
+    wrong = difference(ours, seen[0], seen[2:], seen[1], values, lost)
+    return wrong and difference(ours, seen[0], seen[2:], seen[1], values, lost, _less_rounded(case))
 
 
 def _without_hidden(case: Case, ours: Sequence[Tensor], seen: list[list[Tensor]]) -> list[list[Tensor]]:
@@ -102,9 +86,16 @@ def _counts(case: Case) -> tuple[int, int]:
 
 def references(case: Case) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Results in float64, and eager's for inputs that are one rounding off, in three ways: one may happen to move nothing."""
-    doubled = [x.double() if x.is_floating_point() else x for x in case.inputs]
-    exact = results_of(_Exact(case.gm).run, case, doubled)
+    exact = results_of(Exact(case.gm).run, case, _doubled(case))
     return exact, [results_of(case.gm.forward, case, [_nudged(x, phase) for x in case.inputs]) for phase in range(3)]
+
+
+def _less_rounded(case: Case) -> list[list[Tensor]]:
+    return [results_of(each.run, case, _doubled(case)) for each in with_fewer(case.gm, case.inputs)]
+
+
+def _doubled(case: Case) -> list[Tensor]:
+    return [x.double() if x.is_floating_point() else x for x in case.inputs]
 
 
 def _nudged(x: Tensor, phase: int) -> Tensor:
@@ -115,10 +106,10 @@ def _nudged(x: Tensor, phase: int) -> Tensor:
 
 def difference(
     ours: Sequence[Tensor], exact: Sequence[Tensor], nudged: Sequence[Sequence[Tensor]], eager: Sequence[Tensor],
-    values: int, lost: bool,
+    values: int, lost: bool, others: Sequence[Sequence[Tensor]] = (),
 ) -> str:  # fmt: skip
     """Empty if ``ours`` is as good as ``eager``; else what is off. The first ``values`` are no gradients; ``lost``: the loss
-    is not finite."""
+    is not finite; ``others`` are as right as eager."""
     coarsest = max((torch.finfo(x.dtype).eps for x in ours if x.dtype.is_floating_point), default=0.0)
     largest = max((float(x.double().nan_to_num(0, 0, 0).abs().max()) for x in exact if x.numel()), default=0.0)
     for place, (mine, truth, theirs, *near) in enumerate(zip(ours, exact, eager, *nudged, strict=True)):
@@ -136,12 +127,12 @@ def difference(
             if lost:  # such a loss has no gradient: that eager's is a number here and there is chance
                 defined &= ~mine.isnan()
             mine, truth, theirs = (torch.where(defined, x, 0.0) for x in (mine, truth, theirs))
-        if wrong := _off(mine, truth, near, theirs, floor):
+        if wrong := _off(mine, truth, near, theirs, floor, [other[place] for other in others]):
             return f"result {place}: {wrong}"
     return ""
 
 
-def _off(mine: Tensor, truth: Tensor, near: Sequence[Tensor], theirs: Tensor, floor: float) -> str:
+def _off(mine: Tensor, truth: Tensor, near: Sequence[Tensor], theirs: Tensor, floor: float, others: Sequence[Tensor]) -> str:
     """What is off with ``mine``; below ``floor`` nothing counts. ``near``: eager's for inputs one rounding off."""
     kinds = [_kind(x) for x in (mine, truth.to(mine.dtype), theirs)]
     # Sums that float32 holds just so, and bfloat16 with it, overflow on the way or do not, by the order of adding. What is
@@ -161,7 +152,8 @@ def _off(mine: Tensor, truth: Tensor, near: Sequence[Tensor], theirs: Tensor, fl
     rows = (eager - exact).abs().amax(-1)
     good = rows <= 8 * rows[rows > 0].median().nan_to_num()
     check = within_budget(ours[good].to(mine.dtype), exact[good], eager[good].to(mine.dtype))
-    distance = torch.minimum((ours - exact).abs(), (ours - eager).abs()).amax(-1)
+    right = [exact, eager, *(torch.where(finite, x.double(), 0.0).view_as(exact) for x in others)]
+    distance = torch.stack([(ours - x).abs() for x in right]).amin(0).amax(-1)
     unstable = torch.stack([(eager - x).abs().amax(-1) for x in nudged]).amax(0)
     slight = torch.where(rows <= SLIGHT * exact.abs().max(), rows, 0.0).amax()
     allowed = check.budget + UNSTABLE[mine.dtype] * unstable + 2 * slight + floor
