@@ -13,6 +13,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -228,10 +229,17 @@ def _same_bits(run: Gradient) -> Gradient:
     return same
 
 
+def launch_of(kernel: Kernel | BackwardKernel) -> Callable[..., Any]:
+    """``launch`` of a kernel's file; if it leaves rows to another, it knows that one's."""
+    launch: Callable[..., Any] = import_kernel(kernel_path(kernel)).launch
+    if isinstance(kernel, BackwardKernel) and kernel.leaves_rows and kernel.otherwise is not None:
+        return partial(launch, again=import_kernel(kernel_path(kernel.otherwise)).launch)
+    return launch
+
+
 def _launched(kernel: BackwardKernel, *args: Any) -> Sequence[Tensor] | None:
     """What ``launch`` of a backward gives, or that of its other kernel; None if neither makes what is needed."""
-    again = {"again": import_kernel(kernel_path(kernel.otherwise)).launch} if kernel.leaves_rows and kernel.otherwise else {}
-    made: Sequence[Tensor] | None = import_kernel(kernel_path(kernel)).launch(*args, **again)
+    made: Sequence[Tensor] | None = launch_of(kernel)(*args)
     return _launched(kernel.otherwise, *args) if made is None and kernel.otherwise else made
 
 

@@ -23,7 +23,7 @@ from attngen.device import probe
 from attngen.emit import BackwardKernel, Kernel, emit, emit_backward
 from attngen.errors import AttngenError, Miss, Unavailable, VerificationFailed
 from attngen.measure import Clock
-from attngen.spec import HOPPER, Problem, Tile
+from attngen.spec import HOPPER, PORTABLE, Problem, Tile
 from attngen.tune.messages import LONGEST_REASON, Message, Task
 
 CHECKED = 1 << 26  # scores that a candidate is checked on; see prepare.reduced
@@ -53,7 +53,7 @@ def on_gpu(task: Task) -> Machine:
         if isinstance(here.arch, int) and compat.has_triton():
             aot.begin(jobs, here.arch).results(AHEAD)  # one that does not compile will say so itself
 
-    return Machine("cuda", lambda kernel: runtime.import_kernel(runtime.kernel_path(kernel)).launch, Clock("cuda"), ahead)
+    return Machine("cuda", runtime.launch_of, Clock("cuda"), ahead)
 
 
 def serve(machine: Callable[[Task], Machine], works: Callable[[Any, Machine, Say], None] | None = None) -> None:
@@ -163,6 +163,7 @@ class Backward:
 
     def __init__(self, task: Task, machine: Machine) -> None:
         self._wanted, self._machine = task.wanted, machine
+        self._portable = next((tiles for tiles in task.candidates if tiles[0].family == PORTABLE), None)
         extras = not any(tiles[0].family == HOPPER for tiles in task.candidates)
         small = prepare.reduced(task.wanted.problem, CHECKED)
         self._small = replace(self._sample(small), extras=extras)
@@ -178,7 +179,8 @@ class Backward:
         if isinstance(kernel, Miss):
             return None
         results = prepare.results_of(self._wanted.spec, self._wanted.problem)
-        return Job(runtime.kernel_path(kernel), (*results, *self._wanted.inputs))
+        again = runtime.kernel_path(kernel.otherwise) if kernel.otherwise else None
+        return Job(runtime.kernel_path(kernel), (*results, *self._wanted.inputs), again)
 
     def checked(self, tiles: tuple[Tile, ...]) -> measure.Run:
         launch = self._machine.launch(_expressed(self._kernel(tiles)))
@@ -187,7 +189,11 @@ class Backward:
         return lambda: _made(launch(*self._full.arguments))
 
     def _kernel(self, tiles: tuple[Tile, ...]) -> BackwardKernel | Miss:
-        return emit_backward(self._wanted.spec, tiles, l2_bytes=self._wanted.device.l2_bytes)
+        kernel = emit_backward(self._wanted.spec, tiles, l2_bytes=self._wanted.device.l2_bytes)
+        if isinstance(kernel, Miss) or not kernel.leaves_rows or self._portable is None:
+            return kernel
+        other = self._kernel(self._portable)
+        return replace(kernel, otherwise=other if isinstance(other, BackwardKernel) else None)
 
 
 def _samples(task: Task, problem: Problem, machine: Machine) -> list[Tensor]:
