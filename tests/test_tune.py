@@ -6,18 +6,19 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from specs import CASES, CAUSAL, attention
+from specs import BY_NAME, CASES, CAUSAL, attention
 from test_cache import layouts, own_cache, wanted
 from torch import Tensor
 from tuning import TESTS, fake
 
 import attngen
-from attngen import compat, emit, measure, parcel, verify
+from attngen import compat, emit, hopper_bwd, measure, parcel, verify
 from attngen.aot import Layout, layout_of
 from attngen.cache.key import BACKWARD, FORWARD
 from attngen.measure import Clock
@@ -259,3 +260,19 @@ def test_real_kernels_are_checked_and_timed() -> None:
         assert len(tiles) == 2 and len(tiles[0]) == (1 if phase == FORWARD else 2)
         found = measured(Task(question, tiles, rounds=1), time.monotonic() + 120, command=command)
         assert sorted(found.microseconds) == [0, 1] and not found.failed and not found.broke, found
+
+
+def test_rows_that_a_candidate_leaves_to_others_are_for_a_portable_one() -> None:
+    spec, problem = replace(BY_NAME["bias"].spec, lse=True), Problem((1, 2), 40, 40)
+    inputs = tuple(map(layout_of, verify.sample_inputs(spec, problem)))
+    device = attngen.device.DEVICES["h200"]  # type: ignore[attr-defined]
+    question = wanted(phase=BACKWARD, spec=spec, problem=problem, device=device, inputs=inputs)
+    tiles = (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)), (hopper_bwd.tile_of(spec),)
+    launched: list[Any] = []
+    machine = worker.Machine("cpu", lambda kernel: launched.append(kernel) or len, Clock("cpu"))  # type: ignore[func-returns-value]
+    backward = worker.Backward(Task(question, tiles, rounds=1), machine)
+    job = backward.job(tiles[1])
+    assert job is not None and job.again is not None and job.again != job.source
+    with pytest.raises(TypeError):  # what is launched here takes no tensors
+        backward.checked(tiles[1])
+    assert launched[0].leaves_rows and launched[0].otherwise.tiles == tiles[0]
