@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import benchmark_models as models
+import growing
 import torch
 import transformers
 from benchmark_models import DEVICE, Case, Size
@@ -160,7 +161,8 @@ def record(
 ) -> None:
     """What a benchmark of all models is as a program: ``measured`` gives the result of one model.
 
-    Each model has a process of its own, which leaves nothing on the device. Results are written as they come.
+    Each model has a process of its own, which leaves nothing on the device. Results are written as they come, and models
+    that have one are left out: the same command goes on where it was cut off.
     """
     parser = argparse.ArgumentParser(description=describes, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -171,16 +173,18 @@ def record(
     torch._dynamo.config.recompile_limit = 64
     versions = {"torch": torch.__version__, "attngen": attngen.__version__, "transformers": transformers.__version__}
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
-    found: dict[str, Any] = {"device": device, "versions": versions, "results": []}
+    head = {"device": device, "versions": versions, "rounds": args.rounds, "variants": args.variants.split(",")}
+    found = growing.Record.opened(args.out, head)
     chosen = [case for case in cases if case.name in args.models.split(",")]
     for case in chosen:
+        if found.has(model=case.name):
+            continue
         if len(chosen) == 1:
             small = case if DEVICE == "cuda" else replace(case, size=case.size.small)
-            found["results"].append(measured(small, args.rounds, args.variants.split(",")))
+            found.add(measured(small, args.rounds, args.variants.split(",")))
         else:
-            found["results"] += _in_process(case, args)
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
-    for result in found["results"]:
+            found.add(*_in_process(case, args))
+    for result in found.results:
         show(result)
 
 

@@ -6,13 +6,12 @@ Launch: host time per call of a compiled function with one tiny attention, less 
 what such a call comes to, for each family of kernels: the kernel's own ``launch``, and the operator that compiled code calls,
 without and with a gradient to come. Beside them PyTorch's own attention, and an addition: the least that a launch takes.
 Start: seconds to the first result in a new process, with empty caches and again with the caches that left; ``--only-launch``
-leaves it out.
+leaves it out. The record is written after each; the same command goes on where it was cut off.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -21,10 +20,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import benchmark
+import growing
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -111,16 +112,12 @@ def first_call(name: str, variant: str) -> float:
     return time.perf_counter() - started
 
 
-def starts(name: str) -> list[dict[str, Any]]:
-    rows = []
-    for variant in VARIANTS:
-        with tempfile.TemporaryDirectory() as folder:
-            environment = {**os.environ, **{cache: os.path.join(folder, cache.lower()) for cache in CACHES}}
-            command = [sys.executable, __file__, "--child", name, "--variant", variant]
-            seconds = [_child(command, environment) for _ in range(2)]
-        rows.append({"model": name, "variant": variant, "cold_s": seconds[0], "warm_s": seconds[1]})
-        print(f"{name} {variant}: cold {seconds[0]:.1f} s, warm {seconds[1]:.1f} s", flush=True)
-    return rows
+def start(name: str, variant: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, **{cache: os.path.join(folder, cache.lower()) for cache in CACHES}}
+        command = [sys.executable, __file__, "--child", name, "--variant", variant]
+        cold, warm = (_child(command, environment) for _ in range(2))
+    return {"cold_s": cold, "warm_s": warm}
 
 
 def _child(command: list[str], environment: dict[str, str]) -> float:
@@ -141,14 +138,13 @@ def main() -> None:
     if args.child:
         print(first_call(args.child, args.variant))
         return
-    overhead = launch()
-    for name, value in overhead.items():
-        print(f"{name:<24}{value:6.1f}", flush=True)
-    versions = {"torch": torch.__version__}
-    record = {"device": torch.cuda.get_device_name(), "versions": versions, "launch": overhead}
-    record["starts"] = [] if args.only_launch else starts(args.model)
-    if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    head = {"device": torch.cuda.get_device_name(), "versions": {"torch": torch.__version__}}
+    record = growing.Record.opened(args.out, head)
+    record.measure(launch, of="launch")
+    for variant in () if args.only_launch else VARIANTS:
+        record.measure(partial(start, args.model, variant), of="start", model=args.model, variant=variant)
+    for row in record.results:
+        print(*(f"{name} {value:.1f}" if isinstance(value, float) else value for name, value in row.items()))
 
 
 if __name__ == "__main__":

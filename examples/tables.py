@@ -86,9 +86,10 @@ def _beside(found: Record) -> str:
 def starts(record: Record) -> list[str]:
     """Seconds to the first result of a new process, with empty and with filled caches, and what a launch costs the host."""
     lines = ["| model | compiler and spelling | cold | warm |", "|---|---|---|---|"]
-    for row in record["starts"]:
-        lines.append(f"| {row['model']} | {row['variant']} | {row['cold_s']:.1f} s | {row['warm_s']:.1f} s |")
-    launch = record["launch"]
+    for row in record["results"]:
+        if row["of"] == "start":
+            lines.append(f"| {row['model']} | {row['variant']} | {row['cold_s']:.1f} s | {row['warm_s']:.1f} s |")
+    launch = next(row for row in record["results"] if row["of"] == "launch")
     added = f"One attention adds {launch['inductor_us']:.0f} us of host time to a compiled call under Inductor (sdpa)"
     return [*lines, "", f"{added}, {launch['attngen_us']:.0f} us here. {_machine(record)}"]
 

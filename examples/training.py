@@ -6,6 +6,7 @@
 Each model is built from a config with random weights and trained without and with dropout (also of the attention weights) by
 AdamW on the same bytes in the same order: in eager, compiled by attngen, and in eager again with other dropout masks and
 first weights that are off by one rounding. How far the two eager runs are apart is the noise that attngen's is held against.
+The record is written after each of them; the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import growing
 import torch
 import transformers
 from torch import Tensor, nn
@@ -106,6 +108,11 @@ class Setting:
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.device == "cuda" else torch.float32
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a record says of it."""
+        return {"model": self.task.name, "dropout": self.dropout, "size": asdict(self.size)}
+
 
 # ----------------------------------------------------------------------------------------------------------------- data
 
@@ -184,9 +191,7 @@ def compared(setting: Setting, made: Callable[[str], list[float]]) -> dict[str, 
         curves = {name: made(name) for name in (EAGER, OURS, AGAIN)}
     ours, noise = (apart(curves[name], curves[EAGER]) for name in (OURS, AGAIN))
     return {
-        "model": setting.task.name,
-        "dropout": setting.dropout,
-        "size": asdict(setting.size),
+        **setting.told,
         "dtype": str(setting.dtype).removeprefix("torch."),
         "graphs": len(reports),
         "replaced": sum(len(report.replaced) for report in reports),
@@ -254,8 +259,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.plot:
         plot.require()
     record = json.loads(args.show.read_text()) if args.show else _recorded(args)
-    if args.out:
-        args.out.write_text(json.dumps(record) + "\n")
     if args.plot:
         draw(record, args.plot)
     print(*map(show, record["results"]), sep="\n")
@@ -270,11 +273,16 @@ def _recorded(args: argparse.Namespace) -> dict[str, Any]:
         if task.name in args.models.split(",")
         for dropout in args.dropout.split(",")
     ]
-    results = []
+    record = growing.Record.opened(args.out, head(args))
     for setting in settings:
-        print(f"{setting.task.name}, dropout {setting.dropout}", flush=True)
-        results.append(compared(setting, partial(curve, setting, options={"inner": args.inner})))
-    return {"device": device_name(), "versions": versions(), "steps": args.steps, "results": results}
+        if not record.has(**setting.told):
+            print(f"{setting.task.name}, dropout {setting.dropout}", flush=True)
+            record.add(compared(setting, partial(curve, setting, options={"inner": args.inner})))
+    return record.content
+
+
+def head(args: argparse.Namespace) -> dict[str, Any]:
+    return {"device": device_name(), "versions": versions(), "steps": args.steps, "inner": args.inner}
 
 
 def device_name() -> str:

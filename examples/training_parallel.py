@@ -4,7 +4,8 @@
 
 Each rank reads its part of every batch and drops at random by a seed of its own. What attngen compiles is compared with
 eager under the same parallelism. DDP is compiled as a whole, so that Dynamo cuts the graph where gradients are sent; with
-FSDP2 each block is compiled on its own, and its parameters are gathered around it.
+FSDP2 each block is compiled on its own, and its parameters are gathered around it. As there, the same command goes on where
+one was cut off.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import growing
 import torch
 import torch.distributed as dist
 import training
@@ -67,25 +70,38 @@ def curve(setting: Setting, parallel: str, bucket_mb: float, name: str, options:
 
 
 def work(rank: int, args: argparse.Namespace, folder: str) -> None:
-    """What one process does. The first writes the record."""
+    """What one process does. The first writes the record, from which all know what is left to do."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(rank)
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=args.ranks)
-    results = []
-    for task in training.TASKS:
-        for dropout in args.dropout.split(",") if task.name in args.models.split(",") else ():
-            setting = Setting(task, float(dropout), training.SIZES[args.size], args.steps, device)
-            for parallel in args.parallel.split(","):
-                if rank == 0:
-                    print(f"{task.name} {parallel}, dropout {dropout}", flush=True)
-                made = partial(curve, setting, parallel, args.bucket_mb, options={"inner": args.inner})
-                results.append({"parallel": parallel, "ranks": args.ranks, **training.compared(setting, made)})
-    if rank == 0:
-        record = {"device": training.device_name(), "versions": training.versions(), "steps": args.steps, "results": results}
-        Path(folder, "record.json").write_text(json.dumps(record) + "\n")
+    record = growing.Record.opened(args.out, head(args))
+    dist.barrier()  # all have read it
+    if rank != 0:
+        record = replace(record, path=None)
+    for setting, parallel in left(record, args, device):
+        if rank == 0:
+            print(f"{setting.task.name} {parallel}, dropout {setting.dropout}", flush=True)
+        made = partial(curve, setting, parallel, args.bucket_mb, options={"inner": args.inner})
+        record.add({"parallel": parallel, "ranks": args.ranks, **training.compared(setting, made)})
     dist.destroy_process_group()
+
+
+def head(args: argparse.Namespace) -> dict[str, Any]:
+    return {**training.head(args), "bucket_mb": args.bucket_mb}
+
+
+def left(record: growing.Record, args: argparse.Namespace, device: str) -> list[tuple[Setting, str]]:
+    """What was asked for and ``record`` has not."""
+    asked = [
+        (Setting(task, float(dropout), training.SIZES[args.size], args.steps, device), parallel)
+        for task in training.TASKS
+        if task.name in args.models.split(",")
+        for dropout in args.dropout.split(",")
+        for parallel in args.parallel.split(",")
+    ]
+    return [(s, parallel) for s, parallel in asked if not record.has(**s.told, parallel=parallel, ranks=args.ranks)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,10 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.plot:
         plot.require()
     with tempfile.TemporaryDirectory() as folder:
+        args.out = args.out or Path(folder, "record.json")
         torch.multiprocessing.spawn(work, (args, folder), nprocs=args.ranks)
-        record = json.loads(Path(folder, "record.json").read_text())
-    if args.out:
-        args.out.write_text(json.dumps(record) + "\n")
+        record = json.loads(args.out.read_text())
     if args.plot:
         training.draw(record, args.plot)
     print(*map(training.show, record["results"]), sep="\n")

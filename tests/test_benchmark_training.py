@@ -98,6 +98,10 @@ def test_each_model_has_a_process(tmp_path: Path, benchmark: Any, monkeypatch: p
     shared.record("", benchmark.measure, cases=benchmark.CASES, variants=benchmark.VARIANTS, rounds=1)
     (result,) = json.loads(out.read_text())["results"]
     assert result["model"] == "gpt2" and result["rows"][0]["ms"] > 0
+    monkeypatch.setattr(shared.subprocess, "run", lambda command, **_: asked.append(command[3]))
+    asked: list[str] = []
+    shared.record("", benchmark.measure, cases=benchmark.CASES, variants=benchmark.VARIANTS, rounds=1)
+    assert asked == ["t5"] and json.loads(out.read_text())["results"] == [result]
 
 
 def test_a_table_says_what_did_not_fit(benchmark: Any) -> None:

@@ -198,6 +198,9 @@ def test_a_loss_curve_is_eagers(name: str, monkeypatch: pytest.MonkeyPatch, tmp_
         assert result["replaced"] == {"gpt2": 2, "t5": 6}[name] and not result["missed"]
         curve = result["curves"]["attngen"]
         assert sum(curve[-4:]) < sum(curve[:4])
+    monkeypatch.setattr(training, "train", None)  # what is there is not trained again
+    training.main(given)
+    assert json.loads(out.read_text())["results"] == [plain, dropped]
     pytest.importorskip("matplotlib")
     training.main(["--show", str(out), "--plot", str(picture)])
     assert picture.stat().st_size > 10_000

@@ -43,8 +43,15 @@ def check(results: dict[tuple[str, float], dict[str, Any]], tolerance: float) ->
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    results = trained(tmp_path, "--steps", "8", "--inner", "eager", "--dropout", "0.0")
-    assert len(results) == 2
+    """The second run does what the first was not asked for, and only that."""
+    given = ("--steps", "8", "--inner", "eager", "--dropout", "0.0")
+    first = trained(tmp_path, *given, "--parallel", "ddp")
+    marked = json.loads((tmp_path / "out.json").read_text())
+    marked["results"][0]["seen"] = True
+    (tmp_path / "out.json").write_text(json.dumps(marked))
+    results = trained(tmp_path, *given)
+    assert len(first) == 1 and len(results) == 2
+    assert [result.get("seen", False) for result in results.values()] == [True, False]
     check(results, 1e-4)
 
 
