@@ -15,6 +15,7 @@ from itertools import product
 import sympy as sp
 
 from attngen.algebra import ONE, Const, Expr, Op, Reduce, number, op, substitute, terms, total, transform, where
+from attngen.guards import unguarded
 from attngen.index import Axis
 
 MAX_COLUMNS = 4  # of extra logits (sinks) joined to the scores
@@ -52,6 +53,7 @@ def softmax(weight: Expr, key: Axis) -> Normalised | str:
     """The softmax over ``key`` that ``weight`` is, or a sentence saying why it is none."""
     weight = transform(weight, _natural)
     above, below, zero_if_empty = quotient(weight)
+    below = [unguarded(divisor) for divisor in below]
     moving = [factor for factor in above if key in factor.axes]
     powers = [factor for factor in moving if isinstance(factor, Op) and factor.name == "exp"]
     if not powers:

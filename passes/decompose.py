@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import sympy as sp
 import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
@@ -28,10 +29,14 @@ class Inlined:
 
 
 class Decomposer:
-    """Decomposes nodes of one graph. Nodes that differ in their values alone are traced once."""
+    """Decomposes nodes of one graph. Nodes that differ in their values alone are traced once.
+
+    ``fixed`` counts the traces that asked a symbolic size for its number, as ``math.sqrt`` does: it is that number since.
+    """
 
     def __init__(self) -> None:
         self._traced: dict[str, fx.Graph | None] = {}
+        self.fixed = 0
 
     def __call__(self, node: fx.Node) -> Inlined | None:
         """``node`` as a graph of simpler operators, its own to keep, or None if torch knows none."""
@@ -41,7 +46,9 @@ class Decomposer:
         outer = list(node.all_input_nodes)
         key = _signature(node, outer)
         if key not in self._traced:
+            before = _symbols(outer)
             self._traced[key] = _trace(node, outer, definition)
+            self.fixed += _symbols(outer) != before
         known = self._traced[key]
         if known is None:
             return None
@@ -58,6 +65,12 @@ def _signature(node: fx.Node, outer: list[fx.Node]) -> str:
     values = [n.meta["val"] for n in outer]
     layouts = [(v.shape, v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else v for v in values]
     return f"{node.target} {arguments} {layouts}"
+
+
+def _symbols(nodes: list[fx.Node]) -> set[sp.Basic]:
+    """What the sizes of tensors are made of that are no numbers."""
+    shapes = [n.meta["val"].shape for n in nodes if isinstance(n.meta["val"], Tensor)]
+    return {symbol for shape in shapes for size in shape for symbol in compat.size_expr(size).free_symbols}
 
 
 def _trace(node: fx.Node, outer: list[fx.Node], definition: Callable[..., Any]) -> fx.Graph | None:

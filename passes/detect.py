@@ -117,10 +117,14 @@ _FROM_SCORES = "an operand is computed from the scores"
 def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: Decomposer, marks: Marks) -> Terms | Miss:
     if node in lowered.refused:
         return Miss(lowered.refused[node], node.name, depth=1)
+    known = decompose.fixed
     try:
-        return _proof(node, lowered, facts, decompose, marks)
+        proof = _proof(node, lowered, facts, decompose, marks)
     except (TooMuch, RecursionError):
         return Miss(_TOO_MUCH, node.name, depth=1)
+    if decompose.fixed > known:  # of one size, the proof has seen both the symbol and the number
+        return _prove(node, lowered, facts, decompose, marks)
+    return proof
 
 
 def _proof(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: Decomposer, marks: Marks) -> Terms | Miss:

@@ -86,6 +86,22 @@ def test_numbers_and_head_sizes_used_in_a_proof_are_guarded() -> None:
     assert all(max(graph.errors()) < 5e-6 for graph in graphs)
 
 
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_an_operator_that_asks_for_a_size_fixes_it_for_the_whole_proof(scale: float | None) -> None:
+    """PyTorch's own attention takes the root of the head size: of values, the same symbol is a number from then on."""
+
+    class Call(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+
+    compiled, graphs = watched(Call(), dynamic=True)
+    for batch, heads, row, keys, size in ((2, 4, 5, 16, 8), (3, 5, 6, 20, 8), (3, 5, 6, 20, 24)):
+        q, k, v = (torch.randn(batch, heads, n, size) for n in (row, keys, keys))
+        compiled(q=q, k=k, v=v)
+    assert [len(graph.hits) for graph in graphs] == [1, 1]  # of head sizes 8 and 24, for any others
+    assert all(max(graph.errors()) < 5e-6 for graph in graphs)
+
+
 def test_everything_dynamic() -> None:
     module, inputs = zoo.bert("eager")
     compiled, graphs = watched(module, dynamic=True)

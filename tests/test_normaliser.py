@@ -71,6 +71,12 @@ SPELLINGS = {
     "two sinks": op("div", exp(SCORE), op("add", op("add", exp(SINK), over("sum", exp(SCORE))), Const(2.0))),
     "zero where empty": op("div_or_zero", exp(SCORE), over("sum", exp(SCORE))),
 }
+POWER = exp(stable(CAUSAL))
+SPELLINGS |= {
+    "sum at least 1e-9": op("div", POWER, op("max", over("sum", POWER), Const(1e-9))),
+    "sum and 1e-12": op("div", POWER, op("add", over("sum", POWER), Const(1e-12))),
+    "1e-12 and sum": op("div", POWER, op("add", Const(1e-12), over("sum", POWER))),
+}
 SINKS = {"plus one": 1, "one plus": 1, "sink": 1, "two sinks": 2}
 
 
@@ -127,7 +133,11 @@ def test_a_column_joined_to_the_scores_is_a_sink() -> None:
 OTHER = Axis("o", ROW.extent)
 OVER_ROWS = Reduce("sum", OTHER, substitute(exp(SCORE), {ROW: OTHER}))
 SHORT = Axis("k", sp.Integer(5))
+UNMASKED = exp(minus(CAUSAL, over("max", SCORE)))
 LOOK_ALIKES = {
+    "sum at least two": (op("div", POWER, op("max", over("sum", POWER), Const(2.0))), "not divided by their sum"),
+    "no maximum, at least": (op("div", exp(SCORE), op("max", over("sum", exp(SCORE)), Const(1e-9))), "not divided by"),
+    "maximum of others": (op("div", UNMASKED, op("max", over("sum", UNMASKED), Const(1e-9))), "not divided by their sum"),
     "softmax over queries": (op("div", exp(SCORE), OVER_ROWS), "another dimension"),
     "sum of something else": (op("div", exp(SCORE), over("sum", exp(X))), "not the sum of these weights"),
     "sum without the last key": (
@@ -177,3 +187,10 @@ def test_a_shift_on_one_side_only_is_kept() -> None:
     assert isinstance(found, Normalised)
     torch.testing.assert_close(meaning(found), value(weight))
     assert any(isinstance(node, Reduce) for node in found.score.walk())
+
+
+def test_a_number_that_float32_sees_beside_one_is_no_guard() -> None:
+    found = softmax(op("div", POWER, op("add", over("sum", POWER), Const(1e-6))), KEY)
+    assert isinstance(found, Normalised) and len(found.sinks) == 1
+    less = op("sub", over("sum", POWER), Const(1e-12))
+    assert softmax(op("div", POWER, less), KEY) == "the sum that normalises the weights has a term that is not a plain sink"
