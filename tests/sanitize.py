@@ -39,6 +39,7 @@ TILES = (Tile(64, 64, 4, 2), Tile(64, 32, 8, 2))
 ALONE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 MARK = "== kernel "
 SAID = re.compile(r"========= (?!COMPUTE-SANITIZER)(?!\w+ SUMMARY)(\S.*)")
+OTHER_ACCESS = re.compile(r"=========\s+(and \w+ access at .*)")  # of a race, on lines of their own, each with its hazards
 
 
 def kernels() -> dict[str, tuple[Kernel | BackwardKernel, Case]]:
@@ -69,7 +70,7 @@ def _arguments(kernel: Kernel | BackwardKernel, case: Case, rows: int, device: s
 
 
 def findings(text: str) -> dict[str, list[str]]:
-    """What the sanitizer said, by the launch that it said it of."""
+    """What the sanitizer said, by the launch that it said it of. A race is one finding, with all accesses that take part."""
     found: dict[str, list[str]] = {}
     at = "before any kernel"
     for line in text.splitlines():
@@ -77,6 +78,9 @@ def findings(text: str) -> dict[str, list[str]]:
             at = line.removeprefix(MARK)
         elif said := SAID.match(line):
             found.setdefault(at, []).append(said.group(1))
+        elif other := OTHER_ACCESS.match(line):
+            *before, race = found.get(at) or [""]
+            found[at] = [*before, f"{race} {other.group(1)}".lstrip()]
     return found
 
 
