@@ -146,7 +146,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "programs": sms,
         "block_d": block_d,
         "block_e": block_e,
-        "helpers": _helpers(printer, score, bounds, found),
+        "helpers": helpers(printer, score["together"], bounds, found),
         "finder": found,
         "score": score,
         "sinks": [sink for sink in sinks if sink.isidentifier()],
@@ -171,7 +171,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "heads": common["heads_python"],
         "unspecialised": json.dumps([*common["sizes"], "tiles", "heads_per_group", *eighths["scale_strides"]]),
         "partitions": _partitions(groups),
-        "bounds": _bounds(bounds, "tl" if found else "gl"),
+        "bounds": {**lines_of(bounds, "tl" if found else "gl"), "words": 16 if bounds.has_gap else 8},
     }
 
 
@@ -181,12 +181,12 @@ def _partitions(groups: int) -> dict[str, Any]:
     return {"warps": [*[4] * (groups - 1), 1], "registers": [*[computes] * (groups - 1), loads], "limit": limit}
 
 
-def _bounds(bounds: Bounds, language: str) -> dict[str, Any]:
+def lines_of(bounds: Bounds, language: str) -> dict[str, Any]:
     """``language`` is that of the kernel whose lines they are: one in plain Triton that finds them, or where a tile opens."""
     lines = list(bounds.lines) if language == "tl" else list(map(gluon, bounds.lines))
     uses_last = any(re.search(r"\blast\b", line) for line in lines)
     flags = {"has_full": bounds.has_full, "has_gap": bounds.has_gap, "uses_last": uses_last}
-    return {"lines": lines, "language": language, "words": 16 if bounds.has_gap else 8, **flags}
+    return {"lines": lines, "language": language, **flags}
 
 
 def _score(printer: Printer, spec: AttentionSpec, shaped: Any) -> dict[str, Any]:
@@ -219,9 +219,10 @@ def _mentioned(names: list[str], text: str) -> list[str]:
     return [name for name in names if name in words]
 
 
-def _helpers(printer: Printer, score: dict[str, Any], bounds: Bounds, found: dict[str, Any] | None) -> dict[str, bool]:
-    made = helpers_of(printer, score["together"])
-    divides = made["floor_div"] or bool(found and found["floor_div"])
+def helpers(printer: Printer, text: str, bounds: Bounds, *others: dict[str, Any] | None) -> dict[str, bool]:
+    """Which functions the printed ``text`` calls, the bounds, and ``others`` of the file's kernels, where there are such."""
+    made = helpers_of(printer, text)
+    divides = made["floor_div"] or any(other is not None and other["floor_div"] for other in others)
     return {**made, "floor_div": divides, "longer": bounds.compares}
 
 

@@ -16,10 +16,10 @@ from typing import Any
 from attngen import boxes, hopper, pairs_bwd
 from attngen.adjoint import SCORE_GRAD
 from attngen.algebra import ONE, Const, Expr, Load
-from attngen.bounds import Bounds, loop_bounds
+from attngen.bounds import loop_bounds
 from attngen.boxes import PLANE_DTYPES, planes
 from attngen.finder import data_of, finder
-from attngen.gluon import DTYPES, box_dims, gluon, helpers_of
+from attngen.gluon import DTYPES, box_dims, gluon
 from attngen.gradient import DIAGONAL, PAIR, Backward, adjoints, backward_of, diagonal_of, mirrored, mirrored_spec
 from attngen.layout import base_of, memory_order, stride_of, unpacked, used_dims
 from attngen.mask import Cover, by_position, derive
@@ -54,10 +54,7 @@ def unsuited(spec: AttentionSpec) -> str | None:
         return f"heads of {spec.head_dim}, {spec.value_dim} for values, are no pair of one width up to {max(STEPS)}"
     if _bytes(spec) > SHARED:
         return "what is added to each pair takes too much shared memory"
-    return _unsuited_plan(backward_of(spec))
-
-
-def _unsuited_plan(plan: Backward) -> str | None:
+    plan = backward_of(spec)
     if not all(target.direct for target in (plan.query, plan.keys, plan.values)):
         return "keys and values are shared in different ways"
     return None
@@ -117,9 +114,10 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     data = written(spec, columns) if columns else None
     cover = cover_of(spec)
     bounds, found = finder(side.spec, cover, tile) or (loop_bounds(printer, cover, warps=1), None)
+    if found is None and _mentions(" ".join(bounds.lines), spec):
+        raise Unprintable("the queries that matter differ from head to head")
     heads = heads_of(side)
     launch = launch_of(spec, plan)
-    trained = pairs_bwd.kernels(plan)
     read = _read_by(side.spec, [*score.values(), *printer.prologue])
     prologue = [gluon(line) for line in (*(base_of(x, printer) for x in read), *printer.prologue)]
     once, each = parted(prologue, [axis.name for axis, _ in plan.members])
@@ -131,18 +129,15 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "value_dim": spec.value_dim,
         "dtype": kind,
         "short": {"gl.bfloat16": "bf16", "gl.float16": "f16"}[kind],
-        "helpers": _helpers(printer, score, bounds, found, data),
+        "helpers": hopper.helpers(printer, " ".join(score.values()), bounds, found, data),
         "data": data,
-        "trained": trained,
         "margins": {name: dim for name, dim in margins_of(spec).items() if any(x.name == name for x in read)},
-        "pairs": pairs_bwd.TILES[padded(spec)],
-        "diagonals": any(each["target"]["kind"] == DIAGONAL for each in trained),
-        **_extras_made(plan, launch, trained),
+        **_extras_made(plan, launch),
         **score,
         "reads_columns": bool(re.search(r"\bcols\b", " ".join((score["score"], score["chain"], score["reads"])))),
         "mentioned": bool(each) or _mentions(" ".join(score.values()), spec),
         "prologue": {"once": once, "each": each},
-        "bounds": _bounds(bounds, spec, "tl" if found else "gl"),
+        "bounds": hopper.lines_of(bounds, "tl" if found else "gl"),
         "finder": found,
         "order": order_of(cover),
         "head": "source" if heads["members"] else "head",
@@ -150,9 +145,6 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "unpack_head": unpacked(spec.batch),
         "lost": plan.may_be_lost,
         "below": repr(plan.redo.below) if plan.redo else "",
-        "planes": [x.name for x in planes(spec)],
-        "widths": {x.name: x.dtype.itemsize for x in planes(spec)},
-        "dtypes": {x.name: PLANE_DTYPES[x.dtype] for x in planes(spec)},
         "may_be_empty": plan.may_be_lost or spec.empty == "zero",
         "log2e": repr(LOG2E),
         "registers": [REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
@@ -190,19 +182,26 @@ def _programs(turned: AttentionSpec) -> list[Expr]:
     return [turned.score, turned.mask, *(grad for of, grad in adjoints(turned, turned.score) if of == SCORE)]
 
 
-def _extras_made(plan: Backward, launch: dict[str, Any], trained: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the gradients beside those of the operands: which are made, and what ``launch`` says of each."""
+def _extras_made(plan: Backward, launch: dict[str, Any]) -> dict[str, Any]:
+    """Of the gradients beside those of the operands: which are made, by which kernels, and what ``launch`` says of each."""
+    trained = pairs_bwd.kernels(plan)
     sources = {each["source"] for each in trained}
     operands, extras = launch["buffers"][:3], dict(zip(launch["needs"], launch["buffers"][3:], strict=True))
     for target in plan.extras:
-        if target.kind == PAIR and target.shared:  # a block is written once, also where nothing adds to it
+        if target.kind == PAIR and target.shared:  # each element is written once, not added to
             name = target.source.name
             make = f"(torch.empty if {name}.shape == {read_of(plan.spec, target)} else torch.zeros)"
-            extras[name] = {**extras[name], "make": extras[name]["make"].replace("torch.zeros", make)}
+            make = f"{make}({name}.shape, dtype=torch.float32, device=q.device) if need_{name} else {name}"
+            extras[name] = {**extras[name], "make": make}
+    gives = {name: buffer["give"] if name in sources else "None" for name, buffer in extras.items()}
     return {
+        "trained": trained,
+        "pairs": pairs_bwd.TILES[padded(plan.spec)],
+        "diagonals": any(each["target"]["kind"] == DIAGONAL for each in trained),
         "untrained": [name for name in extras if name not in sources],
         "made": [*operands, *(buffer for name, buffer in extras.items() if name in sources)],
-        "gives": [buffer["give"] if name in sources else "None" for name, buffer in extras.items()],
+        "gives": list(gives.values()),
+        "zeros": [give.replace(" if", ".zero_() if") for give in gives.values()],
         "into": [b["name"] for b in operands] + [b["name"] if name in sources else name for name, b in extras.items()],
     }
 
@@ -226,14 +225,6 @@ def parted(lines: list[str], names: Sequence[str]) -> tuple[list[str], list[str]
     return once, each
 
 
-def _helpers(
-    printer: Printer, score: dict[str, str], bounds: Bounds, found: dict[str, Any] | None, data: dict[str, Any] | None
-) -> dict[str, bool]:
-    made = helpers_of(printer, " ".join(score.values()))
-    divides = any(kernel is not None and kernel["floor_div"] for kernel in (found, data))
-    return {**made, "floor_div": made["floor_div"] or divides, "longer": bounds.compares}
-
-
 def _reads(printer: Printer, spec: AttentionSpec) -> list[str]:
     """Lines that load by pointers for each pair. Tables have margins, and are read without guards, which cost registers."""
     copied, tables = {x.name for x in planes(spec)}, margins_of(spec)
@@ -245,16 +236,6 @@ def _reads(printer: Printer, spec: AttentionSpec) -> list[str]:
 def margins_of(spec: AttentionSpec) -> dict[str, int]:
     """Tables with an entry for each diagonal, and along which dimension."""
     return {x.name: dim for x in spec.extras if (dim := diagonal_of(x)) is not None}
-
-
-def _bounds(bounds: Bounds, spec: AttentionSpec, language: str) -> dict[str, Any]:
-    """``language`` is that of the kernel whose lines they are: one in plain Triton that finds them, or where a tile opens."""
-    lines = list(bounds.lines) if language == "tl" else list(map(gluon, bounds.lines))
-    if language == "gl" and _mentions(" ".join(lines), spec):
-        raise Unprintable("the queries that matter differ from head to head")
-    uses_last = any(re.search(r"\blast\b", line) for line in lines)
-    flags = {"has_full": bounds.has_full, "has_gap": bounds.has_gap, "uses_last": uses_last}
-    return {"lines": lines, "language": language, **flags}
 
 
 def _mentions(text: str, spec: AttentionSpec) -> bool:
@@ -279,6 +260,9 @@ def _boxes(spec: AttentionSpec, tile: Tile) -> dict[str, Any]:
         dims[source.name] = box_dims(source, row, feature)
         orders[source.name] = tuple(memory_order(spec, source))
     return {
+        "planes": [x.name for x in planes(spec)],
+        "widths": {x.name: x.dtype.itemsize for x in planes(spec)},
+        "dtypes": {x.name: PLANE_DTYPES[x.dtype] for x in planes(spec)},
         "orders": orders,
         "dims": dims,
         "box_of": boxes,
@@ -305,7 +289,6 @@ def _rows(spec: AttentionSpec, plan: Backward) -> dict[str, Any]:
         "query_strides": query_strides,
         "query_strides_call": [called_with(name) for name in query_strides],
         "row_sizes": sizes,
-        "unspecialised_rows": json.dumps(sizes),
     }
 
 

@@ -48,11 +48,11 @@ class Column:
 def columns_of(turned: AttentionSpec, *exprs: Expr) -> tuple[Column, ...]:
     """What ``exprs`` of a mirrored spec load for each query."""
     found = dict.fromkeys(node for e in exprs for node in e.walk() if isinstance(node, Load) and KEY in node.axes)
+    widths = {x.name: x.dtype.itemsize for x in turned.extras}
     columns: list[Column] = []
     for load in found:
-        if any(x.name == load.source for x in turned.extras) and ROW not in load.axes:
-            source = next(x for x in turned.extras if x.name == load.source)
-            words = 2 if load.kind == "int" and source.dtype.itemsize == 8 else 1
+        if load.source in widths and ROW not in load.axes:
+            words = 2 if load.kind == "int" and widths[load.source] == 8 else 1
             columns.append(Column(load, words, sum(each.words for each in columns)))
     return tuple(columns)
 
@@ -72,5 +72,6 @@ def written(spec: AttentionSpec, columns: tuple[Column, ...]) -> dict[str, Any]:
         "words": [word for column, value in zip(columns, values, strict=True) for word in column.stored(value)],
         "arguments": [*(f"{x.name}_ptr" for x in sources), *(f"{name}_stride_{dim}" for name, dim in strides)],
         "call": [*(x.name for x in sources), *(f"{name}.stride({dim})" for name, dim in strides)],
+        "sizes": ["size_j"] if any("size_j" in line for line in lines) else [],  # beside those of a row
         "floor_div": printer.uses_floor_div,
     }

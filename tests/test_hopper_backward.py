@@ -12,11 +12,28 @@ from typing import Any
 
 import pytest
 import torch
-from specs import ALIBI, BOTTOM_RIGHT, BY_NAME, CASES, CAUSAL, QK, SLOPES, B, Case, H, attention, loaded, softcap, window
+from specs import (
+    ALIBI,
+    BOTTOM_RIGHT,
+    BY_NAME,
+    CASES,
+    CAUSAL,
+    QK,
+    SLOPES,
+    B,
+    Case,
+    H,
+    attention,
+    loaded,
+    plus,
+    softcap,
+    window,
+)
 from test_hopper import instead, lost, swapped
 
 from attngen import barriers, blockwise, hopper_bwd, simulator, verify, verify_bwd
-from attngen.algebra import Expr, Int, op
+from attngen.algebra import TRUE, Expr, Int, integer, op
+from attngen.compat import FloorDiv
 from attngen.emit import BackwardKernel, emit_backward
 from attngen.errors import Miss
 from attngen.gradient import backward_of
@@ -83,6 +100,49 @@ def test_gradients_of_what_is_added_to_scores(name: str, rows: int) -> None:
     assert all(verdict.ok for verdict in found.values()), {of: str(verdict) for of, verdict in found.items()}
 
 
+PER_PAIR = {
+    "one for each head of each batch": (B, H, ROW, KEY),
+    "one for all": (ROW, KEY),
+    "one for the heads that share keys": (B, FloorDiv(H, 2), ROW, KEY),
+    "a table for the heads that share keys": (FloorDiv(H, 2), KEY - ROW + ROW.extent - 1),
+}
+
+
+@pytest.mark.parametrize("mask", [TRUE, window(70)], ids=["full", "window"])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("name", PER_PAIR)
+def test_whoever_shares_what_is_added(name: str, groups: int, mask: Expr) -> None:
+    added = loaded("t0", *PER_PAIR[name])
+    spec = attention(dtype=BF16, score=plus(QK, added), extras={"t0": (BF16, PER_PAIR[name])}, groups=groups, mask=mask)
+    at = replace(sample(spec, Problem((2, 4), 136, 144)), extras=True)
+    source = kernel_of(spec).source
+    if groups == 1 and "share keys" in name:  # nothing tells such heads from others
+        assert simulated(source).launch(*at.arguments, again=exactly(at)) is None
+        return
+    found = verdicts(source, at)
+    assert found.keys() == {"q", "k", "v", "t0"}
+    assert all(verdict.ok for verdict in found.values()), {of: str(verdict) for of, verdict in found.items()}
+
+
+def test_a_bias_within_a_program_of_scores_and_beside_documents() -> None:
+    """Everything that a step reads at once: a bias by TMA, words of queries, and a derivative that needs the scores."""
+    documents = BY_NAME["documents"].spec
+    ids = {x.name: (torch.int32, x.index) for x in documents.extras}
+    bias = loaded("t2", H, ROW, KEY)
+    for score in (plus(QK, bias), softcap(20.0, plus(QK, bias))):
+        extras = {**ids, "t2": (BF16, (H, ROW, KEY))}
+        right(attention(dtype=BF16, head_dim=128, score=score, mask=documents.mask, extras=extras), Problem((1, 2), 200, 200))
+
+
+def test_no_batch_adds_nothing_to_a_shared_bias() -> None:
+    at = replace(sample(BY_NAME["bias"].spec, Problem((1, 2), 40, 40)), extras=True)
+    empty = (x[:0] for x in (at.grad, at.out, at.lse, *at.inputs[:3]))
+    bias = torch.full(at.inputs[3].shape, 7.0)
+    del bias  # what is allocated next may lie there
+    *_, made, _ = simulated(kernel_of(at.spec).source).launch(*empty, at.inputs[3], True, again=exactly(at))
+    assert made.shape == at.inputs[3].shape and not made.any()
+
+
 def test_every_suited_case_is_among_them() -> None:
     """The cases that the template refuses are few and known."""
     some = {
@@ -107,6 +167,15 @@ def test_every_suited_case_is_among_them() -> None:
 @pytest.mark.parametrize(("rows", "keys"), [(5, 300), (260, 3), (129, 130)])
 def test_lengths_that_fill_no_block(head_dim: int, rows: int, keys: int) -> None:
     right(attention(dtype=BF16, head_dim=head_dim), Problem((1, 2), rows, keys))
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_blocks_of_queries_that_see_no_key_are_passed_over(groups: int) -> None:
+    """The first queries see all keys, later ones those near them: late keys leave out a gap between."""
+    mask = op("or", window(70), op("lt", Int(ROW), integer(40)))
+    spec = attention(dtype=BF16, head_dim=128, groups=groups, mask=mask)
+    assert "gap" in kernel_of(spec).source
+    right(spec, Problem((1, 3), 500, 500))
 
 
 @pytest.mark.parametrize("mask", [CAUSAL, BOTTOM_RIGHT, window(70)], ids=["causal", "aligned at the end", "window"])
@@ -215,6 +284,14 @@ def test_data_of_its_own_for_each_head_that_shares_keys_bounds_nothing() -> None
     assert not hopper_bwd.masks_everything(alone) and "find_bounds" in kernel_of(alone).source
     for spec in (shared, alone):
         right(spec, Problem((1, 4), 150, 150))
+
+
+def test_what_is_loaded_by_the_distance_from_the_end() -> None:
+    """A place that depends on the number of keys: the kernel that goes over queries is told it."""
+    place = ROW + KEY.extent - ROW.extent
+    extras = {"t0": (torch.int32, (B, place))}
+    spec = attention(dtype=BF16, mask=op("le", Int(KEY), loaded("t0", B, place, kind="int")), extras=extras, empty="zero")
+    right(spec, Problem((1, 2), 100, 140))
 
 
 def test_lines_that_depend_on_a_name_if_only_through_others() -> None:
