@@ -14,9 +14,10 @@ outlier, whose error is as large as itself, becomes many small numbers (arXiv 23
 
 Rounding to e4m3 loses up to 2**-4 of a number. Tensor cores add such products up in about 14 bits (arXiv 2412.19437), far
 less of a loss over the features of a head or the keys of a block. But what each addition cuts off is towards zero: of a sum
-that grew steadily over 16,384 keys 18 % was missing on an H200 (heads of 256). So each block is multiplied ``apart`` and
-added to the result in float32, by the multiplication that moves it: 0.003 % was missing (heads of 128). That takes as many
-registers again as results have; where there are not so many (``_apart``) tensor cores add all keys up, if these are few.
+that grew steadily over 16,384 keys 18 % was missing on an H200 (heads of 256; tests/test_gpu_fp8.py). So each block is
+multiplied ``apart`` and added to the result in float32, by the multiplication that moves it: 0.003 % was missing (heads of
+128). That takes as many registers again as results have; where there are not so many (``_apart``) tensor cores add all keys
+up, if these are few.
 """
 
 from __future__ import annotations

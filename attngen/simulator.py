@@ -23,10 +23,9 @@ import torch
 from attngen import barriers
 from attngen.barriers import Barrier, Stuck, Turn
 from attngen.proxies import Ground, Witness
+from attngen.registers import Block, Scalar, bits_of, block, bytes_of, exp2, numeric, of_bits, of_bytes, reduced, where
 
 MOST_PRODUCTS = 8  # that may be on their way
-NARROW = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float8e4nv": torch.float8_e4m3fn}
-LARGEST = 448.0  # of 8-bit numbers, as which larger ones are rounded to on a GPU
 _here = threading.local()
 
 
@@ -69,61 +68,6 @@ _mbarrier = types.SimpleNamespace(
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
-
-
-class Block(np.ndarray):
-    """Values in registers."""
-
-    type = types.SimpleNamespace(layout=None)
-
-    def to(self, dtype: Any, bitcast: bool = False) -> Block:
-        return block(_reinterpreted(self, dtype) if bitcast else _rounded(self, dtype))
-
-    def permute(self, order: Sequence[int]) -> Block:
-        return block(self.transpose(order))
-
-    def split(self) -> tuple[Block, Block]:
-        return block(self[..., 0]), block(self[..., 1])
-
-
-class Scalar(int):
-    """A whole number that is the same for all threads."""
-
-    def to(self, dtype: Any) -> Any:
-        return float(self) if dtype == "float32" else self
-
-
-def _closed(name: str) -> Callable[..., Any]:
-    plain = getattr(int, name)
-
-    def apply(*args: Any) -> Any:
-        result = plain(*args)
-        return Scalar(result) if type(result) is int else result
-
-    return apply
-
-
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "mod", "neg"):
-    setattr(Scalar, f"__{_name}__", _closed(f"__{_name}__"))
-
-
-def block(values: Any) -> Block:
-    return np.asarray(values).view(Block)
-
-
-def _reinterpreted(values: np.ndarray, dtype: str) -> np.ndarray:
-    """The same bits: as floats, which are in 32 bits here, or as whole numbers, which may be in more."""
-    if dtype == "bfloat16":
-        return (np.asarray(values, np.int32) << 16).view(np.float32)
-    bits = np.asarray(values, np.int32) if dtype == "float32" else np.ascontiguousarray(values)
-    found = bits.view(dtype)
-    return found if found.dtype.kind == "i" else found.astype(np.float32)
-
-
-def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype in NARROW:  # products of such numbers are exact in 32 bits
-        return torch.from_numpy(np.array(values, np.float32)).to(NARROW[dtype]).float().numpy()
-    return np.asarray(values).astype(dtype)
 
 
 class Shared:
@@ -332,78 +276,21 @@ def _specialised(partitions: Sequence[tuple[Any, Any]], warps: Any, registers: A
         raise Stuck("a partition does not end")
 
 
-def _numeric(call: Callable[..., Any]) -> Callable[..., Any]:
-    def apply(*values: Any) -> Any:
-        result = call(*values)
-        if np.ndim(result):
-            return block(result)
-        return Scalar(result) if np.asarray(result).dtype.kind in "iu" else float(result)
-
-    return apply
-
-
-def _exp2(values: Any) -> Any:
-    return np.exp2(np.asarray(values, np.float32))
-
-
-def _reduced(call: Callable[..., Any]) -> Callable[..., Any]:
-    def apply(values: Block, axis: int | None = None) -> Any:
-        found = call(np.asarray(values), axis=axis)
-        if found.ndim:
-            return block(found)
-        return Scalar(found) if found.dtype.kind in "iu" else found[()]
-
-    return apply
-
-
 def _asm(text: str, constraints: str, args: Sequence[Any], dtype: Any, **_: Any) -> Any:
     if text.startswith("cvt.rn."):
-        high, low = (_bits(each, "bfloat16" if "bf16" in text else "float16") for each in reversed(args))
+        high, low = (bits_of(each, "bfloat16" if "bf16" in text else "float16") for each in reversed(args))
         return block(low | high << 16)
     if "e4m3x2" in text:
-        return block(sum(_bytes(each) << 8 * place for place, each in enumerate(args)))
+        return block(sum(bytes_of(each) << 8 * place for place, each in enumerate(args)))
     (value,) = args
     if dtype == "float8e4nv":  # four numbers of one word, which it was joined with itself for
-        return _of_bytes(np.asarray(value) >> 8 * (np.arange(value.shape[-1]) % 4))
+        return of_bytes(np.asarray(value) >> 8 * (np.arange(value.shape[-1]) % 4))
     if text.startswith("bar."):
         for action, name, threads in re.findall(r"bar\.(\w+) (\d+), (\d+);", text):
             _here.named.setdefault(name, Turn()).meet(int(threads), action == "sync")
     if text.startswith("mov.b32 {"):
-        return tuple(_of_bits(np.asarray(value) >> 16 * part, each) for part, each in enumerate(dtype))
+        return tuple(of_bits(np.asarray(value) >> 16 * part, each) for part, each in enumerate(dtype))
     return block(np.tanh(value)) if text.startswith("tanh") else value
-
-
-def _bits(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Those of 16-bit floats, from below in 32."""
-    kind = getattr(torch, dtype)
-    found = torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(kind).view(torch.int16)
-    return found.numpy().astype(np.int32) & 0xFFFF
-
-
-def _of_bits(words: np.ndarray, dtype: str) -> Block:
-    found = torch.from_numpy(words.astype(np.int16)).view(getattr(torch, dtype))
-    return block(found.float().numpy())
-
-
-def _bytes(values: np.ndarray) -> np.ndarray:
-    """The bits of 8-bit floats."""
-    found = torch.from_numpy(np.array(values, np.float32)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
-    return found.numpy().astype(np.int64)
-
-
-def _of_bytes(words: np.ndarray) -> Block:
-    found = torch.from_numpy((words & 0xFF).astype(np.uint8)).view(torch.float8_e4m3fn)
-    return block(found.float().numpy())
-
-
-def _where(condition: Any, yes: Any, no: Any) -> Any:
-    found = np.where(condition, yes, no)
-    if not found.ndim:
-        return Scalar(found) if found.dtype.kind in "iu" else found[()]
-    return block(found.astype(np.float32) if found.dtype.kind == "f" else found)
-
-
-_FUNCTIONS = ("log2", "log", "exp", "abs", "sqrt", "floor", "sin", "cos", "maximum", "minimum")
 
 
 class _SharedLayout:
@@ -415,22 +302,25 @@ class _SharedLayout:
         return None
 
 
+_FUNCTIONS = ("log2", "log", "exp", "abs", "sqrt", "floor", "sin", "cos", "maximum", "minimum")
+
+
 def _language() -> types.SimpleNamespace:
     shapeless = ("NVMMADistributedLayout", "SliceLayout", "DotOperandLayout", "BlockedLayout", "SwizzledSharedLayout")
     names: dict[str, Any] = {name: lambda *_, **__: types.SimpleNamespace(value=None) for name in shapeless}
     names |= {name: name for name in ("float16", "bfloat16", "float8e4nv", "float32", "int16", "int32", "int64")}
-    names |= {name: _numeric(getattr(np, name)) for name in _FUNCTIONS}
+    names |= {name: numeric(getattr(np, name)) for name in _FUNCTIONS}
     return types.SimpleNamespace(
         **names,
         constexpr=lambda value: value,
-        exp2=_numeric(_exp2),
+        exp2=numeric(exp2),
         arange=lambda start, stop, layout=None: block(np.arange(start, stop)),
         full=lambda shape, value, dtype, layout: block(np.full(shape, value, np.float32 if dtype == "float32" else np.int64)),
-        where=_where,
+        where=where,
         dot=lambda a, b: block(np.asarray(a, np.float32) @ np.asarray(b, np.float32)),
-        max=_reduced(np.max),
-        min=_reduced(np.min),
-        sum=_reduced(np.sum),
+        max=reduced(np.max),
+        min=reduced(np.min),
+        sum=reduced(np.sum),
         cdiv=lambda a, b: -(-a // b),
         expand_dims=lambda values, axis: block(np.expand_dims(values, axis)),
         convert_layout=lambda values, layout, assert_trivial=False: values,

@@ -121,6 +121,16 @@ def attention(record: Record) -> list[str]:
     return [*lines, "", f"{rate}. Geometric mean over the best of the others: {mean:.2f}x. {_machine(record)}"]
 
 
+def eighths(record: Record) -> list[str]:
+    """TFLOP/s of products of 16-bit and of 8-bit numbers, with the RMS error of each result."""
+    peers = [row["peer"] for row in record["results"][0]["rows"]]
+    lines = [f"| problem | {' | '.join(peers)} |", "|---" * (len(peers) + 1) + "|"]
+    for result in record["results"]:
+        cells = [f"{row['tflops']:.0f}, {row['rms']:.1e}" for row in result["rows"]]
+        lines.append(f"| {result['problem']['name']} | {' | '.join(cells)} |")
+    return [*lines, "", f"TFLOP/s and RMS error. {_machine(record)}"]
+
+
 def choices(record: Record) -> list[str]:
     """How good the cost model's picks are by a sweep: for each half, for programs of neither, and for each phase."""
     import sweep_report
@@ -154,6 +164,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
     "dense": ("examples/results/dense.json", attention),
     "variants": ("examples/results/variants.json", attention),
     "variants_training": ("examples/results/variants_training.json", attention),
+    "fp8": ("examples/results/fp8.json", eighths),
     "long": ("examples/results/long.json", long),
     "starts": ("examples/results/starts.json", starts),
     "choices": ("tests/data/sweep_h100.json", choices),

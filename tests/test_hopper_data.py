@@ -32,7 +32,8 @@ from torch import Tensor
 from attngen import simulator
 from attngen.algebra import Expr, Int, integer, negate, op
 from attngen.evaluate import Evaluator
-from attngen.simulator import Pointer, Scalar, simulated
+from attngen.registers import Scalar
+from attngen.simulator import Pointer, simulated
 from attngen.spec import KEY, ROW, AttentionSpec, Problem, Tile
 from attngen.verify import check, sample_inputs
 
