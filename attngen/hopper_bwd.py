@@ -197,6 +197,8 @@ def _extras_made(plan: Backward, launch: dict[str, Any]) -> dict[str, Any]:
     return {
         "trained": trained,
         "pairs": pairs_bwd.TILES[padded(plan.spec)],
+        "pairs_prefix": pairs_bwd.PREFIX,
+        "pairs_helpers": pairs_bwd.helpers(trained),
         "diagonals": any(each["target"]["kind"] == DIAGONAL for each in trained),
         "untrained": [name for name in extras if name not in sources],
         "made": [*operands, *(buffer for name, buffer in extras.items() if name in sources)],

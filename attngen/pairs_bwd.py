@@ -25,14 +25,20 @@ from attngen.scores import in_units, score_lines
 from attngen.sides import Side, called_with, heads_of, leading
 from attngen.spec import KEY, ROW, SCORE, Input, Tile
 
+PREFIX = "pair_"  # of functions that the file has in Gluon too
 TILES = {64: Tile(64, 64, 4, 2), 128: Tile(128, 64, 8, 2)}  # by the width of a head: the best of six that were measured
 
 
 def kernels(plan: Backward) -> list[dict[str, Any]]:
     """What fills ``pairs_bwd.jinja``, for each gradient that such a kernel makes."""
     able = [target for target in plan.extras if target.kind in (PAIR, DIAGONAL, SCATTERED)]
-    made = [_kernel(plan, target, members) for target in able if (members := _members(plan, target)) is not None]
-    return [kernel for kernel in made if not kernel["helped"]]
+    return [_kernel(plan, target, members) for target in able if (members := _members(plan, target)) is not None]
+
+
+def helpers(made: list[dict[str, Any]]) -> dict[str, Any]:
+    """Which functions of ``portable_helpers.jinja`` the kernels call."""
+    names = made[0]["helpers"] if made else ()
+    return {name: next(filter(None, (kernel["helpers"][name] for kernel in made)), "") for name in names}
 
 
 def _members(plan: Backward, target: Target) -> tuple[Any, ...] | None:
@@ -46,7 +52,7 @@ def _kernel(plan: Backward, target: Target, members: tuple[Any, ...]) -> dict[st
     spec = plan.spec
     grad = Input("grad", spec.output, spec.out_dtype)
     side = Side("queries", spec, (spec.query, grad), (spec.keys, spec.values), plan, TILES[64], True)
-    printer = Printer(spec, known=dict(NAMES))
+    printer = Printer(spec, known=dict(NAMES), prefix=PREFIX)
     scale, shaped, natural = in_units(spec)
     score = score_lines(printer, spec, scale, shaped, natural)
     factor, _ = leading(dict(adjoints(spec, spec.score)).get(SCORE, Const(0.0)))
@@ -69,7 +75,7 @@ def _kernel(plan: Backward, target: Target, members: tuple[Any, ...]) -> dict[st
         "target": target_of(side, printer, target),
         "bounds": bounds,
         "heads": heads_of(replace(side, queries=False, plan=replace(plan, members=members))),
-        "helped": any(helpers_of(printer, bounds).values()),
+        "helpers": helpers_of(printer, bounds),
         "tensors": [f"{name}_ptr" for name in tensors],
         "call_tensors": tensors,
         "stride_names": strides,
@@ -87,6 +93,6 @@ def _bounds(printer: Printer, plan: Backward) -> Bounds:
     names = {axis.name for axis in plan.spec.batch}
     for cover in (Cover(visit, (), False), Cover((EVERYTHING,), (), False)):
         bounds = loop_bounds(printer, cover, warps=4)
-        if is_plain(cover) and names.isdisjoint(re.findall(r"\w+", " ".join(bounds.lines))):
+        if is_plain(cover) and not bounds.compares and names.isdisjoint(re.findall(r"\w+", " ".join(bounds.lines))):
             break
     return bounds
