@@ -68,7 +68,6 @@ class Printer:
     spec: AttentionSpec
     places: Places = Places()
     known: dict[Expr, str] = field(default_factory=lambda: {SCORE: "qk"})  # what a template has a name for
-    prefix: str = ""  # of the functions that a template defines
     prologue: list[str] = field(default_factory=list)
     uses_floor_div: bool = False
     uses_tanh: bool = False
@@ -155,8 +154,7 @@ class Printer:
         if expr.name == "rounded":
             self.uses_rounded = True
             args.append("tl.float16" if number(expr.args[1]) == HALF_LIMIT else "tl.bfloat16")
-        call = _CALLS[expr.name]
-        return f"{call if call.startswith('tl.') else self.prefix + call}({', '.join(map(bare, args))})"
+        return f"{_CALLS[expr.name]}({', '.join(map(bare, args))})"
 
     def _random(self, expr: Op, args: list[str]) -> str:
         """Bits for a whole block at once, where its rows and columns are what is counted."""
@@ -221,7 +219,7 @@ class Printer:
         if never_negative(expr.args[0]):
             return f"({left} {'//' if isinstance(expr, FloorDiv) else '%'} {right})"
         self.uses_floor_div = True
-        quotient = f"{self.prefix}floor_div({bare(left)}, {right})"
+        quotient = f"floor_div({bare(left)}, {right})"
         return quotient if isinstance(expr, FloorDiv) else f"({left} - {quotient} * {right})"
 
     # --------------------------------------------------------------------------------------------------------- loads

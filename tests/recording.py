@@ -44,7 +44,8 @@ class Recorder:
         files = {name: {key: counts[key] for key in OUTCOMES} for name, counts in sorted(self.files.items())}
         for name, failed in self.names.items():
             files[name]["failures"] = failed
-        return {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "versions": versions, "files": files}
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        return {"device": device, "versions": versions, "files": files}
 
 
 def merged(runs: list[dict[str, Any]], run: dict[str, Any]) -> list[dict[str, Any]]:

@@ -330,6 +330,6 @@ def test_the_command_on_a_gpu(phase: str, tmp_path: Path) -> None:
     for result in json.loads((tmp_path / "a.json").read_text())["results"]:
         rows = {row["peer"]: row for row in result["rows"]}
         assert rows[peers.OURS]["status"] == TIMED, rows
-        if not result["problem"]["name"].startswith(names[2]):  # eager adds a table's gradient up in 16 bits, thousands of them to a number
+        if not result["problem"]["name"].startswith(names[2]):  # eager adds thousands up in 16 bits for each entry of a table
             assert rows["eager"]["status"] == rows["inductor"]["status"] == TIMED, rows
         assert "gradient" in rows[peers.OURS]["kernel"]
