@@ -14,10 +14,11 @@ import torch
 from hopper_sites import BY_HEAD
 from specs import BY_NAME, attention
 
-from attngen import choose_bwd, gradient, hopper_bwd, runtime
+from attngen import aot, choose_bwd, compat, gradient, hopper_bwd, prepare, runtime, verify
 from attngen.choose_bwd import BackwardPlan, choose_backward
 from attngen.device import DEVICES, H200
 from attngen.emit import BackwardKernel, emit_backward
+from attngen.interpret import import_file
 from attngen.spec import HOPPER, PORTABLE, AttentionSpec, Problem, Tile
 
 DATA = Path(__file__).parent / "data"
@@ -59,6 +60,21 @@ def test_portable_tiles_against_kernels_timed_on_an_h100(kernel: str) -> None:
     pick = min(able, key=lambda tile: able[tile][0])
     assert timed[pick] <= 1.25 * min(timed.values())
     assert 1e3 * able[pick][0] == pytest.approx(timed[pick], rel=0.25)
+
+
+@pytest.mark.skipif(not compat.has_triton(), reason="no Triton to compile with")
+@pytest.mark.parametrize("tile", [Tile(64, 64, 4, 3), Tile(32, 64, 4, 3), Tile(32, 32, 4, 2)], ids=str)
+def test_shared_memory_is_what_the_compiler_takes(tile: Tile) -> None:
+    """With 64 rows warp groups multiply from all stages; with fewer, one stage is in registers by then."""
+    spec, problem = replace(BY_HEAD[64]["full"], lse=True), Problem((2, 2), 256, 256)
+    kernel = emit_backward(spec, (tile, tile))
+    assert isinstance(kernel, BackwardKernel)
+    module = import_file(runtime.kernel_path(kernel))
+    inputs = (*prepare.results_of(spec, problem), *map(aot.layout_of, verify.sample_inputs(spec, problem, device="meta")))
+    built = aot._built(module, aot.backward_launches_of(module, inputs), 90)
+    taken = [built[name][0].metadata.shared for name in ("backward_queries", "backward_keys")]
+    sides = choose_bwd.sides_of(gradient.backward_of(spec), problem)
+    assert taken == pytest.approx([choose_bwd.times_of(*side, H200)[tile][1] for side in sides], abs=1024)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
