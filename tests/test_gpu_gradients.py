@@ -58,7 +58,7 @@ def _checked(case: Case, rows: int, folder: Path) -> None:
 
 
 def _samples(spec: AttentionSpec, problem: Problem) -> list[Sample]:
-    """One, or as many as have ``MANY`` elements of the smallest gradient: eager's error in two elements is a matter of luck."""
+    """One, or as many as have ``MANY`` elements of the smallest gradient: two are a matter of luck."""
     first = verify_bwd.sample(spec, problem, device="cuda")
     smallest = min(x.numel() for x, needed in zip(first.inputs, first.needed, strict=True) if needed)
     more = range(1, -(-MANY // smallest))
