@@ -148,8 +148,9 @@ _OWN = (
     Formula(
         f.seconds,
         "s",
-        "the call, with the one before it that finds bounds, and the start of programs that stay",
-        f.launch * (1 + finds) + FIND * f.latency * finds + persistent * t_first + f.JOINED,
+        "the call, with the one before it that finds bounds, the one behind it for rows that it leaves, and the start of"
+        " programs that stay",
+        f.launch * (1 + finds + f.redo) + FIND * f.latency * finds + persistent * t_first + f.JOINED,
     ),
 )
 _BY_SYMBOL = {formula.symbol: formula for formula in _OWN}

@@ -137,6 +137,7 @@ class Forward:
 
     def __init__(self, task: Task, machine: Machine) -> None:
         self._wanted, self._machine = task.wanted, machine
+        self._portable = _portable(task)
         spec, problem = task.wanted.spec, task.wanted.problem
         self._samples = _samples(task, prepare.reduced(problem, CHECKED), machine)
         self._known = verify.reference(spec, self._samples), verify.eager(spec, self._samples)
@@ -145,7 +146,7 @@ class Forward:
     def job(self, tiles: tuple[Tile, ...]) -> Job | None:
         """What there is to compile, if there is a kernel."""
         kernel = self._kernel(tiles)
-        return None if isinstance(kernel, Miss) else Job(runtime.kernel_path(kernel), self._wanted.inputs)
+        return None if isinstance(kernel, Miss) else prepare.job_of(kernel, self._wanted.inputs)
 
     def checked(self, tiles: tuple[Tile, ...]) -> measure.Run:
         """A call of its kernel. Raises what is wrong with it."""
@@ -155,7 +156,11 @@ class Forward:
 
     def _kernel(self, tiles: tuple[Tile, ...]) -> Kernel | Miss:
         device = self._wanted.device
-        return emit(self._wanted.spec, tiles[0], l2_bytes=device.l2_bytes, sms=device.sms)
+        kernel = emit(self._wanted.spec, tiles[0], l2_bytes=device.l2_bytes, sms=device.sms)
+        if isinstance(kernel, Miss) or not kernel.leaves_rows or self._portable is None:
+            return kernel
+        other = self._kernel(self._portable)
+        return replace(kernel, otherwise=other if isinstance(other, Kernel) else None)
 
 
 class Backward:
@@ -163,7 +168,7 @@ class Backward:
 
     def __init__(self, task: Task, machine: Machine) -> None:
         self._wanted, self._machine = task.wanted, machine
-        self._portable = next((tiles for tiles in task.candidates if tiles[0].family == PORTABLE), None)
+        self._portable = _portable(task)
         extras = not any(tiles[0].family == HOPPER for tiles in task.candidates)
         small = prepare.reduced(task.wanted.problem, CHECKED)
         self._small = replace(self._sample(small), extras=extras)
@@ -179,8 +184,7 @@ class Backward:
         if isinstance(kernel, Miss):
             return None
         results = prepare.results_of(self._wanted.spec, self._wanted.problem)
-        again = runtime.kernel_path(kernel.otherwise) if kernel.otherwise else None
-        return Job(runtime.kernel_path(kernel), (*results, *self._wanted.inputs), again)
+        return prepare.job_of(kernel, (*results, *self._wanted.inputs))
 
     def checked(self, tiles: tuple[Tile, ...]) -> measure.Run:
         launch = self._machine.launch(_expressed(self._kernel(tiles)))
@@ -194,6 +198,11 @@ class Backward:
             return kernel
         other = self._kernel(self._portable)
         return replace(kernel, otherwise=other if isinstance(other, BackwardKernel) else None)
+
+
+def _portable(task: Task) -> tuple[Tile, ...] | None:
+    """The candidate for rows that others leave."""
+    return next((tiles for tiles in task.candidates if tiles[0].family == PORTABLE), None)
 
 
 def _samples(task: Task, problem: Problem, machine: Machine) -> list[Tensor]:
