@@ -15,10 +15,12 @@ from specs import BY_NAME, LOWEST, QK, SLOPE, SLOPES, STRICTLY_CAUSAL, Case, att
 from test_hopper import GRID, PERSISTENT, SUITED, THREE_GROUPS, kernel_of, others_of, run, samples
 from torch import Tensor
 
-from attngen import blockwise
+from attngen import blockwise, describe
+from attngen.choose import Plan, choose
+from attngen.device import DEVICES
 from attngen.emit import Kernel, emit
 from attngen.simulator import simulated
-from attngen.spec import AttentionSpec, Problem, Tile
+from attngen.spec import HOPPER, AttentionSpec, Problem, Tile
 from attngen.verify import check, reference, run_interpreted, sample_inputs, verify_all_interpreted
 
 PORTABLE_TILES = (Tile(16, 32, 4, 1), Tile(64, 32, 4, 2), Tile(128, 32, 4, 1))
@@ -117,3 +119,20 @@ def test_gradients_get_the_log_sum_exp_of_what_was_filled_in() -> None:
     result = run(kernel_of(case.spec, PERSISTENT).source, inputs, **others_of(case.spec))
     verdict = check(result, case.spec, inputs)
     assert verdict.ok and verdict.lse is not None and result[1].isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------------------- what is said of it
+
+
+def test_the_second_kernel_is_counted_and_said() -> None:
+    device, problem = DEVICES["h200"], Problem((4, 16), 1024, 1024)
+    spec = replace(BY_NAME["fill_shows"].spec, lse=False)
+    usual = choose(replace(spec, whole=None, redo_below=None), problem, device)
+    assert isinstance(usual, Plan) and usual.tile.family == HOPPER
+    plan = choose(spec, problem, device, usual.tile)
+    assert isinstance(plan, Plan) and plan.tile == usual.tile
+    assert device.launch < plan.cost.seconds - usual.cost.seconds < 3 * device.launch
+    described = describe.planned(plan, device, None)
+    assert "fill value" in described.behind and "the one behind it" in described.formula[-1]
+    assert not describe.planned(usual, device, None).behind
+    assert "a portable one behind it" in kernel_of(spec, plan.tile).source.splitlines()[0]
