@@ -33,6 +33,7 @@ from attngen.interpret import import_file
 SECONDS = 120.0  # one kernel may take to compile
 KERNEL = "attention_forward"
 BACKWARD = "backward_"  # names of kernels for gradients begin so
+KNOWN = ("COMPILED", "READY", "FOUND", "WRITERS")  # what modules remember of earlier launches
 BEFORE = ("find_bounds", "quantise")  # kernels that run before them, where there are such
 
 
@@ -108,31 +109,32 @@ class _Recorder:
         self.all.append((args, options))
 
 
+Again = Callable[..., None]
+
+
+def _nothing(*args: Any, **options: Any) -> None:
+    """The launch of kernels that rows are left to, where those do not matter."""
+
+
 def launch_of(module: ModuleType, inputs: Sequence[Layout]) -> _Recorder:
     """The kernel call that ``module.launch`` makes for such inputs; nothing runs, and the module is not changed."""
     return calls_of(module, inputs)[KERNEL]
 
 
-def calls_of(module: ModuleType, inputs: Sequence[Layout]) -> dict[str, _Recorder]:
-    """The same for each of its kernels."""
-    recorders = {name: _Recorder() for name in (*BEFORE, KERNEL) if hasattr(module, name)}
-    known: dict[str, Any] = {"COMPILED": {}, "READY": {}, "FOUND": {}, "WRITERS": {}}
-    launch = FunctionType(module.launch_anew.__code__, {**vars(module), **recorders, **known})
-    launch(*(layout.meta() for layout in inputs))
-    return recorders
+def calls_of(module: ModuleType, inputs: Sequence[Layout], again: Again = _nothing) -> dict[str, _Recorder]:
+    """The same for each of its kernels; it may call ``again`` last."""
+    tensors = [layout.meta() for layout in inputs]
+    return _recorded(module, lambda launch: launch(*tensors, **_others(launch, again)))
 
 
-def backward_launches_of(
-    module: ModuleType, inputs: Sequence[Layout], again: Callable[..., None] = lambda *_, **__: None
-) -> dict[str, _Recorder]:
+def backward_launches_of(module: ModuleType, inputs: Sequence[Layout], again: Again = _nothing) -> dict[str, _Recorder]:
     """The kernel calls that ``launch`` of a backward module makes for such inputs, by kernel; it may call ``again`` last."""
     tensors = [layout.meta() for layout in inputs]
 
     def call(launch: FunctionType) -> None:
-        names = launch.__code__.co_varnames[: launch.__code__.co_argcount]
-        others = {"again": again} if "again" in names else {}
+        others = _others(launch, again)
         if launch(*tensors, **others) is None:  # it makes no gradients but those of the operands
-            launch(*tensors, **others, **{name: False for name in names if name.startswith("need_")})
+            launch(*tensors, **others, **{name: False for name in _parameters(launch) if name.startswith("need_")})
 
     return _recorded(module, call)
 
@@ -140,15 +142,26 @@ def backward_launches_of(
 def standby_launches_of(module: ModuleType, other: ModuleType, inputs: Sequence[Layout]) -> dict[str, _Recorder]:
     """The kernel calls of ``other``, as it is launched behind those of ``module``, which leave rows to it."""
     found: list[tuple[Any, dict[str, Any]]] = []
-    backward_launches_of(module, inputs, lambda *args, **options: found.append((args, options)))
+    launches_of = calls_of if hasattr(module, KERNEL) else backward_launches_of
+    launches_of(module, inputs, lambda *args, **options: found.append((args, options)))
     args, options = found[-1]
     return _recorded(other, lambda launch: launch(*args, **options))
 
 
+def _others(launch: FunctionType, again: Again) -> dict[str, Again]:
+    return {"again": again} if "again" in _parameters(launch) else {}
+
+
+def _parameters(launch: FunctionType) -> tuple[str, ...]:
+    return launch.__code__.co_varnames[: launch.__code__.co_argcount]
+
+
 def _recorded(module: ModuleType, call: Callable[[FunctionType], object]) -> dict[str, _Recorder]:
-    recorders = {name: _Recorder() for name in vars(module) if name in BEFORE or name.startswith(BACKWARD)}
-    known = {**vars(module), **recorders, "deterministic": lambda: False}
-    call(FunctionType(module.launch.__code__, known, argdefs=module.launch.__defaults__))
+    """What ``call`` of the launch that asks Triton has it launch, where nothing is known of earlier launches."""
+    launch = module.launch_anew if hasattr(module, KERNEL) else module.launch
+    recorders = {name: _Recorder() for name in vars(module) if name in (*BEFORE, KERNEL) or name.startswith(BACKWARD)}
+    known = {**vars(module), **recorders, **{name: {} for name in KNOWN}, "deterministic": lambda: False}
+    call(FunctionType(launch.__code__, known, argdefs=launch.__defaults__))
     return {name: recorder for name, recorder in recorders.items() if hasattr(recorder, "args")}
 
 

@@ -18,6 +18,7 @@ from attngen.spec import HOPPER, PORTABLE, AttentionSpec, Problem, Tile
 
 MAX_HEAD = 512
 _SPILLS = "the rest would spill"
+_ALONE = "leaves rows to a portable kernel, and there is none"
 
 # What the portable forward template is tried at. Blocks of 16 keys only where there are few rows: such products starve
 # tensor cores, but fp32 without them needs small ones.
@@ -76,6 +77,8 @@ def choose(
         return refusal(tile, cost, problem, device) or fp8.inexact(spec, tile, features, problem.keys)
 
     refused = tuple(Refusal(t, reason) for t, c in predicted.items() if (reason := refuse(t, c)))
+    if spec.whole is not None and {t for t in candidates if t.family == PORTABLE} <= {each.tile for each in refused}:
+        refused = tuple(Refusal(t, reason) for t, c in predicted.items() if (reason := refuse(t, c) or _ALONE))
     if len(refused) == len(candidates) and (least := _least_spilling(refused, predicted)) is not None:
         refused = tuple(each for each in refused if each is not least)
     ranked = _ranked(predicted, {r.tile for r in refused})

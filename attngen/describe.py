@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from attngen import advice, candidates, cost, naming
+from attngen import advice, candidates, cost, hopper, naming
 from attngen.algebra import ONE, TRUE
 from attngen.cache.lookup import MODEL, Choice
 from attngen.choose import Plan
@@ -22,6 +22,8 @@ from attngen.text import readable
 
 if TYPE_CHECKING:
     from attngen.pipeline import Found, Missed
+
+BEHIND = "a portable kernel, for rows whose keys are all masked: there the model's fill value shows"
 
 
 def missed(each: Missed) -> SiteReport:
@@ -60,6 +62,7 @@ def planned(plan: Plan, device: Device, gradients: BackwardPlan | Miss | None) -
         computes=computes(plan.spec, plan.problem),
         family=plan.tile.family,
         tile=str(plan.tile),
+        behind=BEHIND if hopper.leaves_rows(plan.spec, plan.tile) else "",
         predicted_ms=plan.cost.seconds * 1e3,
         hbm_bytes={"before": before, "after": int(plan.cost.hbm_bytes)},
         sizes={"batch": list(plan.problem.batch), "rows": plan.problem.rows, "keys": plan.problem.keys},

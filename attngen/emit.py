@@ -31,7 +31,8 @@ _HOLES = {PORTABLE: portable.holes, HOPPER: hopper.holes}
 class Kernel:
     """The text of one generated module. ``name`` is unique to its content, apart from the header.
 
-    ``otherwise`` is launched instead on tensors that its own ``launch`` cannot take, as its ``suits`` has it.
+    ``otherwise`` is launched instead on tensors that its own ``launch`` cannot take, as its ``suits`` has it, and behind it
+    where it leaves rows.
     """
 
     spec: AttentionSpec
@@ -43,6 +44,11 @@ class Kernel:
     @property
     def family(self) -> str:
         return self.tile.family
+
+    @property
+    def leaves_rows(self) -> bool:
+        """Whether ``otherwise`` has to be launched behind it, for rows in which the model's own fill value shows."""
+        return hopper.leaves_rows(self.spec, self.tile)
 
 
 @cache
@@ -150,8 +156,9 @@ def emit_backward(
 
 def _header(spec: AttentionSpec, tile: Tile, notes: tuple[str, ...]) -> str:
     template = TEMPLATES[tile.family]
+    left = ", and a portable one behind it for rows in which the fill value shows" if hopper.leaves_rows(spec, tile) else ""
     lines = [
-        "Attention, forward: one fused kernel.",
+        f"Attention, forward: one fused kernel{left}.",
         "",
         *(f"    {line}" for line in spec.text.splitlines()),
         "",

@@ -57,6 +57,8 @@ def unsuited(spec: AttentionSpec) -> str | None:
         return "weights that are not normalised may be of any size"
     if spec.lse:
         return "gradients are asked for"
+    if spec.whole is not None:
+        return "rows may have to be computed again with the model's own fill value"
     if min(spec.head_dim, spec.value_dim) < SMALLEST_HEAD:
         return f"heads have fewer than {SMALLEST_HEAD} features"
     return None

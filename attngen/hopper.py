@@ -24,7 +24,7 @@ from attngen.layout import base_of, unpacked, used_dims
 from attngen.mask import derive
 from attngen.printer import LOG2E, Places, Printer, Unprintable, bare
 from attngen.scores import holes_of_spec, in_units, kept, sink_values
-from attngen.spec import FEATURE, KEY, ROW, AttentionSpec, Input, Tile
+from attngen.spec import FEATURE, HOPPER, KEY, ROW, AttentionSpec, Input, Tile
 
 MAX_SIDE = 256  # of a box that TMA copies, and of a product
 MAX_RANK = 5
@@ -49,13 +49,16 @@ def queries_held(spec: AttentionSpec, tile: Tile) -> int:
     return 2 if tile.persistent and boxes.held(boxes.pieces(spec)) <= 128 and not planes(spec) else 1
 
 
+def leaves_rows(spec: AttentionSpec, tile: Tile) -> bool:
+    """Whether a portable kernel has to be launched behind that of ``tile``, for rows in which the model's own fill shows."""
+    return tile.family == HOPPER and spec.whole is not None
+
+
 @lru_cache(maxsize=4096)  # identical sites share it, and what it derives of the mask
 def unsuited(spec: AttentionSpec) -> str | None:
     """Why the template cannot compute ``spec``, if so."""
     if (reason := unfit(spec)) is not None:
         return reason
-    if spec.whole is not None:
-        return "rows may have to be computed again with the model's own fill value"
     if any(isinstance(node, Op) and node.name == "random" for node in spec.gain.walk()):
         return "weights are dropped at random"
     if spec.gain != ONE:
@@ -149,6 +152,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "helpers": helpers(printer, score["together"], bounds, found),
         "finder": found,
         "score": score,
+        "below": "" if spec.whole is None else repr(spec.redo_below),
         "sinks": [sink for sink in sinks if sink.isidentifier()],
         "sink_lines": _sink_lines(sinks, f" * {LOG2E!r}" if natural else ""),
         "unpack_head": unpacked(_order(spec)),

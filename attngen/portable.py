@@ -39,6 +39,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         **products_of(spec),
         **where,
         **common,
+        **(_flagged(common) if whole else {}),
     }
 
 
@@ -80,6 +81,12 @@ def _whole(printer: Printer, spec: AttentionSpec) -> dict[str, Any] | None:
         "below": repr(spec.redo_below),
         "sink_lines": sink_lines(sinks, f" * {LOG2E!r}"),
     }
+
+
+def _flagged(common: dict[str, Any]) -> dict[str, Any]:
+    """What more the kernel is called with: flags of rows, or any tensor where it computes all rows."""
+    call = "out if only is None else only"
+    return {"tensors": [*common["tensors"], "only_ptr"], "call_tensors": [*common["call_tensors"], call]}
 
 
 def sink_lines(sinks: list[str], times: str) -> list[str]:

@@ -20,7 +20,7 @@ from attngen.device import Device
 from attngen.emit import BackwardKernel, Kernel
 from attngen.errors import AttngenError, VerificationFailed
 from attngen.paths import folder, kept
-from attngen.runtime import import_kernel, kernel_path
+from attngen.runtime import kernel_path, launch_of
 from attngen.spec import ROW, AttentionSpec, Problem, digest
 from attngen.verify import Check
 
@@ -41,12 +41,16 @@ class Use:
     @property
     def jobs(self) -> list[Job]:
         """What there is to compile."""
-        jobs = [Job(kernel_path(self.kernel), self.inputs)]
+        jobs = [job_of(self.kernel, self.inputs)]
         if self.backward is not None:
-            other = self.backward.otherwise if self.backward.leaves_rows else None
-            inputs = (*results_of(self.kernel.spec, self.problem), *self.inputs)
-            jobs.append(Job(kernel_path(self.backward), inputs, kernel_path(other) if other else None))
+            jobs.append(job_of(self.backward, (*results_of(self.kernel.spec, self.problem), *self.inputs)))
         return jobs
+
+
+def job_of(kernel: Kernel | BackwardKernel, inputs: tuple[Layout, ...]) -> Job:
+    """What compiling it takes, with the kernel that it leaves rows to."""
+    other = kernel.otherwise if kernel.leaves_rows else None
+    return Job(kernel_path(kernel), inputs, kernel_path(other) if other else None)
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def verified(use: Use, device: torch.device | str) -> Check | AttngenError:
     spec, problem = use.kernel.spec, reduced(use.problem)
     inputs = verify.samples_for(use.kernel, problem, device=device)
     try:
-        check = verify.check(import_kernel(kernel_path(use.kernel)).launch(*inputs), spec, inputs)
+        check = verify.check(launch_of(use.kernel)(*inputs), spec, inputs)
     except AttngenError as failed:
         return failed
     return check if check.ok else VerificationFailed(f"the kernel's result is off: {check}")

@@ -42,6 +42,7 @@ class SiteReport:
     ``computes``      the expression, readable
     ``family``        template family of the kernel
     ``tile``          queries x keys per block, warps, stages
+    ``behind``        what is launched behind the kernel, and what for; empty if nothing is
     ``predicted_ms``  of one call, by the cost model
     ``backward``      where gradients are asked for: the tiles of their kernels, or why they are computed block by block
     ``backward_ms``   of the gradients of one call, by the cost model
@@ -71,6 +72,7 @@ class SiteReport:
     computes: str = ""
     family: str = ""
     tile: str = ""
+    behind: str = ""
     predicted_ms: float | None = None
     backward: str = ""
     backward_ms: float | None = None

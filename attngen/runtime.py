@@ -125,7 +125,7 @@ def _launcher(spec: AttentionSpec, kernel: Kernel) -> Callable[..., Any]:
     if (problem := triton_problem()) is not None:
         say_once(problem)
         return _by_block(spec)
-    launch: Callable[..., Any] = import_kernel(kernel_path(kernel)).launch
+    launch = launch_of(kernel)
     return launch if kernel.otherwise is None else _either(launch, kernel.otherwise)
 
 
@@ -232,7 +232,7 @@ def _same_bits(run: Gradient) -> Gradient:
 def launch_of(kernel: Kernel | BackwardKernel) -> Callable[..., Any]:
     """``launch`` of a kernel's file; if it leaves rows to another, it knows that one's."""
     launch: Callable[..., Any] = import_kernel(kernel_path(kernel)).launch
-    if isinstance(kernel, BackwardKernel) and kernel.leaves_rows and kernel.otherwise is not None:
+    if kernel.leaves_rows and kernel.otherwise is not None:
         return partial(launch, again=import_kernel(kernel_path(kernel.otherwise)).launch)
     return launch
 

@@ -244,7 +244,7 @@ def run_interpreted(
         folder = Path(name)
         for number, (kernel, inputs) in enumerate(jobs):
             (folder / f"{number}.py").write_text(_interpretable(kernel))
-            if isinstance(kernel, BackwardKernel) and kernel.leaves_rows and kernel.otherwise:
+            if kernel.leaves_rows and kernel.otherwise:
                 (folder / AGAIN).mkdir(exist_ok=True)
                 (folder / AGAIN / f"{number}.py").write_text(_interpretable(kernel.otherwise))
             torch.save(list(inputs), folder / f"{number}.in.pt")

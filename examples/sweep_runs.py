@@ -22,7 +22,7 @@ from sweep_worker import Batch
 
 from attngen.aot import Job, Layout
 from attngen.device import Device
-from attngen.emit import BackwardKernel, emit, emit_backward
+from attngen.emit import emit, emit_backward
 from attngen.errors import AttngenError, Miss
 from attngen.runtime import kernel_path
 from attngen.spec import Problem, Tile
@@ -61,7 +61,7 @@ def _job(site: Site, device: Device, tiles: Configuration, layouts: tuple[Layout
         kernel = emit_backward(site.spec, tiles, l2_bytes=device.l2_bytes)
     else:
         kernel = emit(site.spec, tiles[0], l2_bytes=device.l2_bytes, sms=device.sms)
-    if isinstance(kernel, BackwardKernel) and kernel.leaves_rows:
+    if not isinstance(kernel, Miss) and kernel.leaves_rows:
         return "no kernel of its own: it leaves rows to others"
     return f"no kernel: {kernel}" if isinstance(kernel, Miss) else Job(kernel_path(kernel), layouts)
 

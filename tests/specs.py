@@ -126,7 +126,7 @@ PREFIX = op("or", CAUSAL, op("lt", Int(KEY), integer(40)))
 POSITIVE = op("max", QK, Const(0.0))
 
 
-def _filled(score: Expr, mask: Expr, fill: float) -> dict[str, object]:
+def filled(score: Expr, mask: Expr, fill: float) -> dict[str, object]:
     """The fields of a spec whose masked pairs get ``fill``, where that could show."""
     return {"score": score, "mask": mask, "whole": where(mask, score, Const(fill)), "redo_below": fill + 104.0}
 
@@ -199,11 +199,11 @@ CASES = (
     Case("softmax_plus_one", attention(sinks=(Const(0.0),))),
     Case("empty_rows_nan", attention(mask=STRICTLY_CAUSAL)),
     Case("empty_rows_zero", attention(mask=STRICTLY_CAUSAL, empty="zero", lse=True)),
-    Case("fill_shows", attention(**_filled(QK, STRICTLY_CAUSAL, -10000.0), lse=True), tile=Tile(64, 64, 8, 2)),
-    Case("fill_lowest", attention(**_filled(QK, STRICTLY_CAUSAL, LOWEST))),
+    Case("fill_shows", attention(**filled(QK, STRICTLY_CAUSAL, -10000.0), lse=True), tile=Tile(64, 64, 8, 2)),
+    Case("fill_lowest", attention(**filled(QK, STRICTLY_CAUSAL, LOWEST))),
     Case("fill_added", attention(**_added(QK, STRICTLY_CAUSAL, LOWEST), lse=True)),
     Case("fill_added_in_half", attention(**_added_in_half(QK, STRICTLY_CAUSAL), lse=True)),
-    Case("fill_shows_padding", attention(**_filled(QK, PADDING, -1e9), extras=BOOLEANS)),
+    Case("fill_shows_padding", attention(**filled(QK, PADDING, -1e9), extras=BOOLEANS)),
     Case("sigmoid", attention(score=op("sigmoid", plus(QK, Const(-4.0))), softmax=False, lse=True)),
     Case("squared_relu", attention(score=op("mul", POSITIVE, POSITIVE), mask=CAUSAL, softmax=False)),
     Case("decay", attention(score=op("mul", QK, loaded("t0", H, DIAGONAL)), extras=TABLE, mask=CAUSAL, softmax=False)),
@@ -225,7 +225,7 @@ CASES = (
     ),
     Case(
         "dropped_fill_shows",
-        attention(**_filled(QK, STRICTLY_CAUSAL, -10000.0), gain=dropped(0.2, B, H), extras=SEED),
+        attention(**filled(QK, STRICTLY_CAUSAL, -10000.0), gain=dropped(0.2, B, H), extras=SEED),
         tile=Tile(64, 64, 8, 2),
     ),
     Case("multi_query", attention(batch=(H,), keys=Input("k", (KEY, INNER), HALF), mask=CAUSAL), batch=(3,)),
@@ -240,8 +240,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 # Their kernels are of the same head size and type as others, and made of lines that stand in those (``test_emit`` looks).
 ALIKE = (
-    "dense_lse", "unscaled", "causal_lse", "cross", "window", "padding", "empty_rows_nan", "fill_lowest",
-    "dropped_causal",
+    "dense_lse", "unscaled", "causal_lse", "cross", "window", "padding", "empty_rows_nan", "dropped_causal",
 )  # fmt: skip
 FOR_OLDEST = (  # call all that any kernel calls: those that are run with the oldest Triton
     "dense_bf16", "dense_fp32", "wide", "head_40", "grouped", "window_symmetric", "softcap_window", "streaming", "dilated",

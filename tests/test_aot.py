@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,22 @@ def test_kernels_are_compiled_side_by_side(count: int, shares: list[str], monkey
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     results = aot.begin([Job(Path(str(number)), ()) for number in range(count)], 90).results()
     assert [str(result) for result in results] == [*map(str, range(count))]
+
+
+def test_what_rows_are_left_to_is_compiled_as_it_is_launched_behind(tmp_path: Path) -> None:
+    """Into the results of the first, with flags; and compiled alone it is another kernel."""
+    case = BY_NAME["fill_shows"]
+    first = emit(case.spec, Tile(128, 128, 8, 2, HOPPER))
+    assert isinstance(first, Kernel) and first.leaves_rows
+    job = job_of(first, Problem((2, 4), 100, 100), tmp_path / "first.py")
+    (tmp_path / "second.py").write_text(emitted(case).source)
+    behind = aot.import_file(tmp_path / "second.py")
+    call = aot.standby_launches_of(aot.import_file(job.source), behind, job.inputs)[aot.KERNEL]
+    alone = aot.launch_of(behind, job.inputs)
+    *_, flags = (x for x in call.args if isinstance(x, torch.Tensor))
+    assert (flags.dtype, flags.shape) == (torch.int32, (2, 4, 100))
+    assert (call.args[-1], alone.args[-1]) == (True, False) and call.grid == alone.grid
+    assert isinstance(aot.compile_for(replace(job, again=tmp_path / "second.py"), 90), Binary)
 
 
 # ------------------------------------------------------------------------------------------------------ specialisation

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from specs import CASES, CAUSAL, KEY, H, attention, loaded, plus, scaled, softcap, window
+from specs import CASES, CAUSAL, KEY, QK, STRICTLY_CAUSAL, H, attention, filled, loaded, plus, scaled, softcap, window
 from test_cost import H200, cost, square
 from test_hopper import kernel_of, run, samples_for
 from torch import Tensor
@@ -187,8 +187,9 @@ def test_damage_is_noticed(change: tuple[str, str]) -> None:
         (attention(dtype=BF16, head_dim=32), "h200", "fewer than 64"),
         (attention(dtype=BF16, head_dim=64, softmax=False), "h200", "not normalised"),
         (attention(dtype=BF16, head_dim=64, lse=True), "h200", "gradients"),
+        (attention(dtype=BF16, head_dim=64, **filled(QK, STRICTLY_CAUSAL, -1e4)), "h200", "fill value"),
     ],
-    ids=["device", "float32", "narrow", "no softmax", "training"],
+    ids=["device", "float32", "narrow", "no softmax", "training", "fill"],
 )
 def test_what_cannot_be_in_8_bits_stays_in_16(spec: AttentionSpec, device: str, words: str) -> None:
     found, reason = decide.in_eighths(spec, square(1024), resolve(device), fp8.BLOCK)

@@ -340,7 +340,7 @@ def test_verify_refuses_a_kernel_that_is_off(monkeypatch: pytest.MonkeyPatch) ->
     def off(path: Path) -> SimpleNamespace:
         return SimpleNamespace(launch=lambda *inputs: 1.05 * right(path).launch(*inputs))
 
-    monkeypatch.setattr("attngen.prepare.import_kernel", off)
+    monkeypatch.setattr("attngen.runtime.import_kernel", off)
     model, inputs = Case("nanogpt", torch.float16).build()
     with torch.no_grad(), pytest.raises(Exception, match="the kernel's result is off"):
         torch.compile(model, backend="attngen", options={**EAGER, "verify": True})(**inputs)

@@ -17,12 +17,13 @@ from test_hopper import GRID, PERSISTENT, fused
 from torch import Tensor, nn
 
 import attngen
-from attngen import capture, hopper, plan, runtime
+from attngen import capture, decide, hopper, plan, runtime
+from attngen import choose as choosing
 from attngen.algebra import Const, op, where
 from attngen.choose import HOPPER_TILES, TILES, Plan, choose
 from attngen.device import DEVICES
 from attngen.emit import Kernel, emit
-from attngen.errors import BadPlan
+from attngen.errors import BadPlan, Miss
 from attngen.simulator import simulated
 from attngen.spec import FEATURE, HOPPER, INNER, KEY, PORTABLE, ROW, AttentionSpec, Input, Problem, Tile, batch_axes
 from attngen.verify import check
@@ -52,7 +53,6 @@ UNSUITED = {
     "heads of 36": (attention(head_dim=36), "a head size of 36, 36 for values"),
     "values of 20": (attention(value_dim=20), "a head size of 64, 20 for values"),
     "heads of 264": (attention(head_dim=264), "up to 256"),
-    "a fill that may show": (BY_NAME["fill_shows"].spec, "fill value"),
     "a gain": (BY_NAME["pair_gain"].spec, "multiplied after softmax"),
     "sinks by query": (BY_NAME["sinks_by_query"].spec, "differ from row to row"),
     "a mask for each pair": (KEPT, "a mask is loaded for each pair"),
@@ -256,6 +256,18 @@ def test_a_given_tile_is_taken_where_it_can_run() -> None:
     assert {r.tile: r.reason for r in elsewhere.refused}[odd] == "NVIDIA A100 80GB has no warpgroups that multiply"
     assert planned("h100", BY_NAME["pair_gain"].spec, tile=odd).source == "model"
     assert planned("h100", misaligned="k is crooked", tile=odd).tile.family == PORTABLE
+
+
+def test_rows_are_left_only_to_a_kernel_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = BY_NAME["fill_shows"].spec
+    assert planned("h200", spec).tile.family == HOPPER
+    kernel = decide.emitted(planned("h200", spec), DEVICES["h200"], "")
+    assert isinstance(kernel, Kernel) and kernel.leaves_rows and kernel.otherwise is not None
+    assert kernel.otherwise.tile.family == PORTABLE and not kernel.otherwise.leaves_rows
+    able = choosing.refusal
+    monkeypatch.setattr(choosing, "refusal", lambda tile, *about: "no" if tile.family == PORTABLE else able(tile, *about))
+    assert isinstance(choose(spec, PROBLEM, DEVICES["h200"]), Miss)
+    assert planned("h200").tile.family == HOPPER
 
 
 UNKNOWN = (Tile(64, 64, 4, 2, HOPPER), Tile(128, 128, 4, 2, HOPPER), Tile(256, 16, 16, 2, HOPPER))

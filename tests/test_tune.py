@@ -23,7 +23,7 @@ from attngen import compat, emit, hopper_bwd, measure, parcel, prepare, verify
 from attngen.aot import Job, Layout, layout_of
 from attngen.cache.key import BACKWARD, FORWARD
 from attngen.measure import Clock
-from attngen.spec import KEY, ROW, Problem, Tile
+from attngen.spec import HOPPER, KEY, ROW, Problem, Tile
 from attngen.tune import supervise, worker
 from attngen.tune.candidates import candidates
 from attngen.tune.compilers import Ahead, identity
@@ -353,3 +353,12 @@ def test_rows_that_a_candidate_leaves_to_others_are_for_a_portable_one() -> None
     with pytest.raises(TypeError):  # what is launched here takes no tensors
         backward.checked(tiles[1])
     assert launched[0].leaves_rows and launched[0].otherwise.tiles == tiles[0]
+
+
+def test_a_forward_candidate_that_leaves_rows_has_a_portable_one_behind_it() -> None:
+    spec, problem = BY_NAME["fill_shows"].spec, Problem((1, 2), 40, 40)
+    inputs = tuple(map(layout_of, verify.sample_inputs(spec, problem)))
+    question = wanted(spec=spec, problem=problem, device=attngen.device.DEVICES["h200"], inputs=inputs)  # type: ignore[attr-defined]
+    tiles = (Tile(128, 128, 8, 2, HOPPER),), (Tile(64, 32, 4, 2),)
+    first, second = (job_of(Task(question, tiles, rounds=1), each) for each in tiles)
+    assert first is not None and second is not None and first.again == second.source and second.again is None
