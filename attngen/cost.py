@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import sympy as sp
 
-from attngen import bounds, boxes, formulas_hopper, hopper
+from attngen import bounds, boxes, formulas_hopper, hopper, lost
 from attngen import formulas as f
 from attngen.algebra import Expr, Load
 from attngen.device import Device
@@ -95,8 +95,10 @@ def _cost(at: dict[sp.Symbol, float]) -> Cost:
 
 def evaluated(spec: AttentionSpec, problem: Problem, device: Device, tiles: Sequence[Tile]) -> Values:
     """Every symbol of the model, for tiles of one family at once."""
-    at = {**of_device(device), **of_spec(spec, problem), **of_tiles(spec, problem, device, tiles)}
+    known = lost.without(spec) if tiles[0].family == HOPPER else spec
+    at = {**of_device(device), **of_spec(known, problem), **of_tiles(known, problem, device, tiles)}
     if tiles[0].family == HOPPER:
+        at[f.redo] = 1.0 * (lost.floor(spec) is not None)
         at |= _of_hopper(spec, tiles, at[f.masked])
     for formula in FORMULAS[tiles[0].family]:
         at[formula.symbol] = evaluate(formula.expression, at)

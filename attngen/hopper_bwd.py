@@ -13,7 +13,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from attngen import boxes, hopper, pairs_bwd
+from attngen import boxes, hopper, lost, pairs_bwd
 from attngen.adjoint import SCORE_GRAD
 from attngen.algebra import ONE, Const, Expr, Load
 from attngen.bounds import loop_bounds
@@ -102,6 +102,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     """What fills the template. Raises ``Unprintable``."""
     if (reason := unsuited(spec)) is not None:
         raise Unprintable(reason)
+    floor, spec = lost.floor(spec), lost.without(spec)
     plan = backward_of(spec)
     grad = Input("grad", spec.output, spec.out_dtype)
     side = Side("keys", spec, (spec.keys, spec.values), (spec.query, grad), plan, tile, False)
@@ -148,7 +149,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "group": heads,
         "unpack_head": unpacked(spec.batch),
         "lost": plan.may_be_lost,
-        "below": repr(plan.redo.below) if plan.redo else "",
+        "below": repr(floor) if plan.redo else "",
         "may_be_empty": plan.may_be_lost or spec.empty == "zero",
         "log2e": repr(LOG2E),
         "registers": [REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],

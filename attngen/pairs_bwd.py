@@ -110,10 +110,7 @@ def _program(printer: Printer, side: Side, target: Target) -> dict[str, Any]:
     lines = score_lines(printer, spec, scale, shaped, natural)
     factor, _ = leading(dict(adjoints(spec, spec.score)).get(SCORE, Const(0.0)))
     body = body_of(printer, side, spec.score, factor, masked=True)
-    if natural:
-        exponent = f"(scores - gl.expand_dims(lse, 1)) * {LOG2E!r}"
-    else:
-        exponent = f"scores{f' * {scale!r}' if lines['times'] else ''} - gl.expand_dims(lse * {LOG2E!r}, 1)"
+    exponent = f"scores{f' * {scale!r}' if natural or lines['times'] else ''} - gl.expand_dims(lse * {LOG2E!r}, 1)"
     return {
         "reads": reads_of(dict.fromkeys([*lines["masked_reads"], *body["reads"]]), spec),
         "score": gluon(lines["masked"]),
