@@ -144,6 +144,24 @@ def test_gradients_of_a_bias_within_a_program_of_scores() -> None:
     assert all(verdict.ok for verdict in found.values()), {of: str(verdict) for of, verdict in found.items()}
 
 
+@pytest.mark.parametrize(("value", "odd"), [(0.0, False), (-3000.0, False), (-1e6, True), (1e30, False), (1e37, True)])
+def test_rows_whose_weights_do_not_follow_are_left_to_others(value: float, odd: bool) -> None:
+    """One row of a bias, all of whose scores lie there; and other kernels have a look at their flag."""
+    bias = {"t0": (BF16, (H, ROW, KEY))}
+    spec = attention(dtype=BF16, score=plus(QK, loaded("t0", H, ROW, KEY)), extras=bias)
+    at = sample(spec, Problem((1, 2), 40, 40))
+    at.inputs[3][1, 7] = value
+    out, lse = blockwise.forward(at.spec, at.inputs)
+    flags: list[int] = []
+
+    def again(*tensors: Any, only: torch.Tensor, into: Sequence[torch.Tensor], **needs: bool) -> None:
+        flags.append(int(only))
+
+    changed = replace(at, out=out, lse=lse.float().contiguous())
+    simulated(kernel_of(spec).source).launch(*changed.arguments, again=again)
+    assert flags == [int(odd)]
+
+
 def test_no_batch_adds_nothing_to_a_shared_bias() -> None:
     at = replace(sample(BY_NAME["bias"].spec, Problem((1, 2), 40, 40)), extras=True)
     empty = (x[:0] for x in (at.grad, at.out, at.lse, *at.inputs[:3]))
