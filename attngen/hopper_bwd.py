@@ -151,7 +151,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "lost": plan.may_be_lost,
         "below": repr(floor) if plan.redo else "",
         "highest": repr(lost.HIGHEST),
-        "may_be_empty": plan.may_be_lost or spec.empty == "zero",
+        "may_be_empty": plan.may_be_lost or spec.empty != "nan",
         "log2e": repr(LOG2E),
         "registers": [REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
         "limit": LIMIT,

@@ -211,13 +211,22 @@ def test_biases_of_any_float_are_copied_block_by_block(tile: Tile, dtype: torch.
 
 
 @pytest.mark.parametrize("tile", [PERSISTENT, GRID, THREE_GROUPS], ids=str)
-@pytest.mark.parametrize("empty", ["nan", "zero"])
+@pytest.mark.parametrize("empty", ["nan", "zero", "never_nan"])
 def test_rows_and_tiles_without_any_key(tile: Tile, empty: str) -> None:
     """Aligned at the end, the first queries see nothing: whole tiles of them, and a part of one."""
     spec = attention(mask=BOTTOM_RIGHT, empty=empty, lse=True)
     out, lse = right(spec, tile, sample_inputs(spec, Problem((1, 2), 330, 70)))
     assert (out[:, :, :260].isnan() if empty == "nan" else out[:, :, :260] == 0).all()
     assert (lse[:, :, :260] == -torch.inf).all() and lse[:, :, 260:].isfinite().all()
+
+
+@pytest.mark.parametrize("tile", [PERSISTENT, GRID, THREE_GROUPS], ids=str)
+def test_a_row_of_nan_is_zero_where_weights_are_never_nan(tile: Tile) -> None:
+    spec = BY_NAME["rows_never_nan"].spec
+    q, k, v = sample_inputs(spec, Problem((1, 2), 150, 150))
+    q[:, :, 130] = torch.nan
+    out, _ = right(spec, tile, [q, k, v])
+    assert not out[:, :, [0, 130]].any() and out[:, :, 131:].any(-1).all()
 
 
 EMPTY = {name: BY_NAME[name].spec for name in ("dense", "causal", "sinks", "softmax_plus_one", "sigmoid", "bias", "grouped")}

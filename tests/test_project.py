@@ -37,7 +37,7 @@ def test_mypy(tmp_path: Path) -> None:
 LAYERS = (
     {"errors", "paths", "compat", "index", "philox", "device", "measure", "barriers", "proxies", "registers"},
     {"algebra", "text", "evaluate", "abbreviate"},
-    {"guards", "normaliser", "spec", "inequalities", "mask", "naming", "parcel"},
+    {"guards", "renormaliser", "normaliser", "spec", "inequalities", "mask", "naming", "parcel"},
     {"printer", "work", "formulas", "blockwise", "layout", "simulator", "gluon"},
     {"boxes", "bounds", "scores", "lost", "fp8", "formulas_hopper", "formulas_bwd", "formulas_hopper_bwd", "adjoint"},
     {"finder"},
