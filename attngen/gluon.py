@@ -15,7 +15,7 @@ DTYPES = {torch.float16: "gl.float16", torch.bfloat16: "gl.bfloat16"}
 
 def gluon(text: str) -> str:
     """Gluon has Triton's operations under its own name, except one."""
-    return re.sub(r"\btl\.", "gl.", text.replace("tl.sigmoid(", "sigmoid("))
+    return re.sub(r"\btl\.", "gl.", text.replace("tl.sigmoid(", "sigmoid(").replace("@triton.jit", "@gluon.jit"))
 
 
 def helpers_of(printer: Printer, text: str) -> dict[str, bool]:

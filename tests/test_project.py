@@ -39,7 +39,7 @@ LAYERS = (
     {"algebra", "text", "evaluate", "abbreviate"},
     {"guards", "normaliser", "spec", "inequalities", "mask", "naming", "parcel"},
     {"printer", "work", "formulas", "blockwise", "layout", "simulator", "gluon"},
-    {"boxes", "bounds", "scores", "fp8", "formulas_hopper", "formulas_bwd", "formulas_hopper_bwd", "adjoint"},
+    {"boxes", "bounds", "scores", "fp8", "formulas_hopper", "formulas_bwd", "formulas_hopper_bwd", "adjoint", "dropped"},
     {"finder"},
     {"portable", "hopper", "gradient", "sides", "words", "portable_bwd", "pairs_bwd", "hopper_bwd"},
     {"emit", "cost"},
