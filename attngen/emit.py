@@ -14,6 +14,7 @@ import jinja2
 import attngen
 from attngen import hopper, hopper_bwd, portable, portable_bwd
 from attngen.errors import Miss
+from attngen.gluon import gluon
 from attngen.gradient import backward_of
 from attngen.printer import Unprintable
 from attngen.spec import HOPPER, PORTABLE, AttentionSpec, Tile, digest
@@ -63,6 +64,7 @@ def _environment() -> jinja2.Environment:
     environment.filters["listed"] = _listed
     environment.filters["joined"] = lambda names, suffix: ", ".join(name + suffix for name in names)
     environment.filters["quoted"] = json.dumps
+    environment.filters["gluon"] = gluon
     environment.filters["listed_after"] = lambda names: "".join(f", {name}" for name in names)
     environment.filters["listed_before"] = lambda names: "".join(f"{name}, " for name in names)
     return environment

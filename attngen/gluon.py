@@ -16,7 +16,7 @@ PLACES = Places(row="rows", key="cols", row_beside="", key_beside="")  # tensors
 
 def gluon(text: str) -> str:
     """Gluon has Triton's operations under its own name, except one."""
-    return re.sub(r"\btl\.", "gl.", text.replace("tl.sigmoid(", "sigmoid("))
+    return re.sub(r"\btl\.", "gl.", text.replace("tl.sigmoid(", "sigmoid(").replace("@triton.jit", "@gluon.jit"))
 
 
 def helpers_of(printer: Printer, text: str) -> dict[str, bool]:

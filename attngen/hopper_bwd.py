@@ -18,6 +18,7 @@ from attngen.adjoint import SCORE_GRAD
 from attngen.algebra import ONE, Const, Expr, Load
 from attngen.bounds import loop_bounds
 from attngen.boxes import PLANE_DTYPES, planes
+from attngen.dropped import dropped_of, holes_of
 from attngen.finder import data_of, finder
 from attngen.gluon import DTYPES, PLACES, box_dims, gluon
 from attngen.gradient import PAIR, Backward, adjoints, backward_of, mirrored, mirrored_spec
@@ -45,8 +46,8 @@ def unsuited(spec: AttentionSpec) -> str | None:
     """Why the template cannot compute the gradients of ``spec``, if so."""
     if (reason := hopper.unfit(spec)) is not None:
         return reason
-    if spec.gain != ONE:
-        return "weights are multiplied after softmax"
+    if spec.gain != ONE and dropped_of(spec.gain) is None:
+        return "weights are multiplied after softmax, not dropped alone"
     if not spec.softmax:
         return "nothing normalises its weights"
     if padded(spec) not in STEPS or _width(spec.value_dim) != padded(spec):
@@ -110,7 +111,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     printer = Printer(side.spec, PLACES)
     columns = columns_of(side.spec, *_programs(side.spec))
     printer.known |= {column.load: column.text for column in columns}
-    score = _score(printer, side)
+    score, dropped = _score(printer, side), holes_of(printer, side.spec.gain)
     data = written(spec, columns) if columns else None
     cover = cover_of(spec)
     bounds, found = finder(side.spec, cover, tile) or (loop_bounds(printer, cover, warps=1), None)
@@ -152,6 +153,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "below": repr(floor) if plan.redo else "",
         "highest": repr(lost.HIGHEST),
         "may_be_empty": plan.may_be_lost or spec.empty != "nan",
+        "dropped": dropped,
         "log2e": repr(LOG2E),
         "registers": [REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
         "limit": LIMIT,
@@ -170,6 +172,8 @@ def _score(printer: Printer, side: Side) -> dict[str, str]:
     scale, shaped, _ = in_units(side.spec)
     keep = kept(printer, side.spec.mask)
     factor, rest = leading(dict(adjoints(side.spec, side.spec.score)).get(SCORE, Const(0.0)))
+    if (dropped := dropped_of(side.spec.gain)) is not None:
+        factor *= dropped.factor
     score = gluon(bare(printer.value(shaped, masked=True)))
     printer.known[SCORE_GRAD] = "p"
     chain = "" if rest == SCORE_GRAD else gluon(bare(printer.value(rest, masked=True)))

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from attngen.algebra import TRUE, Const, Load
+from attngen.algebra import ONE, TRUE, Const, Load
 from attngen.bounds import is_plain, loop_bounds
 from attngen.boxes import planes
 from attngen.gluon import PLACES, gluon, helpers_of
@@ -47,8 +47,8 @@ def loads(spec: AttentionSpec) -> list[Load]:
 
 
 def kernels(plan: Backward, tile: Tile) -> list[dict[str, Any]]:
-    """What fills ``pairs_bwd.jinja``, for each gradient that such a kernel makes."""
-    if tile.stages not in SLOTS:
+    """What fills ``pairs_bwd.jinja``, for each gradient that such a kernel makes: none where weights are dropped."""
+    if tile.stages not in SLOTS or plan.spec.gain != ONE:
         return []
     able = [target for target in plan.extras if target.kind in (PAIR, DIAGONAL, SCATTERED)]
     return [_kernel(plan, tile, target, members) for target in able if (members := _members(plan, target)) is not None]

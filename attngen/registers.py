@@ -107,6 +107,13 @@ def of_bits(words: np.ndarray, dtype: str) -> Block:
     return block(found.float().numpy())
 
 
+def largest_pairs(left: np.ndarray, right: np.ndarray, dtype: str) -> Block:
+    """Of each two 16-bit floats that share a word with others the larger one, or NaN."""
+    halves = [np.maximum(of_bits(left >> part, dtype), of_bits(right >> part, dtype)) for part in (0, 16)]
+    low, high = (bits_of(each, dtype) for each in halves)
+    return block(low | high << 16)
+
+
 def bytes_of(values: np.ndarray) -> np.ndarray:
     """The bits of 8-bit floats."""
     found = torch.from_numpy(np.array(values, np.float32)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)

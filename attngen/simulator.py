@@ -23,7 +23,20 @@ import torch
 from attngen import barriers
 from attngen.barriers import Barrier, Stuck, Turn
 from attngen.proxies import Ground, Witness
-from attngen.registers import Block, Scalar, bits_of, block, bytes_of, exp2, numeric, of_bits, of_bytes, reduced, where
+from attngen.registers import (
+    Block,
+    Scalar,
+    bits_of,
+    block,
+    bytes_of,
+    exp2,
+    largest_pairs,
+    numeric,
+    of_bits,
+    of_bytes,
+    reduced,
+    where,
+)
 
 MOST_PRODUCTS = 8  # that may be on their way
 _here = threading.local()
@@ -277,6 +290,8 @@ def _specialised(partitions: Sequence[tuple[Any, Any]], warps: Any, registers: A
 
 
 def _asm(text: str, constraints: str, args: Sequence[Any], dtype: Any, **_: Any) -> Any:
+    if text.startswith("max.NaN."):
+        return largest_pairs(args[0], args[1], "bfloat16" if "bf16" in text else "float16")
     if text.startswith("cvt.rn."):
         high, low = (bits_of(each, "bfloat16" if "bf16" in text else "float16") for each in reversed(args))
         return block(low | high << 16)
@@ -302,13 +317,14 @@ class _SharedLayout:
         return None
 
 
+_INTEGERS = ("int16", "int32", "int64", "uint32", "uint64")
 _FUNCTIONS = ("log2", "log", "exp", "abs", "sqrt", "floor", "sin", "cos", "maximum", "minimum")
 
 
 def _language() -> types.SimpleNamespace:
     shapeless = ("NVMMADistributedLayout", "SliceLayout", "DotOperandLayout", "BlockedLayout", "SwizzledSharedLayout")
     names: dict[str, Any] = {name: lambda *_, **__: types.SimpleNamespace(value=None) for name in shapeless}
-    names |= {name: name for name in ("float16", "bfloat16", "float8e4nv", "float32", "int16", "int32", "int64")}
+    names |= {name: name for name in ("float16", "bfloat16", "float8e4nv", "float32", *_INTEGERS)}
     names |= {name: numeric(getattr(np, name)) for name in _FUNCTIONS}
     return types.SimpleNamespace(
         **names,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import sympy as sp
 import torch
-from specs import CAUSAL, DIAGONAL, H, attention, loaded, plus, scaled, softcap, window
+from specs import CAUSAL, DIAGONAL, SEED, B, H, attention, dropped, loaded, plus, scaled, softcap, window
 
 from attngen import compat, hopper, verify
 from attngen import measure as clocks
@@ -59,6 +59,7 @@ def _programs(head_dim: int) -> dict[str, AttentionSpec]:
         "prefix": _spec(head_dim, mask=op("or", CAUSAL, op("lt", Int(KEY), integer(1024)))),
         "sigmoid": _spec(head_dim, softmax=False, score=op("sigmoid", plus(qk, scaled(0.0)))),
         "grouped": _spec(head_dim, mask=CAUSAL, groups=4),
+        "dropped": _spec(head_dim, mask=CAUSAL, gain=dropped(0.1, B, H), extras=SEED),
     }
 
 

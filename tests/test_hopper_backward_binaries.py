@@ -27,9 +27,12 @@ pytest.importorskip("triton")
 __all__ = ["from_nothing"]  # a fixture
 
 COMPLAINTS = (*SERIALISED, "C7514", "C7517")
-EVERYWHERE = {(64, "causal"), (128, "full"), (128, "grouped"), (128, "softcap"), (64, "bias"), (128, "table")}
-# Bytes, most of them by the oldest Triton alone: what is kept aside until the loop is over, and at most one register within.
-SPILLS = {"softcap": WORTH_IT, "alibi": 8, "bias": 16, "table": 24, "prefix": 32}
+EVERYWHERE = {
+    (64, "causal"), (128, "full"), (128, "grouped"), (128, "softcap"), (64, "bias"), (128, "table"), (64, "dropped"),
+    (128, "dropped"),
+}  # fmt: skip
+# Bytes, most of them by the oldest Triton alone: what is kept aside until the loop is over, and at most two registers within.
+SPILLS = {"softcap": WORTH_IT, "alibi": 8, "bias": 16, "table": 24, "prefix": 32, "dropped": 8}
 ABLE = [(d, name) for d in (64, 96, 128) for name, spec in BY_HEAD[d].items() if hopper_bwd.unsuited(spec) is None]
 PROGRAMS = [
     pytest.param(*each, id=f"d{each[0]}-{each[1]}", marks=() if each in EVERYWHERE else (pytest.mark.gpu,))
