@@ -198,6 +198,14 @@ def _nan_to_num(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Exp
     return where(op("isnan", value), _ZERO, op("min", op("max", value, lowest), highest))
 
 
+def _log_add_exp(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+    """Of what attention weights add up to. Others are there, as tensors."""
+    if not reader.weighs(node):
+        raise Unknown("exponentials that may be infinite")
+    powers = [op("exp", to_float(reader.operand(args[name], index))) for name in ("self", "other")]
+    return op("log", op("add", *powers))
+
+
 _ZERO, _ONE = Const(0.0), Const(1.0)
 _FUNCTIONS = ("exp", "exp2", "log", "log2", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "sin", "cos", "floor")
 
@@ -231,6 +239,7 @@ POINTWISE: dict[str, Row] = {
     "clamp_min": _clamp,
     "clamp_max": _clamp,
     "where": _where,
+    "logaddexp": _log_add_exp,
     "nan_to_num": _nan_to_num,
     "masked_fill": _masked_fill,
     "index_put": _put,
