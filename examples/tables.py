@@ -175,6 +175,8 @@ TABLES: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     "curves": ("examples/results/curves.json", curves),
     "dense": ("examples/results/dense.json", attention),
     "variants": ("examples/results/variants.json", attention),
+    "variants_h100": ("examples/results/variants_h100.json", attention),
+    "variants_training_h100": ("examples/results/variants_training_h100.json", attention),
     "variants_training": ("examples/results/variants_training.json", attention),
     "fp8": ("examples/results/fp8.json", eighths),
     "long": ("examples/results/long.json", long),
