@@ -9,7 +9,7 @@ from itertools import islice, product
 
 import numpy as np
 
-from attngen import boxes, formulas_bwd, formulas_hopper_bwd, hopper_bwd
+from attngen import boxes, formulas_bwd, formulas_hopper_bwd, hopper_bwd, lost
 from attngen import formulas as f
 from attngen.cost import Values, of_device, of_spec, of_tiles
 from attngen.device import Device
@@ -110,8 +110,9 @@ def _ranked(spec: AttentionSpec, problem: Problem, device: Device, deterministic
     able = _Able(queries, keys, None)
     if device.wgmma and not deterministic and hopper_bwd.unsuited(spec) is None:
         otherwise = able.best(1)[0].tiles if able.queries and able.keys else ()
-        seconds = hopper_seconds(plan, problem, device, otherwise if plan.redo is not None else ())
-        if otherwise or plan.redo is None:
+        left = lost.floor(spec) is not None
+        seconds = hopper_seconds(backward_of(lost.without(spec)), problem, device, otherwise if left else ())
+        if otherwise or not left:
             able = replace(able, one=BackwardPlan((hopper_bwd.tile_of(spec),), seconds, otherwise))
     return able if able.best(1) else Miss(f"no tile of a backward kernel fits {device.label}")
 

@@ -23,7 +23,7 @@ from attngen.text import readable
 if TYPE_CHECKING:
     from attngen.pipeline import Found, Missed
 
-BEHIND = "a portable kernel, for rows whose keys are all masked: there the model's fill value shows"
+BEHIND = "a portable kernel, for rows that masks leave nothing of: what the model fills in shows there"
 
 
 def missed(each: Missed) -> SiteReport:

@@ -15,7 +15,6 @@ import attngen
 from attngen import hopper, hopper_bwd, portable, portable_bwd
 from attngen.errors import Miss
 from attngen.gluon import gluon
-from attngen.gradient import backward_of
 from attngen.printer import Unprintable
 from attngen.spec import HOPPER, PORTABLE, AttentionSpec, Tile, digest
 
@@ -48,7 +47,7 @@ class Kernel:
 
     @property
     def leaves_rows(self) -> bool:
-        """Whether ``otherwise`` has to be launched behind it, for rows in which the model's own fill value shows."""
+        """Whether ``otherwise`` has to be launched behind it, for rows that masks leave nothing of."""
         return hopper.leaves_rows(self.spec, self.tile)
 
 
@@ -127,7 +126,7 @@ class BackwardKernel:
     @property
     def leaves_rows(self) -> bool:
         """Whether ``otherwise`` has to be launched after it, for rows whose weights do not follow from their log-sum-exp."""
-        return self.family == HOPPER and backward_of(self.spec).redo is not None
+        return hopper.leaves_rows(self.spec, self.tiles[0])
 
 
 def emit_backward(
@@ -158,7 +157,7 @@ def emit_backward(
 
 def _header(spec: AttentionSpec, tile: Tile, notes: tuple[str, ...]) -> str:
     template = TEMPLATES[tile.family]
-    left = ", and a portable one behind it for rows in which the fill value shows" if hopper.leaves_rows(spec, tile) else ""
+    left = ", and a portable one behind it for rows that masks leave nothing of" if hopper.leaves_rows(spec, tile) else ""
     lines = [
         f"Attention, forward: one fused kernel{left}.",
         "",

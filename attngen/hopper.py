@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from attngen import boxes, dropped, fp8, lost
+from attngen import boxes, fp8, lost
 from attngen.algebra import ONE, Load, Op
 from attngen.bounds import Bounds, loop_bounds
 from attngen.boxes import PLANE_DTYPES, WARPGROUP_ROWS, operands, planes
@@ -133,7 +133,6 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
     copied = boxes.holes(spec, tile, printer)
     eighths = fp8.holes(spec, tile, copied, printer)
     extras = _extras(spec)
-    dropping = dropped.holes_of(printer, spec.gain)
     prologue = [*(base_of(x, printer) for x in _pointed(spec)), *printer.prologue]
     names = [line.split(" = ")[0] for line in prologue]
     outer = [a.name for a in spec.batch]
@@ -154,7 +153,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "helpers": helpers(printer, score["together"], bounds, found),
         "finder": found,
         "score": score,
-        "dropped": dropping,
+        "dropped": None,
         "lowest": 'float("-inf")' if floor is None else repr(floor * LOG2E),
         "highest": repr(lost.HIGHEST),
         "below": "" if floor is None else repr(floor),

@@ -150,7 +150,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "group": heads,
         "unpack_head": unpacked(spec.batch),
         "lost": plan.may_be_lost,
-        "below": repr(floor) if plan.redo else "",
+        "below": "" if floor is None else repr(floor),
         "highest": repr(lost.HIGHEST),
         "may_be_empty": plan.may_be_lost or spec.empty != "nan",
         "dropped": dropped,

@@ -35,14 +35,14 @@ def tile_of(spec: AttentionSpec, block: int, shared: int) -> Tile:
     """Queries and keys of a program, with as many pairs of factors, of ``block`` features, as ``shared`` bytes hold beside
     what TMA copies for each pair. What pointers read for each pair takes as many registers as a product."""
     copied = planes(spec)
-    pointers = any({ROW, KEY} <= load.axes for load in loads(spec) if load.source not in {x.name for x in copied})
+    pointers = any({ROW, KEY} <= load.axes for load in _loads(spec) if load.source not in {x.name for x in copied})
     keys = NARROW if pointers else WIDE
     added = sum(ROWS * keys * plane.dtype.itemsize for plane in copied)
     fitting = (shared - added) // ((ROWS + keys) * block * spec.query.dtype.itemsize)
     return Tile(ROWS, keys, 8, min(fitting, SLOTS[-1]), HOPPER)
 
 
-def loads(spec: AttentionSpec) -> list[Load]:
+def _loads(spec: AttentionSpec) -> list[Load]:
     return [node for part in (spec.score, spec.mask) for node in part.walk() if isinstance(node, Load) and node != SCORE]
 
 

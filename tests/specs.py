@@ -109,6 +109,8 @@ SEED = {"t0": (torch.int64, ())}
 SLOPES = {"t0": (torch.float32, (H,))}
 DENSE = {"t0": (HALF, (ZERO, H, ROW, KEY))}
 TABLE = {"t0": (torch.float32, (H, DIAGONAL))}
+HIDDEN = {"t0": (torch.int64, (B, KEY))}
+FAR_DOWN = op("mul", to_float(loaded("t0", B, KEY, kind="int")), Const(-40000.0))  # no mask but in 16 bits
 BOOLEANS = {"t0": (torch.bool, (B, KEY))}
 LENGTHS = {"t0": (torch.int64, (B,))}
 DOCUMENTS = {"t0": (torch.int64, (B, ROW)), "t1": (torch.int64, (B, KEY))}
@@ -184,6 +186,7 @@ CASES = (
         "bias_beside_the_first",
         attention(score=where(BESIDE_THE_FIRST, plus(QK, loaded("t0", *GROUPED)), QK), extras={"t0": (HALF, GROUPED)}),
     ),
+    Case("padding_in_half", attention(score=plus(QK, op("drown", FAR_DOWN, Const(-32768.0))), extras=HIDDEN, lse=True)),
     Case("mask_added_in_half", attention(score=plus(QK, op("drown", BIAS, Const(-32768.0))), extras=DENSE)),
     Case("table_cross", attention(score=plus(SCORE, loaded("t0", H, DIAGONAL)), extras=TABLE), cross=29),
     Case("temperature", attention(score=op("mul", SCORE, SLOPE), extras=SLOPES)),

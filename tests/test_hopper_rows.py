@@ -13,6 +13,7 @@ import pytest
 import torch
 from specs import (
     BY_NAME,
+    CASES,
     HALF,
     LOWEST,
     QK,
@@ -30,12 +31,13 @@ from specs import (
 from test_hopper import GRID, PERSISTENT, SUITED, THREE_GROUPS, kernel_of, others_of, run, samples
 from torch import Tensor
 
-from attngen import blockwise, describe
+from attngen import blockwise, describe, hopper_bwd
 from attngen.algebra import Const, op
 from attngen.choose import Plan, choose
 from attngen.device import DEVICES
-from attngen.emit import Kernel, emit
-from attngen.lost import floor
+from attngen.emit import BackwardKernel, Kernel, emit, emit_backward
+from attngen.gradient import backward_of
+from attngen.lost import floor, without
 from attngen.simulator import simulated
 from attngen.spec import HOPPER, KEY, ROW, AttentionSpec, Problem, Tile
 from attngen.verify import check, reference, run_interpreted, sample_inputs, verify_all_interpreted
@@ -150,7 +152,7 @@ def test_the_second_kernel_is_counted_and_said() -> None:
     assert isinstance(plan, Plan) and plan.tile == usual.tile
     assert device.launch < plan.cost.seconds - usual.cost.seconds < 3 * device.launch
     described = describe.planned(plan, device, None)
-    assert "fill value" in described.behind and "the one behind it" in described.formula[-1]
+    assert "masks leave nothing of" in described.behind and "the one behind it" in described.formula[-1]
     assert not describe.planned(usual, device, None).behind
     assert "a portable one behind it" in kernel_of(spec, plan.tile).source.splitlines()[0]
 
@@ -216,3 +218,26 @@ def test_a_floor_is_as_high_as_what_may_be_lost() -> None:
     assert floor(BY_NAME["bias"].spec) == -1e5 and floor(BY_NAME["fill_lowest"].spec) == -1e36
     assert floor(masked(HALF)[0]) == -16384.0 and floor(masked(BF16)[0]) == -2048.0
     assert floor(replace(BY_NAME["bias"].spec, fp8="block")) is None
+
+
+def test_both_directions_leave_the_same_rows_to_others() -> None:
+    """Whatever else a spec is: what the forward computes twice the backward must not take from the log-sum-exp."""
+    for case in CASES:
+        spec = replace(case.spec, lse=True)
+        assert (floor(spec) is not None) == (backward_of(spec).redo is not None), case.name
+
+
+def test_gradients_where_only_16_bits_make_a_mask_of_numbers() -> None:
+    """Without that they are ordinary numbers, which tell nothing of rows that have no others."""
+    spec = BY_NAME["padding_in_half"].spec
+    assert floor(spec) == -16384.0 and backward_of(without(spec)).redo is None
+    inputs = sample_inputs(spec, Problem((2, 2), 40, 72))
+    inputs[3][1] = 1  # all keys of the second batch are hidden
+    kernel = emit_backward(spec, (hopper_bwd.tile_of(spec),))
+    assert isinstance(kernel, BackwardKernel) and kernel.leaves_rows and "drowned" not in kernel.source
+    out, lse = blockwise.forward(spec, inputs)
+    seen: list[int] = []
+    others = {"again": lambda *_, only, **__: seen.append(int(only))}
+    grad = torch.ones_like(out)
+    assert simulated(kernel.source).launch(grad, out, lse.float().contiguous(), *inputs, **others) is not None
+    assert seen == [1]
