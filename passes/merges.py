@@ -269,9 +269,9 @@ def _values(reader: Reader, access: Access, key: Axis) -> Piece:
 def _written(
     axes: Sequence[Axis], scores: Sequence[Piece], values: Sequence[Piece], dtype: torch.dtype, scribe: Scribe
 ) -> fx.Node:
-    rows, features = (
-        [axis for axis in axes if any(axis in piece.axes for piece in each)] for each in (scores, values)
-    )
+    features = [axis for axis in axes if any(axis in piece.axes for piece in values)]
+    moving = {axis for piece in scores for axis in piece.axes}
+    rows = [axis for axis in axes if axis in moving or axis not in features]  # one of one element moves neither
     whole = scribe.joined(scores, [*rows, _KEY], _KEY, dtype_of(scores[0].node))
     weights = scribe.call(torch.ops.aten.softmax.int, whole, -1)
     if dtype_of(weights) != dtype:

@@ -98,6 +98,17 @@ def test_one_site_over_all_keys(function: Function) -> None:
     assert analysis.hits[0][0].key.extent == LENGTH
 
 
+@pytest.mark.parametrize("kept", [(1, HEADS, LENGTH), (BATCH, 1, LENGTH), (1, 1, LENGTH), (BATCH, HEADS, 1)], ids=str)
+def test_dimensions_of_one_element_are_dimensions(kept: tuple[int, int, int]) -> None:
+    batch, heads, rows = kept
+
+    def few() -> list[Tensor]:
+        q, k, v = (x.detach()[:batch, :heads] for x in inputs())
+        return [x.contiguous().requires_grad_() for x in (q[:, :, :rows], k, v)]
+
+    assert_replaced_with_its_gradient(by_logarithms, few)
+
+
 @pytest.mark.parametrize("function", FOUND, ids=lambda f: f.__name__)
 def test_replaced_with_its_gradient(function: Function) -> None:
     assert_replaced_with_its_gradient(function, inputs)
