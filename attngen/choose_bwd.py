@@ -11,7 +11,7 @@ import numpy as np
 
 from attngen import formulas as f
 from attngen import formulas_bwd, formulas_hopper_bwd, hopper_bwd
-from attngen.cost import Values, of_device, of_spec, of_tiles
+from attngen.cost import Values, of_device, of_gain, of_spec, of_tiles
 from attngen.device import Device
 from attngen.errors import Miss
 from attngen.gradient import Backward, backward_of, mirrored_spec
@@ -151,7 +151,7 @@ def hopper_seconds(plan: Backward, problem: Problem, device: Device) -> float:
     at = _values(spec, turned, members, device, [hopper_bwd.tile_of(plan.spec)])
     values = 2 * plan.spec.value_dim * plan.spec.out_dtype.itemsize  # of the result and its gradient
     row = values + 8 * width + plan.spec.head_dim * plan.spec.query.dtype.itemsize  # and of the sums, twice
-    at |= {f.d_pad: width, f.e_pad: width, formulas_hopper_bwd.row_bytes: problem.heads * problem.rows * row}
+    at |= {f.d_pad: width, f.e_pad: width, formulas_hopper_bwd.row_bytes: problem.heads * problem.rows * row, **of_gain(spec)}
     if hopper_bwd.masks_everything(plan.spec):
         at[f.masked] = 1.0
     for formula in formulas_hopper_bwd.FORMULAS:

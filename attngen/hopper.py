@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from attngen import boxes, dropped, fp8
-from attngen.algebra import ONE, Load, Op
+from attngen.algebra import ONE, Load
 from attngen.bounds import Bounds, loop_bounds
 from attngen.boxes import PLANE_DTYPES, WARPGROUP_ROWS, operands, planes
 from attngen.finder import finder, numbered
@@ -59,10 +59,10 @@ def unsuited(spec: AttentionSpec) -> str | None:
     """Why the template cannot compute ``spec``, if so."""
     if (reason := unfit(spec)) is not None:
         return reason
-    if any(isinstance(node, Op) and node.name == "random" for node in spec.gain.walk()):
-        return "weights are dropped at random"
-    if spec.gain != ONE:
-        return "weights are multiplied after softmax"
+    if spec.gain != ONE and dropped.dropped_of(spec.gain) is None:
+        return "weights are multiplied after softmax, not dropped alone"
+    if spec.gain != ONE and (spec.fp8 or not spec.softmax):
+        return "weights are dropped in 8 bits" if spec.fp8 else "weights are dropped that nothing normalises"
     if any(sink.axes & {ROW, KEY} for sink in spec.sinks):
         return "its sinks differ from row to row"
     return fp8.unsuited(spec) if spec.fp8 else None
