@@ -118,7 +118,9 @@ def _block(call: Call, first: int, last: int) -> tuple[Tensor, Tensor]:
         weights = weights * evaluate(spec.gain)
     values = weights @ call.values
     safe = torch.where(total == 0, 1.0, total)
-    out = torch.where(total == 0, values if spec.empty == "zero" or no_keys else torch.nan, values / safe)
+    out = torch.where(total == 0, values if spec.empty != "nan" or no_keys else torch.nan, values / safe)
+    if spec.empty == "never_nan":
+        out = torch.where(total.isnan(), 0.0, out)
     return out, (shift + torch.log(total)).squeeze(-1)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 
-from attngen import boxes, fp8, hopper
+from attngen import boxes, fp8, hopper, lost
 from attngen.cost import Cost, costs
 from attngen.device import Device
 from attngen.errors import Miss
@@ -77,7 +77,7 @@ def choose(
         return refusal(tile, cost, problem, device) or fp8.inexact(spec, tile, features, problem.keys)
 
     refused = tuple(Refusal(t, reason) for t, c in predicted.items() if (reason := refuse(t, c)))
-    if spec.whole is not None and {t for t in candidates if t.family == PORTABLE} <= {each.tile for each in refused}:
+    if lost.floor(spec) is not None and {t for t in candidates if t.family == PORTABLE} <= {each.tile for each in refused}:
         refused = tuple(Refusal(t, reason) for t, c in predicted.items() if (reason := refuse(t, c) or _ALONE))
     if len(refused) == len(candidates) and (least := _least_spilling(refused, predicted)) is not None:
         refused = tuple(each for each in refused if each is not least)

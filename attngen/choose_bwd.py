@@ -9,8 +9,8 @@ from itertools import islice, product
 
 import numpy as np
 
+from attngen import boxes, formulas_bwd, formulas_hopper_bwd, hopper_bwd
 from attngen import formulas as f
-from attngen import formulas_bwd, formulas_hopper_bwd, hopper_bwd
 from attngen.cost import Values, of_device, of_gain, of_spec, of_tiles
 from attngen.device import Device
 from attngen.errors import Miss
@@ -110,7 +110,7 @@ def _ranked(spec: AttentionSpec, problem: Problem, device: Device, deterministic
     able = _Able(queries, keys, None)
     if device.wgmma and not deterministic and hopper_bwd.unsuited(spec) is None:
         otherwise = able.best(1)[0].tiles if able.queries and able.keys else ()
-        seconds = hopper_seconds(plan, problem, device)
+        seconds = hopper_seconds(plan, problem, device, otherwise if plan.redo is not None else ())
         if otherwise or plan.redo is None:
             able = replace(able, one=BackwardPlan((hopper_bwd.tile_of(spec),), seconds, otherwise))
     return able if able.best(1) else Miss(f"no tile of a backward kernel fits {device.label}")
@@ -144,14 +144,19 @@ def _values(spec: AttentionSpec, problem: Problem, members: int, device: Device,
     return {**at, formulas_bwd.members: members, f.heads: problem.heads / members}
 
 
-def hopper_seconds(plan: Backward, problem: Problem, device: Device) -> float:
-    """What the kernels of the hopper family are predicted to take."""
-    _, (spec, turned, members, _) = sides_of(plan, problem)
+def hopper_seconds(plan: Backward, problem: Problem, device: Device, behind: tuple[Tile, ...] = ()) -> float:
+    """What the kernels of the hopper family are predicted to take, with portable ones of these tiles that stand by behind."""
+    sides = sides_of(plan, problem)
+    _, (spec, turned, members, _) = sides
     width = hopper_bwd.padded(plan.spec)
     at = _values(spec, turned, members, device, [hopper_bwd.tile_of(plan.spec)])
     values = 2 * plan.spec.value_dim * plan.spec.out_dtype.itemsize  # of the result and its gradient
     row = values + 8 * width + plan.spec.head_dim * plan.spec.query.dtype.itemsize  # and of the sums, twice
     at |= {f.d_pad: width, f.e_pad: width, formulas_hopper_bwd.row_bytes: problem.heads * problem.rows * row, **of_gain(spec)}
+    by_tma = boxes.planes(plan.spec)
+    at |= {f.plane_width: sum(x.dtype.itemsize for x in by_tma), f.lookups: at[f.pair_loads] - len(by_tma)}
+    standby = sum(s.heads / n * -(-s.rows // tile.rows) for tile, (_, s, n, _) in zip(behind, sides, strict=False))
+    at |= {formulas_hopper_bwd.behind: len(behind), formulas_hopper_bwd.standby: standby}
     if hopper_bwd.masks_everything(plan.spec):
         at[f.masked] = 1.0
     for formula in formulas_hopper_bwd.FORMULAS:

@@ -197,6 +197,7 @@ def bench(
     buckets: Size = None,
     sinks: Switch = None,
     sigmoid: Switch = None,
+    dropout: Annotated[float | None, typer.Option(rich_help_panel=CHANGES)] = None,
     views: Switch = None,
     trained: Switch = None,
     traceback: Traceback = False,

@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 
 Files = Annotated[list[Path], typer.Argument(metavar="FILE...", help="What 'attngen cache export' wrote.")]
-Device = Annotated[str | None, typer.Option(help="Only entries of this device, e.g. 'NVIDIA H200'.")]
+Device = Annotated[str | None, typer.Option(help="Only entries of this device, e.g. h200.")]
 MOST_SHOWN = 5  # of what is wrong with a file
 
 
@@ -164,7 +164,11 @@ def _read(paths: list[Path]) -> Entries:
 
 
 def _of(entries: Entries, device: str | None) -> Entries:
-    return {digest: entry for digest, entry in entries.items() if device in (None, entry.key.device)}
+    """``device`` by its name or as the driver has it."""
+    from attngen.device import DEVICES
+
+    label = DEVICES[device].label if device in DEVICES else device
+    return {digest: entry for digest, entry in entries.items() if label in (None, entry.key.device)}
 
 
 def _table(entries: Entries) -> Table:

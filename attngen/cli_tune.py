@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -43,7 +45,9 @@ def tune(
         with opened(progress, model, train) as example:
             questions = _wanted(progress, example, options)
         known = [] if refresh else [question for question in questions if _known(question)]
-        results = _measured(progress, [question for question in questions if question not in known], tuners)
+        left = [question for question in questions if question not in known]
+        with _ahead(device, left, tuners):
+            results = _measured(progress, left, tuners)
         _say(questions, known, results)
 
 
@@ -70,6 +74,35 @@ def _tuners(device: Device, devices: str, effort: Any, seconds: float) -> list[T
     from attngen.tune.tuner import Budget, Tuner
 
     return [Tuner(effort, Budget(seconds), card=card) for card in cards(devices, device)]
+
+
+@contextmanager
+def _ahead(device: Device, questions: list[Wanted], tuners: list[Tuner]) -> Iterator[None]:
+    """While this lasts, candidates are compiled on all cores in the order of the questions, and what measures them is begun
+    before it is needed. With one question there is nothing to be ahead of.
+    """
+    import os
+
+    from attngen import compat
+    from attngen.tune.compilers import Ahead, Compilers
+    from attngen.tune.supervise import Spare
+
+    if len(questions) < 2 or not isinstance(device.arch, int) or not compat.has_triton():
+        yield
+        return
+    compilers = Compilers(max(1, (os.cpu_count() or 1) - len(tuners)), device.arch)
+    ahead = Ahead(compilers.submit)
+    spares = [Spare() for _ in tuners]
+    try:
+        for tuner, spare in zip(tuners, spares, strict=True):
+            tuner.ahead, tuner.spare = ahead, spare
+        for question in questions:
+            ahead.begin(tuners[0].task(question))
+        yield
+    finally:
+        compilers.close()
+        for spare in spares:
+            spare.close()
 
 
 def _wanted(progress: Progress, example: Example, options: dict[str, Any]) -> list[Wanted]:

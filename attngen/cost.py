@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import sympy as sp
 
-from attngen import boxes, formulas_hopper, hopper
+from attngen import bounds, boxes, formulas_hopper, hopper, lost
 from attngen import formulas as f
 from attngen.algebra import ONE, Expr, Load
 from attngen.device import Device
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 # compiler gives up and keeps them all in memory. Of 44 tiles compiled for sm_90, it did so from 952 on, and not up to 673; by
 # the sweep (tests/data/sweep_h100.json) one tile at 673 is 1.6 times as fast as any that spills nothing.
 EXACT_LIMIT = 850
-SCANNED = 1024  # keys whose data is looked at in one step
 REGISTER_LIMIT = 320  # estimated; up to there spills cost time but were measured among the fastest tiles
 
 
@@ -96,8 +95,10 @@ def _cost(at: dict[sp.Symbol, float]) -> Cost:
 
 def evaluated(spec: AttentionSpec, problem: Problem, device: Device, tiles: Sequence[Tile]) -> Values:
     """Every symbol of the model, for tiles of one family at once."""
-    at = {**of_device(device), **of_spec(spec, problem), **of_tiles(spec, problem, device, tiles)}
+    known = lost.without(spec) if tiles[0].family == HOPPER else spec
+    at = {**of_device(device), **of_spec(known, problem), **of_tiles(known, problem, device, tiles)}
     if tiles[0].family == HOPPER:
+        at[f.redo] = 1.0 * (lost.floor(spec) is not None)
         at |= _of_hopper(spec, tiles, at[f.masked])
     for formula in FORMULAS[tiles[0].family]:
         at[formula.symbol] = evaluate(formula.expression, at)
@@ -191,8 +192,8 @@ def of_tiles(spec: AttentionSpec, problem: Problem, device: Device, tiles: Seque
         f.most: np.array([b.most for b in visited]),
         f.last: np.array([b.last for b in visited]),
         f.masked: np.array([b.masked / max(b.mean, 1e-9) for b in visited]),
-        f.loops: np.array([1.0 + (0 < b.masked < b.mean) for b in visited]),
-        f.scanned: 1.0 * scans * -(-problem.keys // SCANNED),
+        f.loops: np.minimum([b.stretches for b in visited], 3.0 if bounds.is_plain(cover) else 2.0),  # else masked ones share
+        f.scanned: 1.0 * scans * np.ceil(problem.keys / (bounds.SCANNED * warp_count)),
         f.heavy: 1.0 * heavy_first(cover),
         f.wgmma: 1.0 * grouped,
         f.alone: 1.0 * by_warp,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import reduce
-from typing import Any
+from typing import Any, cast
 
 import sympy as sp
 import torch
@@ -185,7 +185,7 @@ def _larger(a: Tensor | int, b: Tensor | int) -> Tensor | int:
         return torch.maximum(a, b)
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return a.clamp(min=b) if isinstance(a, Tensor) else b.clamp(min=a)  # type: ignore[union-attr]
-    return torch.sym_max(a, b)
+    return cast("Tensor | int", torch.sym_max(a, b))
 
 
 def _smaller(a: Tensor | int, b: Tensor | int) -> Tensor | int:
@@ -193,4 +193,4 @@ def _smaller(a: Tensor | int, b: Tensor | int) -> Tensor | int:
         return torch.minimum(a, b)
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return a.clamp(max=b) if isinstance(a, Tensor) else b.clamp(max=a)  # type: ignore[union-attr]
-    return torch.sym_min(a, b)
+    return cast("Tensor | int", torch.sym_min(a, b))

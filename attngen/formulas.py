@@ -4,7 +4,8 @@ A kernel is a grid of programs, each holding ``rows`` queries and stepping over 
 multiprocessor (SM) loads keys and values, does two products on its tensor cores and a softmax on its other units. These
 depend on each other, so a program by itself leaves each unit idle while it waits; programs that share the SM fill the
 gaps. A step therefore costs what its busiest unit needs (``t_busy``), its share of the latency of the chain through one
-step (``t_chain / resident``) and of the loads, joined as a root of squares: near the largest where one dominates.
+step (``t_chain / resident``) and of the loads, joined as a root of squares: near the largest where one dominates. The last
+programs of an SM may be fewer than could share it, and fill fewer gaps.
 
 What is read from HBM follows from what runs side by side: programs that go through the same keys at one time read them
 once, and a wave that comes later reads them again as far as the L2 cache has lost them. A program by itself shows the time
@@ -25,18 +26,19 @@ from dataclasses import dataclass
 import sympy as sp
 
 SOFTMAX_INSTRUCTIONS = 3.86  # per pair: shift and scale, sum, conversion
-MASK_INSTRUCTIONS = 10  # per pair of a masked block, besides the mask itself: bounds of scores and loads, and, select
+MASK_INSTRUCTIONS = 16  # per pair of a masked block, besides the mask itself: bounds of scores and loads, and, select
 COMPARE_INSTRUCTIONS = 50  # per pair of a masked block, where the mask reads what is loaded per key: moved to its columns
 CHAIN_SHARE = 0.228  # of products and softmax of a block of 64 keys, what does not overlap within its program
-STEP_CYCLES = 628  # of latency: barriers, first results of both products, reductions over a row
-EXCHANGE_CYCLES = 660  # of latency: a row's maximum, sum and weights cross warps through shared memory
-LOOKUP = 0.27  # of a memory latency: reading score or mask inputs and moving them to the layout of the scores
+STEP_CYCLES = 560  # of latency: barriers, first results of both products, reductions over a row
+EXCHANGE_CYCLES = 720  # of latency: a row's maximum, sum and weights cross warps through shared memory
+LOOKUP = 0.5  # of a memory latency: reading score or mask inputs and moving them to the layout of the scores
 LOOKUP_INSTRUCTIONS = 30  # per pair, in blocks of 64 keys: neither vectors nor one wide load serve what lies anywhere
-STAGES, STAGE = 3, 1.26  # with fewer, each one less shows so many memory latencies per step
+STAGES, STAGE = 3, 1.2  # with fewer, each one less shows so many memory latencies per step
 FAR = 0.83  # of such a latency, what more it takes to read from HBM than from the L2 cache
-START = 3.8  # memory latencies of each program: queries, first keys and values, results
-LOOP = 1.87  # memory latencies of each of its loops, whose pipeline fills and drains
-SCAN = 0.3  # memory latencies of looking at data for the first and last keys, for each 1,024 of them
+START = 3.3  # memory latencies of each program: queries, first keys and values, results
+LOOP = 1.67  # memory latencies of each of its loops, whose pipeline fills and drains
+DRAIN = 0.17  # of products and softmax of a block, what each of its loops adds: nothing overlaps with its last one
+SCAN = 0.3  # memory latencies of looking at data for the first and last keys, for each step that looks at some
 EASY_REGISTERS = 180  # beyond, the compiler reorders, recomputes and spills
 SPILL_CYCLES = 0.645  # per warp, step and register beyond, of work and of latency alike
 LOAD_SHARE = 0.67  # of the time that loads keep the L2 cache busy, what adds to a step
@@ -51,7 +53,7 @@ TOGETHER = 3  # the power by which the times of the grid and of HBM are joined: 
 # The problem and the spec: lengths, head sizes (d of queries and keys, e of values; padded); bytes per element, per
 # pair (of all loads, and of inputs with a row and a key dimension) and per key; inputs per pair, and those among them that
 # are looked up; work per pair; distinct bytes; key blocks per query tile (on average, at most, in the program that starts
-# last; share masked); loops over them; thousands of keys whose data is looked at before; whether rows may be computed again;
+# last; share masked); loops over them; steps that look at data of keys before; whether rows may be computed again;
 # whether tiles with most keys come first; bytes of the keys and values of one head, and heads that read the same; features
 # of keys and values (padded) that are read one by one, neither in vectors nor by asynchronous copies, for their rows begin
 # anywhere.
@@ -76,8 +78,8 @@ tiles, programs, threads, smem, registers, resident = sp.symbols(
     "tiles programs threads smem registers resident", positive=True
 )
 t_mma, t_exp, t_alu, t_spill, t_load, t_wait = sp.symbols("t_mma t_exp t_alu t_spill t_load t_wait", nonnegative=True)
-t_busy, t_chain, t_step, t_solo, t_fill, t_start, t_program, t_last, t_grid = sp.symbols(
-    "t_busy t_chain t_step t_solo t_fill t_start t_program t_last t_grid", nonnegative=True
+t_busy, t_chain, t_step, t_solo, t_fill, t_start, t_program, t_last, t_fewer, t_grid = sp.symbols(
+    "t_busy t_chain t_step t_solo t_fill t_start t_program t_last t_fewer t_grid", nonnegative=True
 )
 turns, streamed, between, together, again, lost, kv_read = sp.symbols(
     "turns streamed between together again lost kv_read", nonnegative=True
@@ -212,14 +214,31 @@ TRAFFIC = (
 )
 
 
-def grid_of(longest: sp.Expr) -> Formula:
-    """What the programs of a grid take together, of which the one with most to do takes ``longest`` by itself."""
+_turns = sp.ceiling(programs / sms)  # programs of one SM, one after another or side by side
+_left = _turns - resident * sp.floor(_turns / resident)
+
+
+def fewer(load_share: float) -> Formula:
+    """What it costs that the last programs of an SM are fewer than could share it."""
+    alone = sp.sqrt(t_busy**2 + (load_share * t_load) ** 2 + (t_chain / sp.Max(1, _left)) ** 2)
+    return Formula(
+        t_fewer,
+        "s",
+        "what the last programs of an SM take longer for being fewer than could share it: steps show more of their latency",
+        _left * last * (alone - t_step),
+    )
+
+
+def grid_of(longest: sp.Expr, more: sp.Expr = sp.S.Zero) -> Formula:
+    """What the programs of a grid take together, of which the one with most to do takes ``longest`` by itself, and what it
+    takes ``more`` where programs do not come out even.
+    """
     share = programs / sms
     return Formula(
         t_grid,
         "s",
         "the grid: even shares, the unfilled last wave, and no less than the longest program, by itself",
-        sp.Max(share * t_program + (sp.ceiling(share) - share) * t_last, longest),
+        sp.Max(share * t_program + (sp.ceiling(share) - share) * t_last + more, longest),
     )
 
 
@@ -286,10 +305,11 @@ FORMULAS = (
     Formula(
         t_wait,
         "s",
-        "memory latency that one step of a program shows, longer for the share of keys and values that HBM has",
+        "memory latency that one step of a program shows, longer for the share of keys and values that HBM has: heads that "
+        "read the same side by side all wait for it",
         latency
         * (
-            STAGE * (1 + FAR * kv_read / sp.Max(1, streamed)) * sp.Max(0, STAGES - stages)
+            STAGE * (1 + FAR * sp.Min(1, sharers * kv_read / sp.Max(1, streamed))) * sp.Max(0, STAGES - stages)
             + LOOKUP * sp.Min(1, pair_loads + vector_width)
         ),
     ),
@@ -318,10 +338,11 @@ FORMULAS = (
         t_start,
         "s",
         "start, end and filling the pipeline of each loop",
-        (START + LOOP * loops + SCAN * scanned) * latency + t_fill,
+        (START + LOOP * loops + SCAN * scanned) * latency + DRAIN * loops * (t_mma + t_exp + t_alu) + t_fill,
     ),
     Formula(t_program, "s", "an average program", live * t_step + t_start / resident),
     Formula(t_last, "s", "the program that starts last", last * t_step + t_start / resident),
-    grid_of(most * t_solo + t_start),
+    fewer(LOAD_SHARE),
+    grid_of(most * t_solo + t_start, t_fewer),
     Formula(seconds, "s", "the call", launch + JOINED),
 )

@@ -17,19 +17,19 @@ from attngen import formulas as f
 from attngen.formulas import Formula
 
 SOFTMAX_INSTRUCTIONS = 6.7  # per pair: shift and scale, difference, product, two conversions
-TURN_INSTRUCTIONS = 13  # per pair: weights and their gradients, turned over for the sums of keys and of values
-MASK_INSTRUCTIONS = 40  # per pair of a masked block, besides the mask itself
+TURN_INSTRUCTIONS = 8  # per pair: weights and their gradients, turned over for the sums of keys and of values
+MASK_INSTRUCTIONS = 50  # per pair of a masked block, besides the mask itself
 COMPARE_INSTRUCTIONS = 100  # per pair of a masked block, where the mask reads what is loaded per key
 PAIR_INSTRUCTIONS = 74  # per pair and input of it: moved to the layout of the scores, and its gradient from there
 CHAIN_SHARE = 0.043  # of products and arithmetic of a step of 64, what does not overlap within its program
-STEP_CYCLES = 817  # of latency: barriers, first results of four or five products, each after another
-EXCHANGE_CYCLES = 763  # of latency, where warps divide a row
+STEP_CYCLES = 720  # of latency: barriers, first results of four or five products, each after another
+EXCHANGE_CYCLES = 1000  # of latency, where warps divide a row
 STAGES, STAGE = 3, 0.9  # with fewer, each one less shows so many memory latencies per step
 START = 14.5  # memory latencies of a program, for each head that it goes over
 EASY_REGISTERS = 176  # beyond, the compiler reorders, recomputes and spills
-SPILL_CYCLES = 1.35  # per warp, step and register beyond
+SPILL_CYCLES = 1.25  # per warp, step and register beyond
 LOAD_SHARE = 0.47  # of the time that loads keep the L2 cache busy, what adds to a step
-SYNC_SHARE = 0.7  # of the rate of warp groups, for products that each warp does by itself
+SYNC_SHARE = 0.5  # of the rate of warp groups, for products that each warp does by itself
 NARROWEST = 31  # columns of a product below which a warp group gains nothing from doing fewer
 ONCE = 1.5  # of what is read once, the HBM traffic of either kernel, with what it writes
 
@@ -77,9 +77,9 @@ FORMULAS = (
     Formula(
         f.smem,
         "B",
-        "shared memory: what is held, and the stages of what is gone over",
+        "shared memory: what is held, and the stages of what is gone over; without warp groups, one is in registers",
         f.rows * (f.d_pad + f.e_pad) * f.q_width
-        + sp.Max(1, f.stages) * f.keys * ((f.d_pad + f.e_pad) * f.kv_width + 8)
+        + sp.Max(1, f.stages - 1 + f.wgmma) * f.keys * ((f.d_pad + f.e_pad) * f.kv_width + 8 * second)
         + (1 - f.wgmma) * f.rows * f.keys * f.kv_width,
     ),
     Formula(
@@ -165,7 +165,8 @@ FORMULAS = (
         "the program that starts last",
         members * (f.last * f.t_step + f.t_start / f.resident) + f.t_fill / f.resident,
     ),
-    f.grid_of(members * (f.most * f.t_solo + f.t_start) + f.t_fill),
+    f.fewer(LOAD_SHARE),
+    f.grid_of(members * (f.most * f.t_solo + f.t_start) + f.t_fill, members * f.t_fewer),
     Formula(
         f.t_hbm,
         "s",

@@ -28,6 +28,7 @@ PLANE_CYCLES = 0.039  # per byte that TMA copies for each pair: to shared memory
 VECTOR_CYCLES = 627  # of a step that reads something per key
 AHEAD_CYCLES = 14  # of each further tile, for each feature and stage below three: the next tile is loaded late
 FIND = 30  # memory latencies of the kernel that finds bounds in data
+IDLE = 1  # memory latencies of a program of the kernel behind it that finds no flag; not measured
 ENOUGH = 4  # tiles for each multiprocessor in a group of heads that take turns, or its longest would be waited for
 SCORE_SHARE = 0.36  # of the operations of a score program; the others are folded into fused multiply-adds
 OTHER_REGISTERS = 32  # of a thread, besides results, scores and weights
@@ -160,7 +161,11 @@ _OWN = (
         "s",
         "the call, with the one before it that finds bounds, the one behind it for rows that it leaves, and the start of"
         " programs that stay",
-        f.launch * (1 + finds + f.redo) + FIND * f.latency * finds + persistent * t_first + f.JOINED,
+        f.launch * (1 + finds + f.redo)
+        + FIND * f.latency * finds
+        + IDLE * f.latency * f.redo * f.programs / f.sms
+        + persistent * t_first
+        + f.JOINED,
     ),
 )
 _BY_SYMBOL = {formula.symbol: formula for formula in _OWN}

@@ -1,11 +1,15 @@
 """What the backward of the hopper family costs, as formulas with named symbols, in the manner of ``attngen.formulas_bwd``.
 
 ``rows`` are the keys that a program holds, ``keys`` the queries of one step: five products of that size, between which two
-warpgroups compute the weights and their gradients. A kernel before and one after it go over the queries once.
+warpgroups compute the weights and their gradients. A kernel before and one after it go over the queries once; where it leaves
+rows to portable kernels, these are launched behind it, and their programs mostly find that there are none.
 
 The constants are fitted to one half of the backward problems of tests/data/sweep_h100.json (see ``attngen.formulas``),
 together with an earlier run (16,384 tokens, heads of 64 and 128, full and causal, lengths of 1,024 to 16,384;
-tests/data/hopper_bwd_h100.json: off by at most 8 %), both on an H100 (torch 2.11, Triton 3.6, bf16).
+tests/data/hopper_bwd_h100.json: off by at most 8 %), both on an H100 (torch 2.11, Triton 3.6, bf16). Those of
+what is loaded for pairs are from an H200, 4 x 16 heads of 128 and of 64, 4,096 tokens: 2.77 and 1.75 ms with a bias in bf16,
+3.6 and 3.02 ms with a table of distances, where what loads neither took 0.91 of the prediction (1.24 ms causal, 1.35 ms with
+a prefix of 1,024). That of programs that stand by is assumed.
 """
 
 from __future__ import annotations
@@ -24,8 +28,13 @@ MASK_INSTRUCTIONS = 0.35  # per pair of a masked block, besides the mask itself
 STEP_CYCLES = 25.6  # of each step, besides: barriers
 START_CYCLES = 9190  # of each program: its barriers, first loads, first product, results
 
+LOOKUP_CYCLES = 0.36  # per pair, and load of it by two warpgroups: addresses, words one by one
+PLANE = 1.6  # memory latencies of a step that TMA copies something per pair for: its one buffer is free when it has been read
+STANDBY = 3  # memory latencies of a program that stands by: it finds a flag that is not set
+
 row_bytes = sp.Symbol("row_bytes", positive=True)
-t_soft, t_rows = sp.symbols("t_soft t_rows", nonnegative=True)
+behind, standby = sp.symbols("behind standby", nonnegative=True)  # portable kernels that stand by, and their programs
+t_soft, t_rows, t_behind = sp.symbols("t_soft t_rows t_behind", nonnegative=True)
 _pairs = f.rows * f.keys
 
 FORMULAS = (
@@ -46,12 +55,21 @@ FORMULAS = (
         )
         / (f.lanes * f.clock),
     ),
-    Formula(t_soft, "s", "what the warpgroups compute between products", f.t_exp + f.t_alu),
+    Formula(
+        f.t_wait,
+        "s",
+        "what is looked up for each pair of one step",
+        _pairs * LOOKUP_CYCLES * f.lookups / f.clock,
+    ),
+    Formula(t_soft, "s", "what the warpgroups compute between products", f.t_exp + f.t_alu + f.t_wait),
     Formula(
         f.t_step,
         "s",
         "one step",
-        sp.Max(f.t_mma, t_soft) + EXPOSED * sp.Min(f.t_mma, t_soft) + STEP_CYCLES / f.clock,
+        sp.Max(f.t_mma, t_soft)
+        + EXPOSED * sp.Min(f.t_mma, t_soft)
+        + STEP_CYCLES / f.clock
+        + PLANE * f.latency * sp.Min(1, f.plane_width),
     ),
     FILL,
     Formula(f.t_start, "s", "start and end of a program", START_CYCLES / f.clock + f.t_fill),
@@ -64,5 +82,11 @@ FORMULAS = (
         "what is done row by row, before and after the products, and what must leave the L2 cache first",
         (row_bytes + sp.Min(f.once + f.kv_once, f.WRITTEN_BACK * f.l2)) / f.bandwidth,
     ),
-    Formula(f.seconds, "s", "all three kernels", 3 * f.launch + t_rows + f.t_grid),
+    Formula(
+        t_behind,
+        "s",
+        "portable kernels behind these, which have nothing to do",
+        behind * f.launch + STANDBY * f.latency * standby / f.sms,
+    ),
+    Formula(f.seconds, "s", "all kernels", 3 * f.launch + t_rows + f.t_grid + t_behind),
 )

@@ -7,10 +7,11 @@ import re
 import torch
 
 from attngen.index import Axis
-from attngen.printer import Printer, fixed_dims
+from attngen.printer import Places, Printer, fixed_dims
 from attngen.spec import Input
 
 DTYPES = {torch.float16: "gl.float16", torch.bfloat16: "gl.bfloat16"}
+PLACES = Places(row="rows", key="cols", row_beside="", key_beside="")  # tensors of two dimensions
 
 
 def gluon(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Guards against dividing by zero, on sums that are at least one: they change nothing.
+"""Guards against dividing by zero, on sums that are at least one: they change nothing. And those against NaN.
 
 ``exp(x - max(x))`` has a one where ``x`` is largest, so its sum is no less. A row of -inf throughout, whose sum is NaN, is
 NaN with the guard as well. Of masks that multiply exponentials, or a maximum over other scores, nothing of that is known.
@@ -10,6 +10,7 @@ from collections import Counter
 
 from attngen.algebra import Expr, Op, Reduce, number, substitute, terms
 
+LARGEST = 1e4  # no weight that dropout scaled up gets there
 LOST = 2.0**-25  # beside one in float32: the coarsest that kernels and sums of models differ in
 
 
@@ -44,3 +45,34 @@ def _is_largest(part: Expr, exponent: list[Expr], whole: Reduce) -> bool:
         return False
     others = Counter(exponent) - Counter([part])
     return Counter(terms(substitute(largest.body, {largest.axis: whole.axis}))) == others
+
+
+def never_nan(expr: Expr) -> Expr | None:
+    """``where(w is NaN, 0, w) -> w``: where a row has no key it is NaN, and only the softmax of it is guarded so."""
+    if not (isinstance(expr, Op) and expr.name == "where"):
+        return None
+    condition, yes, no = expr.args
+    for kept, other, tests in ((no, yes, ("isnan", "ne")), (yes, no, ("not", "eq"))):
+        weight = _in_range(kept)
+        if number(other) == 0 and weight is not None and _tests(condition, tests, weight):
+            return weight
+    return None
+
+
+def _tests(condition: Expr, tests: tuple[str, str], weight: Expr) -> bool:
+    """``isnan(w)`` or ``w != w``, or the contrary of these."""
+    contrary = Op("isnan", (weight,)), Op("ne", (weight, weight)), Op("eq", (weight, weight))
+    known = {"isnan": contrary[0], "ne": contrary[1], "not": Op("not", contrary[:1]), "eq": contrary[2]}
+    return any(condition == known[name] for name in tests)
+
+
+def _in_range(expr: Expr) -> Expr | None:
+    """``min(max(w, lowest), highest) -> w``: weights are finite, or NaN."""
+    for name, sign in (("min", 1), ("max", -1)):
+        if isinstance(expr, Op) and expr.name == name:
+            bounded = [a for a in expr.args if number(a) is None]
+            limits = [value for a in expr.args if (value := number(a)) is not None]
+            if len(bounded) != 1 or not all(sign * limit >= LARGEST for limit in limits):
+                return None
+            (expr,) = bounded
+    return expr

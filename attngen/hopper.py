@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from attngen import boxes, dropped, fp8
+from attngen import boxes, dropped, fp8, lost
 from attngen.algebra import ONE, Load
 from attngen.bounds import Bounds, loop_bounds
 from attngen.boxes import PLANE_DTYPES, WARPGROUP_ROWS, operands, planes
@@ -50,8 +50,8 @@ def queries_held(spec: AttentionSpec, tile: Tile) -> int:
 
 
 def leaves_rows(spec: AttentionSpec, tile: Tile) -> bool:
-    """Whether a portable kernel has to be launched behind that of ``tile``, for rows in which the model's own fill shows."""
-    return tile.family == HOPPER and spec.whole is not None
+    """Whether a portable kernel has to be launched behind that of ``tile``, for rows that masks leave nothing of."""
+    return tile.family == HOPPER and lost.floor(spec) is not None
 
 
 @lru_cache(maxsize=4096)  # identical sites share it, and what it derives of the mask
@@ -118,11 +118,12 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
     """What fills the template. Raises ``Unprintable``."""
     if (reason := unsuited(spec)) is not None:
         raise Unprintable(reason)
+    floor, spec = lost.floor(spec), lost.without(spec)
     groups = tile.rows // WARPGROUP_ROWS
     block_d, block_e = (boxes.held(each) for each in (boxes.pieces(spec), boxes.results(spec)))
     printer = Printer(spec, _PLACES)
     cover = derive(spec.mask)
-    scale, shaped, natural = in_units(spec)
+    scale, shaped, natural = in_units(spec, leaves_rows=floor is not None)
     score = _score(printer, spec, shaped)
     score["natural"], score["times"] = natural, f" * {scale!r}" if scale != 1 and not natural else ""
     score["folds"] = bool(spec.fp8) and not score["any"] and not natural  # the scales of 8-bit operands, into that of scores
@@ -154,7 +155,9 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "finder": found,
         "score": score,
         "dropped": dropping,
-        "below": "" if spec.whole is None else repr(spec.redo_below),
+        "lowest": 'float("-inf")' if floor is None else repr(floor * LOG2E),
+        "highest": repr(lost.HIGHEST),
+        "below": "" if floor is None else repr(floor),
         "sinks": [sink for sink in sinks if sink.isidentifier()],
         "sink_lines": _sink_lines(sinks, f" * {LOG2E!r}" if natural else ""),
         "unpack_head": unpacked(_order(spec)),
@@ -162,6 +165,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "sharing": " * ".join(f"size_{a.name}" for a in _order(spec) if not _plane_varies(spec, a)) or "1",
         "planes": [x.name for x in planes(spec)],
         "widths": {x.name: x.dtype.itemsize for x in planes(spec)},
+        "widened": [x.name for x in planes(spec) if x.dtype == torch.bfloat16],
         "prologue": list(map(gluon, prologue)),
         "unpacks": bool(prologue) or bool(spec.fp8) or not set(told).isdisjoint(outer),
         "values": told,

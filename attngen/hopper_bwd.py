@@ -13,18 +13,19 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from attngen import boxes, hopper, pairs_bwd
+from attngen import boxes, hopper, lost, pairs_bwd
 from attngen.adjoint import SCORE_GRAD
 from attngen.algebra import ONE, Const, Expr, Load
 from attngen.bounds import loop_bounds
 from attngen.boxes import PLANE_DTYPES, planes
 from attngen.dropped import dropped_of, holes_of
 from attngen.finder import data_of, finder
-from attngen.gluon import DTYPES, box_dims, gluon
-from attngen.gradient import DIAGONAL, PAIR, Backward, adjoints, backward_of, diagonal_of, mirrored, mirrored_spec
+from attngen.gluon import DTYPES, PLACES, box_dims, gluon
+from attngen.gradient import PAIR, Backward, adjoints, backward_of, mirrored, mirrored_spec
 from attngen.layout import base_of, memory_order, stride_of, unpacked, used_dims
 from attngen.mask import Cover, by_position, derive
-from attngen.printer import LOG2E, Places, Printer, Unprintable, bare, fixed_dims
+from attngen.pairs_bwd import margins_of, reads_of
+from attngen.printer import LOG2E, Printer, Unprintable, bare, fixed_dims
 from attngen.scores import in_units, kept
 from attngen.sides import Side, called_with, heads_of, launch_of, leading, mirrored_side, order_of, read_of
 from attngen.spec import FEATURE, HOPPER, INNER, KEY, ROW, SCORE, AttentionSpec, Input, Tile
@@ -38,8 +39,6 @@ RESERVED = 768  # of them, for barriers, and to begin where buffers may
 L2_SHARE = Fraction(16, 25)  # of the cache, for what programs that run together go over; all heads at once are far slower
 # Of a thread of the warpgroups that compute, of the warps that load and write, and as the kernel is launched.
 REGISTERS, OTHER_REGISTERS, LIMIT = 240, 24, 168
-
-_PLACES = Places(row="rows", key="cols", row_beside="", key_beside="")
 
 
 @lru_cache(maxsize=4096)
@@ -104,11 +103,12 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     """What fills the template. Raises ``Unprintable``."""
     if (reason := unsuited(spec)) is not None:
         raise Unprintable(reason)
+    floor, spec = lost.floor(spec), lost.without(spec)
     plan = backward_of(spec)
     grad = Input("grad", spec.output, spec.out_dtype)
     side = Side("keys", spec, (spec.keys, spec.values), (spec.query, grad), plan, tile, False)
     side = mirrored_side(spec, side)
-    printer = Printer(side.spec, _PLACES)
+    printer = Printer(side.spec, PLACES)
     columns = columns_of(side.spec, *_programs(side.spec))
     printer.known |= {column.load: column.text for column in columns}
     score = _score(printer, side)
@@ -122,6 +122,10 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     launch = launch_of(spec, plan)
     read = _read_by(side.spec, [*score.values(), *printer.prologue])
     prologue = [gluon(line) for line in (*(base_of(x, printer) for x in read), *printer.prologue)]
+    boxes = _boxes(spec, tile)
+    pairs = pairs_bwd.tile_of(spec, padded(spec), SHARED - RESERVED)
+    trained = pairs_bwd.kernels(plan, pairs)
+    helpers = hopper.helpers(printer, " ".join(score.values()), bounds, found, data)
     once, each = parted(prologue, [axis.name for axis, _ in plan.members])
     kind = DTYPES[spec.query.dtype]
     return {
@@ -131,10 +135,11 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "value_dim": spec.value_dim,
         "dtype": kind,
         "short": {"gl.bfloat16": "bf16", "gl.float16": "f16"}[kind],
-        "helpers": hopper.helpers(printer, " ".join(score.values()), bounds, found, data),
+        "helpers": {name: used or any(each["helpers"].get(name) for each in trained) for name, used in helpers.items()},
         "data": data,
         "margins": {name: dim for name, dim in margins_of(spec).items() if any(x.name == name for x in read)},
-        **_extras_made(plan, launch),
+        **_extras_made(plan, launch, trained),
+        "pairs": pairs_bwd.holes(plan, pairs, trained, boxes["box_of"]),
         **score,
         "reads_columns": bool(re.search(r"\bcols\b", " ".join((score["score"], score["chain"], score["reads"])))),
         "mentioned": bool(each) or _mentions(" ".join(score.values()), spec),
@@ -146,15 +151,16 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "group": heads,
         "unpack_head": unpacked(spec.batch),
         "lost": plan.may_be_lost,
-        "below": repr(plan.redo.below) if plan.redo else "",
-        "may_be_empty": plan.may_be_lost or spec.empty == "zero",
+        "below": repr(floor) if plan.redo else "",
+        "highest": repr(lost.HIGHEST),
+        "may_be_empty": plan.may_be_lost or spec.empty != "nan",
         "dropped": dropped,
         "log2e": repr(LOG2E),
         "registers": [REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
         "limit": LIMIT,
         "l2_share": l2_bytes * L2_SHARE.numerator // L2_SHARE.denominator,
         "step_bytes": 2 * (spec.head_dim + spec.value_dim) + 4 * padded(spec),  # queries, gradients and sums
-        **_boxes(spec, tile),
+        **boxes,
         **_rows(spec, plan),
         **_arguments(side, read),
         **launch,
@@ -174,7 +180,7 @@ def _score(printer: Printer, side: Side) -> dict[str, str]:
     chain = "" if rest == SCORE_GRAD else gluon(bare(printer.value(rest, masked=True)))
     return {
         "score": score,
-        "reads": "\n".join(_reads(printer, side.plan.spec)),
+        "reads": "\n".join(reads_of(printer.blocks(), side.plan.spec)),
         "keep": "(rows < size_i) & (cols < size_j)" + (f" & {gluon(keep)}" if keep else ""),
         "chain": chain,
         "times": f" * {scale!r}" if scale != 1 else "",
@@ -187,9 +193,9 @@ def _programs(turned: AttentionSpec) -> list[Expr]:
     return [turned.score, turned.mask, *(grad for of, grad in adjoints(turned, turned.score) if of == SCORE)]
 
 
-def _extras_made(plan: Backward, launch: dict[str, Any]) -> dict[str, Any]:
-    """Of the gradients beside those of the operands: which are made, by which kernels, and what ``launch`` says of each."""
-    trained = pairs_bwd.kernels(plan)
+def _extras_made(plan: Backward, launch: dict[str, Any], trained: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the gradients beside those of the operands: which are made, by the kernels ``trained``, and what ``launch`` says of
+    each."""
     sources = {each["source"] for each in trained}
     operands, extras = launch["buffers"][:3], dict(zip(launch["needs"], launch["buffers"][3:], strict=True))
     for target in plan.extras:
@@ -201,8 +207,6 @@ def _extras_made(plan: Backward, launch: dict[str, Any]) -> dict[str, Any]:
     gives = {name: buffer["give"] if name in sources else "None" for name, buffer in extras.items()}
     return {
         "trained": trained,
-        "pairs": pairs_bwd.TILES[padded(plan.spec)],
-        "diagonals": any(each["target"]["kind"] == DIAGONAL for each in trained),
         "untrained": [name for name in extras if name not in sources],
         "made": [*operands, *(buffer for name, buffer in extras.items() if name in sources)],
         "gives": list(gives.values()),
@@ -228,19 +232,6 @@ def parted(lines: list[str], names: Sequence[str]) -> tuple[list[str], list[str]
         moving |= {target} if depends else set()
         (each if depends else once).append(line)
     return once, each
-
-
-def _reads(printer: Printer, spec: AttentionSpec) -> list[str]:
-    """Lines that load by pointers for each pair. Tables have margins, and are read without guards, which cost registers."""
-    copied, tables = {x.name for x in planes(spec)}, margins_of(spec)
-    lines = {line.split("_block = ")[0]: gluon(line) for line in printer.blocks()}
-    kept = {name: line for name, line in lines.items() if name not in copied}
-    return [re.sub(r", mask=[^,]*, other=0", "", line) if name in tables else line for name, line in kept.items()]
-
-
-def margins_of(spec: AttentionSpec) -> dict[str, int]:
-    """Tables with an entry for each diagonal, and along which dimension."""
-    return {x.name: dim for x in spec.extras if (dim := diagonal_of(x)) is not None}
 
 
 def _mentions(text: str, spec: AttentionSpec) -> bool:

@@ -15,11 +15,14 @@ from itertools import product
 import sympy as sp
 
 from attngen.algebra import ONE, Const, Expr, Op, Reduce, number, op, substitute, terms, total, transform, where
-from attngen.guards import unguarded
+from attngen.guards import LARGEST, never_nan, unguarded
 from attngen.index import Axis
+from attngen.renormaliser import as_one_power, is_mask, normalised_once, raised, with_late_masks
 
 MAX_COLUMNS = 4  # of extra logits (sinks) joined to the scores
+_EMPTY = ("nan", "zero", "never_nan")  # what is made of a row that is NaN, the strongest last
 OWN_SUM = "the weights are divided by their sum, but are no exponentials"
+NOTHING = -746.0  # its exponential is zero, in float64 too
 MAX_SUMMANDS = 4  # of weights: the values are read once for each
 
 
@@ -29,17 +32,19 @@ class Normalised:
 
     ``late_sink``: a sink came in as a factor of the whole row, so that a row without keys is NaN all the same.
     ``lifted``: the model takes the row's maximum off first, so that the exponentials of a row of low scores are not all zero.
+    ``again``: it masks weights and divides by what is left of their sum, nothing if there were others of higher scores.
     ``by_log``: it takes the logarithm of the sum off, where the exponent of a row of low scores loses it to rounding.
     """
 
     score: Expr
     sinks: tuple[Expr, ...] = ()
-    zero_if_empty: bool = False
+    empty: str = "nan"
     softmax: bool = True
     gain: Expr = ONE
     late_sink: bool = False
     lifted: bool = True
     by_log: bool = False
+    again: bool = False
 
 
 def unnormalised(weight: Expr) -> Normalised | None:
@@ -52,7 +57,10 @@ def unnormalised(weight: Expr) -> Normalised | None:
 def softmax(weight: Expr, key: Axis) -> Normalised | str:
     """The softmax over ``key`` that ``weight`` is, or a sentence saying why it is none."""
     weight = transform(weight, _natural)
-    above, below, zero_if_empty = quotient(weight)
+    above, below, empty = quotient(weight)
+    masked, sums = any(map(is_mask, above)), below
+    above, below = normalised_once(above, below, key, quotient)
+    again = masked and below != sums
     below = [unguarded(divisor) for divisor in below]
     moving = [factor for factor in above if key in factor.axes]
     powers = [factor for factor in moving if isinstance(factor, Op) and factor.name == "exp"]
@@ -64,13 +72,14 @@ def softmax(weight: Expr, key: Axis) -> Normalised | str:
     if not below:
         return "the weights are not divided by one sum"
     reason = ""
-    above, below, powers = _with_masks_inside(above, below, powers, key)
+    above, below = as_one_power(with_late_masks(above, below, key), below, key, quotient)
+    powers = [factor for factor in above if isinstance(factor, Op) and factor.name == "exp" and key in factor.axes]
     for power, divisor in product(powers, below):
-        found = _normalised(power, divisor, key, zero_if_empty)
+        found = _normalised(power, divisor, key, empty)
         if isinstance(found, Normalised):
             lifted = found.score != power.args[0]  # type: ignore[attr-defined]
             by_log = not lifted and _takes_log_off(weight, divisor)
-            found = replace(found, lifted=lifted, by_log=by_log)
+            found = replace(found, lifted=lifted, by_log=by_log, again=again)
             as_it_stands = not found.sinks and not lifted
             late = _late_sink(above, power, key) if as_it_stands else None
             if late is not None:
@@ -82,61 +91,34 @@ def softmax(weight: Expr, key: Axis) -> Normalised | str:
     return reason
 
 
-def _with_masks_inside(
-    above: list[Expr], below: list[Expr], powers: list[Op], key: Axis
-) -> tuple[list[Expr], list[Expr], list[Op]]:
-    """``m * exp(s) / sum(m * exp(s))``, where ``m`` is one or zero, as ``exp(s or -inf) / sum(exp(s or -inf))``."""
-    for divisor in below:
-        for summand in terms(divisor):
-            masks = _masks_in(summand, above, key)
-            power = next((p for p in powers if masks and p in _factors_at(summand, key)), None)
-            if power is None:
-                continue
-            inside = op("exp", reduce(_masked_by, masks, power.args[0]))
-            assert isinstance(summand, Reduce) and isinstance(inside, Op)
-            total_inside = Reduce("sum", summand.axis, substitute(inside, {key: summand.axis}))
-            kept = list((Counter(above) - Counter([power, *masks])).elements())
-            changes: dict[Expr, Expr] = {summand: total_inside}
-            return [*kept, inside], [transform(e, changes.get) if e is divisor else e for e in below], [inside]
-    return above, below, powers
-
-
-def _factors_at(summand: Expr, key: Axis) -> list[Expr]:
-    """What is multiplied under the sum, at the place ``key``."""
-    if not (isinstance(summand, Reduce) and summand.name == "sum" and summand.axis.extent == key.extent):
-        return []
-    factors, divisors, _ = quotient(substitute(summand.body, {summand.axis: key}))
-    return [] if divisors else [factor for factor in factors if factor != ONE]
-
-
-def _masked_by(score: Expr, mask: Op) -> Expr:
-    condition, yes, no = (mask.args[0], *((score if e == ONE else Const(-math.inf)) for e in mask.args[1:]))
-    return where(condition, yes, no)
-
-
-def _masks_in(summand: Expr, above: list[Expr], key: Axis) -> list[Op]:
-    """The factors of one or zero under the sum, if the weights have all of them as well, and there is but a power beside."""
-    factors = _factors_at(summand, key)
-    one_or_zero = ((ONE, Const(0.0)), (Const(0.0), ONE))
-    masks = [f for f in factors if isinstance(f, Op) and f.name == "where" and f.args[1:] in one_or_zero]
-    return masks if len(factors) == len(masks) + 1 and Counter(masks) <= Counter(above) else []
-
-
 def _natural(expr: Expr) -> Expr | None:
-    """Scores as the exponent of another number than e: ``2 ** x = exp(x * log(2))``. What is in exponents stays as it is."""
+    """Scores as the exponent of another number than e: ``2 ** x = exp(x * log(2))``; and ``exp(where(c, x, -inf))`` as
+    ``where(c, exp(x), 0)`` where ``x`` is normalised by then. Else what is in exponents stays as it is."""
     if not isinstance(expr, Op) or expr.name not in ("exp", "exp2", "pow"):
         return None
     base = number(expr.args[0]) if expr.name == "pow" else 2.0
-    if expr.name == "exp" or not expr.args[-1].scored or base is None or base <= 0:
-        return expr
+    if expr.name == "exp":
+        return _late_mask(expr.args[0])
+    if not expr.args[-1].scored or base is None or base <= 0:
+        return None if expr.name == "pow" else expr
     return op("exp", op("mul", expr.args[-1], Const(math.log(base))))
+
+
+def _late_mask(exponent: Expr) -> Expr:
+    if isinstance(exponent, Op) and exponent.name == "where":
+        condition, *branches = exponent.args
+        fills = [value is not None and value <= NOTHING for value in map(number, branches)]
+        kept = branches[fills.index(False)] if any(fills) and not all(fills) else exponent
+        if any(_negated_log(part) is not None for part in terms(kept)):
+            return where(condition, *(op("exp", e) if e is kept else Const(0.0) for e in branches))
+    return op("exp", exponent)
 
 
 def summands(weight: Expr, key: Axis) -> list[Expr]:
     """Weights that add up to ``weight``, which is a sum of sums over keys times anything; itself if it is none."""
-    above, below, zero_if_empty = quotient(weight)
+    above, below, empty = quotient(weight)
     sums = [factor for factor in above if _adds_up(factor, key)]
-    if len(sums) != 1 or zero_if_empty:
+    if len(sums) != 1 or empty != "nan":
         return [weight]
     rest = [factor for factor in above if factor is not sums[0]]
     parts = [reduce(partial(op, "mul"), rest, part) for part in terms(sums[0])]
@@ -159,7 +141,7 @@ def _over_own_sum(moving: list[Expr], below: list[Expr], key: Axis) -> bool:
     return any(Counter(f for f in above if key in f.axes) == Counter(moving) for above in factors) and bool(moving)
 
 
-def _normalised(power: Expr, divisor: Expr, key: Axis, zero_if_empty: bool) -> Normalised | str:
+def _normalised(power: Expr, divisor: Expr, key: Axis, empty: str) -> Normalised | str:
     assert isinstance(power, Op)
     summands = terms(divisor)
     found = [(t, columns) for t in summands if (columns := _other_columns(t, power, key)) is not None]
@@ -170,7 +152,7 @@ def _normalised(power: Expr, divisor: Expr, key: Axis, zero_if_empty: bool) -> N
     if any(extra is None or key in extra.axes for extra in extras):
         return "the sum that normalises the weights has a term that is not a plain sink"
     score, sinks = _without_common_shift(power.args[0], [e for e in extras if e is not None], key)
-    return Normalised(score, tuple(sinks), zero_if_empty)
+    return Normalised(score, tuple(sinks), empty)
 
 
 def _late_sink(factors: list[Expr], power: Expr, key: Axis) -> tuple[Expr, Expr] | None:
@@ -193,26 +175,44 @@ def _without_factors(above: list[Expr], below: list[Expr], power: Expr, divisor:
     return gain
 
 
-def quotient(expr: Expr) -> tuple[list[Expr], list[Expr], bool]:
-    """Factors above and below the line; an exponential gives up its ``- log(z)`` terms as factors below.
+def quotient(expr: Expr) -> tuple[list[Expr], list[Expr], str]:
+    """Factors above and below the line, and what the spec calls ``empty``; an exponential gives up its ``- log(z)`` terms
+    as factors below.
 
     A choice between something and zero is a product with one or zero; see ``passes.masking`` for what that hides.
     """
     if isinstance(expr, Op) and expr.name in ("mul", "div", "div_or_zero"):
-        (up_l, down_l, zero_l), (up_r, down_r, zero_r) = (quotient(a) for a in expr.args)
-        zero = zero_l or zero_r or expr.name == "div_or_zero"
-        return (up_l + up_r, down_l + down_r, zero) if expr.name == "mul" else (up_l + down_r, down_l + up_r, zero)
+        (up_l, down_l, empty_l), (up_r, down_r, empty_r) = (quotient(a) for a in expr.args)
+        empty = "zero" if expr.name == "div_or_zero" else _EMPTY[max(map(_EMPTY.index, (empty_l, empty_r)))]
+        return (up_l + up_r, down_l + down_r, empty) if expr.name == "mul" else (up_l + down_r, down_l + up_r, empty)
+    if (guarded := never_nan(expr)) is not None and _is_bounded(guarded):
+        above, below, _ = quotient(guarded)
+        return above, below, "never_nan"
     if isinstance(expr, Op) and expr.name == "where" and 0 in (number(a) for a in expr.args[1:]):
         condition, yes, no = expr.args
         kept = yes if number(no) == 0 else no
         above, below, zero = quotient(kept)
         return [*above, op("where", condition, *(ONE if e is kept else Const(0.0) for e in (yes, no)))], below, zero
+    if isinstance(expr, Op) and expr.name in ("pow", "sqrt"):
+        exponent = 0.5 if expr.name == "sqrt" else number(expr.args[1])
+        above, below, empty = quotient(expr.args[0])
+        to_the_power = raised(above, below, exponent) if below and exponent else None
+        return (*to_the_power, empty) if to_the_power else ([expr], [], "nan")
     if isinstance(expr, Op) and expr.name == "exp":
         parts = terms(expr.args[0])
         logs = {part: inner for part in parts if (inner := _negated_log(part)) is not None}
         rest = reduce(_without, [part for part in parts if part in logs], expr.args[0])
-        return [op("exp", rest)], list(logs.values()), False
-    return [expr], [], False
+        return [op("exp", rest)], list(logs.values()), "nan"
+    return [expr], [], "nan"
+
+
+def _is_bounded(weight: Expr) -> bool:
+    """Exponentials over their sum, times numbers: finite, or else NaN like all of its row."""
+    above, below, _ = quotient(weight)
+    others = [e for e in above if not (isinstance(e, Op) and e.name == "exp" and e.scored)]
+    values = [number(n) for e in others for n in (e.args[1:] if isinstance(e, Op) and e.name == "where" else (e,))]
+    bounded = all(value is not None and abs(value) < LARGEST for value in values)
+    return bounded and any(e.scored for e in below) and all(e.scored or number(e) for e in below)
 
 
 def _takes_log_off(weight: Expr, divisor: Expr) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from attngen import lost
 from attngen.bounds import Bounds, loop_bounds
 from attngen.layout import addresses
 from attngen.mask import derive
@@ -22,7 +23,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
     scale, shaped, natural = in_units(spec)
     score = score_lines(printer, spec, scale, shaped, natural)
     sinks = sink_values(printer, spec.sinks, natural)
-    whole = _whole(printer, spec)
+    whole, left = _whole(printer, spec), lost.floor(spec) is not None  # other kernels may leave rows to this one
     bounds = loop_bounds(printer, cover, tile.warps)
     where = addresses(spec, printer)
     common = holes_of_spec(spec, cover, l2_bytes)
@@ -32,6 +33,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "helpers": helpers_of(printer, bounds),
         "score": score,
         "whole": whole,
+        "left": left,
         "prologue": [*unit, *printer.prologue],
         "bounds": bounds,
         "sink_lines": sink_lines(sinks, f" * {LOG2E!r}" if natural else ""),
@@ -39,7 +41,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         **products_of(spec),
         **where,
         **common,
-        **(_flagged(common) if whole else {}),
+        **(_flagged(common) if left else {}),
     }
 
 

@@ -163,7 +163,7 @@ def target_of(side: Side, printer: Printer, target: Target) -> dict[str, Any]:
     if target.kind in (ROWS, KEYS, HEAD):
         return found
     steps = {d: p for d, p in enumerate(place.index) if p.has(ROW, KEY)}
-    rows = {ROW: "rows[:, None]", KEY: "cols[None, :]"}
+    rows = {ROW: printer.places.row, KEY: printer.places.key}
     corner = {ROW: "first", KEY: "block"}
     texts = [f"{printer.wide(p, rows)} * {place.name}_stride_{d}" for d, p in steps.items()]
     moved = {"base": base_of(place, printer), "offset": " + ".join(texts), "shared": target.shared}

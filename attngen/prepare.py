@@ -109,11 +109,18 @@ def verified(use: Use, device: torch.device | str) -> Check | AttngenError:
 
 
 def reduced(problem: Problem, most: int = VERIFY_ELEMENTS) -> Problem:
-    """``problem``, or one of fewer heads and then of shorter lengths that has at most so many scores."""
+    """``problem``, or one of fewer heads and then of shorter lengths that has at most so many scores.
+
+    Multiples of 16 stay such: of strides that are none Triton would compile a kernel anew.
+    """
+
+    def half(length: int) -> int:
+        return -(-length // 2) if length % 16 else -(-length // 32) * 16
+
     if problem.heads * problem.rows * problem.keys > most and problem.batch:
         problem = replace(problem, batch=(1, *problem.batch[1:]))
     while problem.heads * problem.rows * problem.keys > most and max(problem.rows, problem.keys) > SHORTEST:
-        problem = replace(problem, rows=-(-problem.rows // 2), keys=-(-problem.keys // 2))
+        problem = replace(problem, rows=half(problem.rows), keys=half(problem.keys))
     return problem
 
 

@@ -32,9 +32,12 @@ def holes_of_spec(spec: AttentionSpec, cover: Cover, l2_bytes: int) -> dict[str,
     }
 
 
-def in_units(spec: AttentionSpec) -> tuple[float, Expr, bool]:
-    """The scale and the score that it is taken off, as in ``scaled_score``; True if scores stay in natural units."""
-    natural = not spec.softmax or loads_over_keys(spec.score)
+def in_units(spec: AttentionSpec, *, leaves_rows: bool = False) -> tuple[float, Expr, bool]:
+    """The scale and the score that it is taken off, as in ``scaled_score``; True if scores stay in natural units.
+
+    They need not where rows are left to others whose scores are finite in these units alone.
+    """
+    natural = not spec.softmax or (loads_over_keys(spec.score) and not leaves_rows)
     return (LOG2E, spec.score, True) if natural else (*scaled_score(spec.score), False)
 
 

@@ -60,7 +60,7 @@ class AttentionSpec:
                 score is below ``redo_below`` must still come out as the model computes it; else None
     ``gain``    multiplies each weight after the softmax
     ``sinks``   extra logits in the denominator
-    ``empty``   a row without any pair gives "nan" or "zero"
+    ``empty``   a row without any pair gives "nan" or "zero"; with "never_nan" so does one whose scores are NaN
     ``fp8``     products are of 8-bit numbers, with scales for each "block" of rows, or of rotated ones ("rotate")
     """
 

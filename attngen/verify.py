@@ -125,7 +125,7 @@ def eager(spec: AttentionSpec, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor
     sinks = [evaluate(sink).expand(*scores.shape[:-1], 1) for sink in spec.sinks]
     logits = torch.cat([scores, *sinks], -1)
     weights = torch.softmax(logits, -1)[..., : call.sizes[KEY]]
-    if spec.empty == "zero":
+    if spec.empty != "nan":
         weights = weights.nan_to_num(0.0)
     if spec.gain != ONE:
         weights = weights * evaluate(spec.gain)

@@ -177,12 +177,15 @@ AGREEING = 0.5
 
 @dataclass(frozen=True)
 class Blocks:
-    """Key blocks that a query tile visits: on average, at most, in the tile that is started last; and masked ones."""
+    """Key blocks that a query tile visits: on average, at most, in the tile that is started last; and masked ones. It goes
+    over ``stretches`` of blocks of one kind: masked, full, masked.
+    """
 
     mean: float
     most: float
     last: float
     masked: float
+    stretches: float
 
 
 def count_blocks(cover: Cover, at: Mapping[sp.Symbol, int], problem: Problem, rows: int, keys: int) -> Blocks:
@@ -194,11 +197,13 @@ def count_blocks(cover: Cover, at: Mapping[sp.Symbol, int], problem: Problem, ro
     visited = np.ceil(np.maximum(loops.stop - loops.start, 0) / keys) - (loops.gap_stop - loops.gap_start) / keys
     full = (loops.full_stop - loops.full_start) / keys
     seen = np.maximum(np.minimum(visited, 1), visited * (AGREEING if _agree(cover) else 1))
+    stretches = (loops.full_start > loops.start, full > 0, loops.stop > np.maximum(loops.full_stop, loops.start))
     return Blocks(
         mean=float(seen.mean()),
         most=float(seen.max()),
         last=float(seen[0]),
         masked=float(np.minimum(visited - full, seen).mean()),
+        stretches=float(np.sum(stretches, 0).mean()),
     )
 
 

@@ -24,9 +24,8 @@ from pathlib import Path
 
 import sweep_report
 import torch
-from sweep_compile import Compilers
 from sweep_problems import SITES, Site, groups
-from sweep_runs import REFERENCE, REFERENCE_TILE, ROUNDS, Ahead, Planned, Run, check, identity, planned
+from sweep_runs import REFERENCE, REFERENCE_TILE, ROUNDS, Planned, Run, check, planned
 from sweep_space import ranked
 from sweep_store import Store
 
@@ -35,6 +34,7 @@ from attngen.cache.key import versions
 from attngen.device import Device, resolve
 from attngen.measure import WARM_UP
 from attngen.spec import HOPPER
+from attngen.tune.compilers import Ahead, Compilers, identity
 from attngen.tune.spread import cards
 
 # Seconds that a run takes, as assumed: of a core for one kernel, by family and whether backward; of a GPU for a batch,

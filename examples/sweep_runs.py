@@ -22,11 +22,12 @@ from sweep_worker import Batch
 
 from attngen.aot import Job, Layout
 from attngen.device import Device
-from attngen.emit import BackwardKernel, emit, emit_backward
+from attngen.emit import emit, emit_backward
 from attngen.errors import AttngenError, Miss
 from attngen.runtime import kernel_path
 from attngen.spec import Problem, Tile
 from attngen.tune import supervise
+from attngen.tune.compilers import Ahead
 from attngen.tune.supervise import Outcome
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("sweep_worker.py")))
@@ -60,32 +61,14 @@ def _job(site: Site, device: Device, tiles: Configuration, layouts: tuple[Layout
         kernel = emit_backward(site.spec, tiles, l2_bytes=device.l2_bytes)
     else:
         kernel = emit(site.spec, tiles[0], l2_bytes=device.l2_bytes, sms=device.sms)
-    if isinstance(kernel, BackwardKernel) and kernel.leaves_rows:
+    if not isinstance(kernel, Miss) and kernel.leaves_rows:
         return "no kernel of its own: it leaves rows to others"
     return f"no kernel: {kernel}" if isinstance(kernel, Miss) else Job(kernel_path(kernel), layouts)
 
 
-def identity(job: Job) -> tuple[object, ...]:
-    """Equal for jobs that give the same binary: lengths are arguments, of strides counts what Triton asks of them."""
-    return job.source, *((x.dtype, *((s == 1, s % 16 == 0, s >= 2**31) for s in x.strides)) for x in job.inputs)
-
-
-class Ahead:
-    """Jobs that were handed to compilers, each once."""
-
-    def __init__(self, submit: Callable[[Job], Future[str]]) -> None:
-        self._submit = submit
-        self._known: dict[tuple[object, ...], Future[str]] = {}
-
-    def compiled(self, plan: Planned) -> Compiling:
-        """What will be wrong with each configuration; nothing if it compiles."""
-        return Compiling(plan, tuple(_known(job) if isinstance(job, str) else self._future(job) for job in plan.jobs))
-
-    def _future(self, job: Job) -> Future[str]:
-        key = identity(job)
-        if key not in self._known:
-            self._known[key] = self._submit(job)
-        return self._known[key]
+def compiling(plan: Planned, ahead: Ahead) -> Compiling:
+    """What will be wrong with each configuration; nothing if it compiles."""
+    return Compiling(plan, tuple(_known(job) if isinstance(job, str) else ahead.future(job) for job in plan.jobs))
 
 
 def _known(reason: str) -> Future[str]:
@@ -141,7 +124,7 @@ class Run:
     def go(self, sites: Sequence[Site], cards: Sequence[str]) -> None:
         """Measure the sites that are not in the store, until all are or the time is over."""
         left = [site for site in sites if site.name not in self.store.sites]
-        reference = self.ahead.compiled(planned(REFERENCE, self.device, [REFERENCE_TILE]))
+        reference = compiling(planned(REFERENCE, self.device, [REFERENCE_TILE]), self.ahead)
         ready: Batches = queue.Queue()
         threads = [threading.Thread(target=self._card, args=(card, reference, ready)) for card in cards]
         for thread in threads:
@@ -149,7 +132,7 @@ class Run:
         for group in groups(left):
             if time.monotonic() > self.stops:
                 break
-            ready.put([self.ahead.compiled(planned(site, self.device)) for site in group])
+            ready.put([compiling(planned(site, self.device), self.ahead) for site in group])
         for _ in threads:
             ready.put(None)
         for thread in threads:

@@ -153,16 +153,30 @@ def traffic(record: Record) -> list[str]:
     return [*lines, "", f"To and from HBM, reads and writes. {_machine(record)}"]
 
 
+def runs(record: list[Record]) -> list[str]:
+    """How many tests passed, with which device and versions."""
+    lines = ["| device | versions | test files | passed | skipped | failed |", "|---|---|---|---|---|---|"]
+    for run in record:
+        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        files = run["files"].values()
+        counts = (sum(file[outcome] for file in files) for outcome in ("passed", "skipped", "failed"))
+        lines.append(f"| {run['device']} | {versions} | {len(files)} | {' | '.join(map(str, counts))} |")
+    return lines
+
+
 def _machine(record: Record) -> str:
     return f"{record['device']}, {', '.join(f'{name} {version}' for name, version in record['versions'].items())}."
 
 
-TABLES: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
+TABLES: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
+    "runs": ("tests/data/runs.json", runs),
     "coverage": ("tests/data/coverage.json", coverage),
     "models": ("examples/results/models.json", models),
     "curves": ("examples/results/curves.json", curves),
     "dense": ("examples/results/dense.json", attention),
     "variants": ("examples/results/variants.json", attention),
+    "variants_h100": ("examples/results/variants_h100.json", attention),
+    "variants_training_h100": ("examples/results/variants_training_h100.json", attention),
     "variants_training": ("examples/results/variants_training.json", attention),
     "fp8": ("examples/results/fp8.json", eighths),
     "long": ("examples/results/long.json", long),

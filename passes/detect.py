@@ -54,12 +54,13 @@ class Site:
     dot: Dot
     score: Expr
     sinks: tuple[Expr, ...]
-    zero_if_empty: bool
+    empty: str
     softmax: bool
     gain: Expr
     late_sink: bool
     lifted: bool
     by_log: bool
+    again: bool
     dtype: torch.dtype
     reader: Reader = field(repr=False, compare=False)
     interior: frozenset[fx.Node] = field(repr=False, compare=False)
@@ -73,7 +74,7 @@ def run(lowered: Lowered) -> list[Terms | Miss]:
     facts = effects.run(lowered.graph)
     marks = Marks()
     decompose = Decomposer()
-    found: list[tuple[Terms | Miss, bool]] = []
+    found: list[tuple[fx.Node, Terms | Miss, bool]] = []
     for node in lowered.graph.nodes:
         marks.add(node)
         if node not in facts.live or not is_product(node):
@@ -86,14 +87,15 @@ def run(lowered: Lowered) -> list[Terms | Miss]:
             if proof[0].output in marks.settled:  # by the product that it divides; this one is of the sum below the line
                 continue
             marks.settle(proof[0].output)
-        found.append((proof, near))
-    proofs = _undisturbed([proof for proof, _ in found], facts)
-    return [proof for proof, (_, near) in zip(proofs, found, strict=True) if near or _is_told(proof)]
+        found.append((node, proof, near))
+    proofs = _undisturbed([proof for _, proof, _ in found], facts)
+    inside = frozenset[fx.Node]().union(*(each[0].interior for each in proofs if not isinstance(each, Miss)))
+    return [proof for proof, (node, _, near) in zip(proofs, found, strict=True) if _is_told(proof, near, node in inside)]
 
 
-def _is_told(proof: Terms | Miss) -> bool:
-    """What is not near is an ordinary product, no miss."""
-    return not isinstance(proof, Miss) or proof.reason == OWN_SUM
+def _is_told(proof: Terms | Miss, near: bool, inside: bool) -> bool:
+    """What is not near is an ordinary product, no miss; nor is a sum of weights ``inside`` an attention."""
+    return not isinstance(proof, Miss) or (near and not inside) or proof.reason == OWN_SUM
 
 
 def _undisturbed(found: list[Terms | Miss], facts: effects.Effects) -> list[Terms | Miss]:
@@ -273,8 +275,8 @@ def _prove_scores(reader: Reader, sides: Sides, normalised: Normalised, dot: Dot
     batch = tuple(a for a in axes if a not in (row, feature))
     return Site(
         sides.output, sides.node, axes, batch, row, key, dot.axis, feature, q, k, v, dot, score,
-        normalised.sinks, normalised.zero_if_empty, normalised.softmax, gain, normalised.late_sink,
-        normalised.lifted, normalised.by_log, dtype_of(sides.output), reader, interior,
+        normalised.sinks, normalised.empty, normalised.softmax, gain, normalised.late_sink,
+        normalised.lifted, normalised.by_log, normalised.again, dtype_of(sides.output), reader, interior,
     )  # fmt: skip
 
 

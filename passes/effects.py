@@ -196,6 +196,8 @@ def cut_between(inputs: list[fx.Node], site: Site, facts: Effects) -> Miss | Non
     stack, seen = [last], set(inputs)
     while stack:
         node = stack.pop()
+        if _is_tensor(node) and not node.meta["val"].dtype.is_floating_point:
+            continue  # passes none on, detached or not
         if node in facts.cut and not (node in site.interior and _is_maximum(node)):
             return Miss("a part of it is detached from gradients", node.name, depth=6)
         above = [n for n in node.all_input_nodes if n in reached and n not in seen]

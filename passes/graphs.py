@@ -20,8 +20,8 @@ from attngen.index import Axis
 from attngen.passes.dropout import SEEDS, Seed, draws
 from attngen.passes.effects import updated, written
 from attngen.passes.lower import Lowered
-from attngen.passes.memory import values
-from attngen.passes.semantics import shape_of
+from attngen.passes.memory import storage, values
+from attngen.passes.semantics import is_tensor, op_name, shape_of
 from attngen.passes.specialise import Table
 
 
@@ -42,6 +42,10 @@ class Writer:
         self._before = _nodes_before(anchor)
         self._copies: dict[fx.Node, fx.Node] = {}
         self.written: list[fx.Node] = []
+        self._lost: dict[int, list[fx.Node]] = {}  # writes in place that are gone where the anchor is, by memory
+        for node in lowered.emitted.get(anchor, ()):
+            for target in written(node):
+                self._lost.setdefault(storage(target), []).append(node)
 
     def value(self, node: fx.Node) -> fx.Node:
         """A captured node that holds the value of the lowered ``node``."""
@@ -123,11 +127,17 @@ class Writer:
     def _copied(self, node: fx.Node) -> fx.Node:
         if node.op != "call_function":
             raise NotHere(f"{node.name} is not passed into the part of the graph that needs it")
-        if isinstance(node.target, torch._ops.OpOverload) and not (is_pure(node) or self._may_move(node)):
-            raise NotHere(f"{node.name} writes memory or draws random numbers, and exists only inside another call")
+        if is_tensor(node) and any(_out_of_place(write) is None for write in self._lost.get(storage(node), ())):
+            raise NotHere(f"{node.name} is written in place inside another call, and exists only there")
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload) and not (is_pure(node) or self._may_move(node)):
+            pure = _out_of_place(node)
+            if pure is None:
+                raise NotHere(f"{node.name} writes memory or draws random numbers, and exists only inside another call")
+            target = pure
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value)  # type: ignore[misc]
         # A copy that had nothing to do was not traced, so a view may count on memory that now lies in another order.
-        target = torch.ops.aten.reshape.default if node.target is torch.ops.aten.view.default else node.target
+        target = torch.ops.aten.reshape.default if target is torch.ops.aten.view.default else target
         copy = self.call(target, args, node.meta.get("val"))
         copy.kwargs = kwargs
         return copy
@@ -176,6 +186,19 @@ def is_pure(node: fx.Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return True
     return not target._schema.is_mutable and not draws(node)
+
+
+def _out_of_place(node: fx.Node) -> torch._ops.OpOverload | None:
+    """The operator that makes what ``node`` writes, if that goes to memory that was made for it: nobody saw it before."""
+    targets, name = written(node), op_name(node)
+    if draws(node) or len(targets) != 1 or targets[0] is not node.args[0] or len(targets[0].users) > 1:
+        return None
+    first = next(n for n in node.graph.nodes if is_tensor(n) and storage(n) == storage(node))
+    packet = getattr(torch.ops.aten, name, None)
+    overload = node.target._overloadname  # type: ignore[union-attr]
+    found = getattr(packet, overload) if packet is not None and overload in packet.overloads() else None
+    made = first is targets[0] and first.op == "call_function"
+    return found if made and found is not None and not found._schema.is_mutable else None
 
 
 def _nodes_before(anchor: fx.Node) -> frozenset[fx.Node]:

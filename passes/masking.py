@@ -52,7 +52,7 @@ class Split:
     whole: Expr | None = None
     redo_below: float | None = None
     gain: Expr = ONE
-    zero_if_empty: bool = False
+    empty: str = "nan"
 
 
 def split(site: Site) -> Split | Miss:
@@ -65,8 +65,8 @@ def split(site: Site) -> Split | Miss:
     score = quick(score)
     gain, kept = _without_zeros(site.gain)
     if kept != TRUE and _conjuncts(kept) == _conjuncts(mask):  # an empty row is set to zero, whatever it was
-        return Split(score, mask, gain=gain, zero_if_empty=True)
-    if kept != TRUE and _may_be_nan(score, mask, fills, site):
+        return Split(score, mask, gain=gain, empty="zero")
+    if kept != TRUE and site.empty != "never_nan" and _may_be_nan(score, mask, fills, site):
         return Miss("weights are set to zero that may be NaN", name, depth=7)
     if site.late_sink and _may_be_nan(score, mask, fills, site):
         return Miss("a sink that comes after the softmax, and rows that may be NaN", name, depth=7)
@@ -77,11 +77,13 @@ def split(site: Site) -> Split | Miss:
     lifted = site.lifted or _by_library(site)
     if finite and not certain and site.by_log and not lifted:
         return Miss("exp(s - logsumexp(s)) of rows that may be masked throughout: what comes out is rounding", name, depth=7)
+    if finite and not certain and site.again:
+        return Miss("weights of rows that may be masked throughout are masked and normalised again", name, depth=7)
     if finite and not certain and lifted:  # else nothing is left of such a row: zero over zero, as under -inf
         whole, redo_below = whole_score, max(fill.highest for fill in finite) + NEGLIGIBLE
     if whole is None and not site.sinks:
         score = _without_row_terms(score, site.key)
-    return Split(score, mask, whole, redo_below, site.gain, site.zero_if_empty)
+    return Split(score, mask, whole, redo_below, site.gain, site.empty)
 
 
 def _by_library(site: Site) -> bool:

@@ -188,6 +188,24 @@ def _kept_kind(name: str) -> Row:
     return row
 
 
+def _nan_to_num(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+    """Of attention weights, whose NaN become zeros. Others are there, as tensors."""
+    if not reader.weighs(node) or args["nan"]:
+        raise Unknown("numbers in place of those that are none")
+    value, limits = to_float(reader.operand(args["self"], index)), torch.finfo(dtype_of(node))
+    named = (("neginf", limits.min), ("posinf", limits.max))
+    lowest, highest = (Const(float(limit if args[name] is None else args[name])) for name, limit in named)
+    return where(op("isnan", value), _ZERO, op("min", op("max", value, lowest), highest))
+
+
+def _log_add_exp(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+    """Of what attention weights add up to. Others are there, as tensors."""
+    if not reader.weighs(node):
+        raise Unknown("exponentials that may be infinite")
+    powers = [op("exp", to_float(reader.operand(args[name], index))) for name in ("self", "other")]
+    return op("log", op("add", *powers))
+
+
 _ZERO, _ONE = Const(0.0), Const(1.0)
 _FUNCTIONS = ("exp", "exp2", "log", "log2", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "sin", "cos", "floor")
 
@@ -221,6 +239,8 @@ POINTWISE: dict[str, Row] = {
     "clamp_min": _clamp,
     "clamp_max": _clamp,
     "where": _where,
+    "logaddexp": _log_add_exp,
+    "nan_to_num": _nan_to_num,
     "masked_fill": _masked_fill,
     "index_put": _put,
     "logical_and": _logical("and", "self", "other"),

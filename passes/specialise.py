@@ -92,7 +92,7 @@ def run(site: Site) -> Specialised | Miss:
         whole=renamed[3] if split.whole is not None else None,
         redo_below=split.redo_below,
         sinks=tuple(renamed[count:]),
-        empty="zero" if split.zero_if_empty else "nan",
+        empty=split.empty,
         softmax=site.softmax,
         gain=gain,
     )

@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before numpy and torch are there: wor
 
 import forked
 import pytest
+import recording
 import torch
 
 from attngen import verify
@@ -26,6 +27,7 @@ LONG = ("aot", "backend", "detect_dynamic", "fuzz", "inductor", "kernels", "mode
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files anew instead of comparing")
+    parser.addoption("--record", type=Path, metavar="FILE", help="add how many tests of each file passed to this record")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,6 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # pytest listens to each logger that does not propagate. Listened to, this one writes down all graphs that are compiled.
     logging.getLogger("torch.__trace").propagate = True
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
+    path = config.getoption("--record")
+    if path is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(recording.Recorder(path))
 
 
 def pytest_collection_finish() -> None:

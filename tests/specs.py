@@ -199,6 +199,7 @@ CASES = (
     Case("softmax_plus_one", attention(sinks=(Const(0.0),))),
     Case("empty_rows_nan", attention(mask=STRICTLY_CAUSAL)),
     Case("empty_rows_zero", attention(mask=STRICTLY_CAUSAL, empty="zero", lse=True)),
+    Case("rows_never_nan", attention(mask=STRICTLY_CAUSAL, empty="never_nan", lse=True)),
     Case("fill_shows", attention(**filled(QK, STRICTLY_CAUSAL, -10000.0), lse=True), tile=Tile(64, 64, 8, 2)),
     Case("fill_lowest", attention(**filled(QK, STRICTLY_CAUSAL, LOWEST))),
     Case("fill_added", attention(**_added(QK, STRICTLY_CAUSAL, LOWEST), lse=True)),

@@ -76,6 +76,7 @@ def test_flags_change_numbers_and_the_name_says_which() -> None:
         {"window": 0},
         {"softcap": -1.0},
         {"buckets": 3},
+        {"dropout": 1.0},
     ],
     ids=str,
 )

@@ -89,6 +89,26 @@ def test_both_has_the_result_too() -> None:
     assert names == ["result", "gradient of queries", "gradient of keys", "gradient of values"]
 
 
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("peer", ["eager", "sdpa", "attngen"])
+def test_draws_of_dropout_are_right_if_they_are_draws(peer: str, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, **options, options={"inner": "eager"}))
+    p = replace(tiny("dropout_d64"), length=96, heads=4)
+    torch.manual_seed(0)
+    with torch.set_grad_enabled(phase != FORWARD):
+        inputs = spelling.inputs_of(p, "cpu")
+        given = inputs if phase == FORWARD else inputs.wanting(trained=False)
+        call = phases.call_of(peers.PEERS[peer].prepare(p, given), p, given, phase)
+        expected = phases.expected(p, inputs, phase)
+        made = call()
+    assert phases.verdict(made, expected)[1].ok
+    assert not phases.verdict([x * 0.9 for x in made], expected)[1].ok  # a factor was forgotten
+    assert not phases.verdict([each.exact for each in expected], expected)[1].ok  # nothing was dropped
+    twice = [2 * x - each.exact for x, each in zip(made, expected, strict=True)]
+    assert not phases.verdict(twice, expected)[1].ok  # far too much was
+
+
 def test_operations_and_bytes_of_each_phase() -> None:
     """Two products forward, five for the gradients; with each gradient as large as what it is of."""
     assert [spelling.flop(TINY, 10, phase) for phase in PHASES] == [2 * 10 * 16 * n for n in (2, 5, 7)]
@@ -324,10 +344,12 @@ def test_the_option_reaches_the_measuring_process(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("phase", [GRADIENT, BOTH])
 def test_the_command_on_a_gpu(phase: str, tmp_path: Path) -> None:
     names = ["dense_d64_n1024_causal", "bias_trained_d64", "relative_trained_d64"]
-    sizes = ["--length", "512", "--batch", "2", "--rounds", "3"]
+    sizes = ["--length", "512", "--batch", "2", "--rounds", "3", "--peers", "attngen,eager,inductor,flex"]
     done = CliRunner().invoke(app, ["bench", *names, *sizes, "--phase", phase, "--json", str(tmp_path / "a.json")])
     assert done.exit_code == 0, done.output
     for result in json.loads((tmp_path / "a.json").read_text())["results"]:
         rows = {row["peer"]: row for row in result["rows"]}
-        assert rows[peers.OURS]["status"] == rows["eager"]["status"] == rows["inductor"]["status"] == TIMED, rows
+        assert rows[peers.OURS]["status"] == TIMED, rows
+        if not result["problem"]["name"].startswith(names[2]):  # eager adds thousands up in 16 bits for each entry of a table
+            assert rows["eager"]["status"] == rows["inductor"]["status"] == TIMED, rows
         assert "gradient" in rows[peers.OURS]["kernel"]

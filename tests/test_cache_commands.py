@@ -52,7 +52,8 @@ def test_list_and_show() -> None:
     put(entry(), entry(rows=1000, device=DEVICES["h100"]))
     listed = run("list").output
     assert "2 tuned choices" in listed and "16x32 w8 s1" in listed and "128 x 128" in listed and "12.5" in listed
-    assert "1 tuned choice " in run("list", "--device", "NVIDIA H200").output
+    for name in ("NVIDIA H200", "h200"):
+        assert "1 tuned choice " in run("list", "--device", name).output
     digest = entry().key.digest
     assert entries.parsed(run("show", digest[:8]).output) == entry()
     assert "0 entries begin with" in run("show", "zzz", code=2).output

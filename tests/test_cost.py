@@ -17,7 +17,7 @@ from attngen.algebra import TRUE, Expr, Int, Op, integer, op
 from attngen.aot import Binary, Job, compile_all
 from attngen.choose import Plan, choose
 from attngen.compat import FloorDiv
-from attngen.cost import REGISTER_LIMIT, Cost, costs, eager_hbm_bytes, formula
+from attngen.cost import REGISTER_LIMIT, Cost, costs, eager_hbm_bytes, evaluated, formula
 from attngen.device import DEVICES, Device
 from attngen.emit import Kernel, emit
 from attngen.evaluate import Evaluator
@@ -269,6 +269,30 @@ def test_prediction_is_near_what_was_measured(d: int, length: int, tile: str) ->
         spec = attention(dtype=BF16, head_dim=d, **mask)
         work = share * 4 * d * problem.heads * length * length
         assert work / cost(spec, problem, BY_TEXT[tile]).seconds / 1e12 == pytest.approx(measured, rel=0.15)
+
+
+def test_the_last_programs_that_are_fewer_than_could_share_a_multiprocessor_cost_more() -> None:
+    """Three share one. Three and a fourth take longer than four thirds of three."""
+    spec, tile, sms = attention(dtype=BF16, head_dim=128, groups=4), Tile(16, 64, 4, 3), 132
+    at = {n: cost(spec, Problem((n * sms // 4, 4), 1, 8192), tile).seconds for n in (3, 4, 6)}
+    assert at[4] > 1.05 * 4 / 3 * at[3] and at[6] == pytest.approx(2 * at[3], rel=0.03)
+
+
+def test_warps_that_look_at_data_together_take_fewer_steps() -> None:
+    four, eight = (evaluated(BY_NAME["padding"].spec, square(4096), H200, [Tile(64, 64, w, 2)]) for w in (4, 8))
+    assert (four[formulas.scanned], eight[formulas.scanned]) == (4, 2)
+
+
+def test_loops_are_counted_as_the_kernel_has_them() -> None:
+    """Masked blocks before the full ones have a loop of their own where bounds are plain."""
+
+    def loops(mask: Expr, length: int = 4096) -> float:
+        at = evaluated(attention(dtype=BF16, mask=mask), square(length), H200, [Tile(64, 64, 4, 2)])
+        return float(np.ravel(at[formulas.loops])[0])
+
+    assert loops(TRUE) == 1 and loops(TRUE, 4000) == 2
+    assert loops(CAUSAL) == pytest.approx(2 - 1 / 64)  # the first tile has no full block
+    assert 2.8 < loops(WINDOW) < 3 and loops(CHUNKS) <= 2
 
 
 def test_parts_add_up_and_the_last_wave_costs() -> None:

@@ -308,7 +308,7 @@ def test_inductors_counts_go_beside_what_was_packed(tmp_path: Path) -> None:
     file.write_text("\n".join([line("a", 3, 1), line("b", 3, 3)]))
     source = beside(packed, [file])["sources"]["source"]
     assert [source[name] for name in ("inductor", "inductor_sites", "inductor_models", "sites")] == [4, 6, 2, 9]
-    assert packed["inductor_versions"] == {"torch": torch.__version__}
+    assert torch.__version__.startswith(packed["inductor_versions"]["torch"])  # which may leave out what it was built for
 
 
 # ------------------------------------------------------------------------------------------------------------ forty models

@@ -18,7 +18,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from typer.testing import CliRunner
 
 import attngen
-from attngen import backend, compat, modelfile, verify
+from attngen import backend, capture, compat, modelfile, verify
+from attngen.cache.key import BACKWARD, FORWARD, Wanted, key_of
+from attngen.cache.lookup import Choices
 from attngen.cli import app
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -136,6 +138,25 @@ def test_a_mask_and_a_bias_from_positions_exist_nowhere(monkeypatch: pytest.Monk
         inputs = {name: x[:, :3500] for name, x in example.kwargs.items()}
         torch.compile(example.model, backend="attngen", options={"strict": True})(**inputs)
     assert largest.elements == 3 * 3500 * 1024  # queries, keys and values; there are 3500 * 3500 pairs
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_all_that_tiles_are_shipped_for_is_found(train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones here, of which some are alike; on a GPU none are."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    asked: dict[str, Wanted] = {}
+
+    def record(wanted: Wanted) -> None:
+        asked[key_of(wanted).digest] = wanted
+
+    with modelfile.opened(EXAMPLES / "shipped.py") as example, torch.set_grad_enabled(train):
+        choices = Choices(mode="skip", measure=record)
+        report = capture.explain(example.model, example.args, example.kwargs, {"target": "h200"}, choices=choices)
+    assert len(report.sites) == len(example.args) >= 30 and all(site.status == "found" for site in report.sites)
+    phases = [wanted.phase for wanted in asked.values()]
+    assert (BACKWARD in phases) == train and phases.count(FORWARD) >= 20
+    names = [problem.name for problem in import_module("shipped").problems()]
+    assert len(set(names)) == len(names) == len(example.args)
 
 
 def test_main_compares_with_eager(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

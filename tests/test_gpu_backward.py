@@ -101,7 +101,7 @@ def test_every_suited_case(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [504, 2000])
-@pytest.mark.parametrize("name", ["bias", "table_cross"])
+@pytest.mark.parametrize("name", ["bias", "mask_added_in_half", "table_cross"])
 @pytest.mark.usefixtures("wgmma")
 def test_gradients_of_what_is_added_to_scores(name: str, rows: int, tmp_path: Path) -> None:
     case = BY_NAME[name]

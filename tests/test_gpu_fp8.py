@@ -25,6 +25,7 @@ pytestmark = [
 BF16 = torch.bfloat16
 NAMED = [Case(name, spec, batch=(1, 4)) for name, spec in PROGRAMS.items()]
 OTHERS = [case for case in CASES if suited(case.spec)]
+LENGTH = 900  # with the keys that some cases have beyond it, few enough for every tile
 REPEATS = 3
 
 
@@ -48,8 +49,8 @@ def launched(spec: AttentionSpec, tile: Tile, folder: Path, *inputs: torch.Tenso
 @pytest.mark.parametrize("case", [*NAMED, *OTHERS], ids=lambda case: case.name)
 def test_right_and_the_same_each_time(case: Case, tmp_path: Path) -> None:
     spec = eighths(case.spec, MODES[len(case.name) % 2])
-    for tile in tiles_of(spec, case.problem(1024)):
-        for rows in (152, 1000):
+    for tile in tiles_of(spec, case.problem(LENGTH)):
+        for rows in (152, LENGTH):
             inputs = samples_for(kernel_of(spec, tile), case.problem(rows), device="cuda")
             verdict = check(launched(spec, tile, tmp_path, *inputs), spec, inputs)
             assert verdict.ok, f"{tile} at {rows}: {verdict}"

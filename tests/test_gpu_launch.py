@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from specs import BY_NAME, Case
 from stand_in import hooks
-from test_gpu_hopper import tiles_of
+from test_gpu_hopper import launch_of, tiles_of
 from test_launch import PORTABLE
 
 from attngen.aot import import_file
@@ -25,10 +26,10 @@ pytestmark = pytest.mark.gpu
 
 
 class Counted:
-    """A kernel, and how many of its launches went through Triton."""
+    """A kernel, and how many of its launches went through Triton; with the launch ``again`` of one that it leaves rows to."""
 
-    def __init__(self, case: Case, kernel: Kernel, module: ModuleType) -> None:
-        self.case, self.kernel, self.module = case, kernel, module
+    def __init__(self, case: Case, kernel: Kernel, module: ModuleType, **again: Callable[..., Any]) -> None:
+        self.case, self.kernel, self.module, self.again = case, kernel, module, again
         self.anew = 0
         through = module.launch_anew
 
@@ -42,7 +43,7 @@ class Counted:
         return sample_inputs(self.case.spec, self.case.problem(rows), device="cuda")
 
     def launch(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        result = self.module.launch(*inputs)
+        result = self.module.launch(*inputs, **self.again)
         return [result] if isinstance(result, torch.Tensor) else list(result)
 
     def right(self, inputs: list[torch.Tensor]) -> None:
@@ -61,7 +62,8 @@ def counted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Counted]
     assert isinstance(kernel, Kernel), kernel
     path = tmp_path / f"{kernel.name}.py"
     path.write_text(kernel.source)
-    yield Counted(case, kernel, import_file(path))
+    launch = launch_of(kernel, tmp_path)
+    yield Counted(case, kernel, import_file(path), **(launch.keywords if isinstance(launch, partial) else {}))
 
 
 def test_later_launches_are_right(counted: Counted) -> None:
@@ -104,7 +106,7 @@ def test_hooks_hear_of_each_launch(counted: Counted) -> None:
     first = counted.launch(inputs)
     with hooks() as heard:
         second = counted.launch(inputs)
-    assert heard == ["enter attention_forward", "leave attention_forward"]
+    assert heard == ["enter attention_forward", "leave attention_forward"] * (1 + len(counted.again))
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True))
 
 

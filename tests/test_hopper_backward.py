@@ -91,7 +91,7 @@ def test_gradients_are_within_budget(case: Case, rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [40, 304])
-@pytest.mark.parametrize("name", ["bias", "table_cross"])
+@pytest.mark.parametrize("name", ["bias", "mask_added_in_half", "table_cross"])
 def test_gradients_of_what_is_added_to_scores(name: str, rows: int) -> None:
     case = BY_NAME[name]
     at = replace(sample(case.spec, case.problem(rows)), extras=True)
@@ -132,6 +132,34 @@ def test_a_bias_within_a_program_of_scores_and_beside_documents() -> None:
     for score in (plus(QK, bias), softcap(20.0, plus(QK, bias))):
         extras = {**ids, "t2": (BF16, (H, ROW, KEY))}
         right(attention(dtype=BF16, head_dim=128, score=score, mask=documents.mask, extras=extras), Problem((1, 2), 200, 200))
+
+
+def test_gradients_of_a_bias_within_a_program_of_scores() -> None:
+    """Both kernels, in Gluon and in Triton, have a function of their own for the hyperbolic tangent."""
+    bias = {"t0": (BF16, (H, ROW, KEY))}
+    spec = attention(dtype=BF16, score=softcap(2.0, plus(QK, loaded("t0", H, ROW, KEY))), extras=bias, mask=CAUSAL)
+    at = replace(sample(spec, Problem((2, 2), 72, 72)), extras=True)
+    found = verdicts(kernel_of(spec).source, at)
+    assert found.keys() == {"q", "k", "v", "t0"}
+    assert all(verdict.ok for verdict in found.values()), {of: str(verdict) for of, verdict in found.items()}
+
+
+@pytest.mark.parametrize(("value", "odd"), [(0.0, False), (-3000.0, False), (-1e6, True), (1e30, False), (1e37, True)])
+def test_rows_whose_weights_do_not_follow_are_left_to_others(value: float, odd: bool) -> None:
+    """One row of a bias, all of whose scores lie there; and other kernels have a look at their flag."""
+    bias = {"t0": (BF16, (H, ROW, KEY))}
+    spec = attention(dtype=BF16, score=plus(QK, loaded("t0", H, ROW, KEY)), extras=bias)
+    at = sample(spec, Problem((1, 2), 40, 40))
+    at.inputs[3][1, 7] = value
+    out, lse = blockwise.forward(at.spec, at.inputs)
+    flags: list[int] = []
+
+    def again(*tensors: Any, only: torch.Tensor, into: Sequence[torch.Tensor], **needs: bool) -> None:
+        flags.append(int(only))
+
+    changed = replace(at, out=out, lse=lse.float().contiguous())
+    simulated(kernel_of(spec).source).launch(*changed.arguments, again=again)
+    assert flags == [int(odd)]
 
 
 def test_no_batch_adds_nothing_to_a_shared_bias() -> None:

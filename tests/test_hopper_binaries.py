@@ -27,6 +27,8 @@ from specs import (
     WORTH_IT,
     B,
     attention,
+    filled,
+    scaled,
 )
 from test_cost import H200, cost, square
 from test_hopper import kernel_of
@@ -166,6 +168,26 @@ def test_masks_that_load_do_not_spill(name: str, head_dim: int, tile: Tile, tmp_
     assert able(spec, tile)
     made = compiled(spec, tile, tmp_path)
     assert made.binary.hgmma and made.binary.spills <= (WORTH_IT if head_dim == 256 else 0)
+    assert not any(code in made.complaints for code in SERIALISED)
+
+
+LEAVING = [
+    pytest.param(name, d, tile, marks=() if (name, d) == ("causal", 128) else pytest.mark.gpu)
+    for name in ("causal", "documents", "padding")
+    for d, tile in ((64, persistent(128, 128)), (128, persistent(128, 128)), (256, persistent(128, 64)))
+]
+
+
+@pytest.mark.parametrize(("name", "head_dim", "tile"), LEAVING)
+def test_flags_of_rows_take_no_more_than_the_log_sum_exp(name: str, head_dim: int, tile: Tile, tmp_path: Path) -> None:
+    """Registers, that is. Both are written when a tile ends."""
+    mask, extras = BOUNDED.get(name, (CAUSAL, {}))
+    spec = attention(dtype=torch.bfloat16, head_dim=head_dim, extras=extras, **filled(scaled(head_dim**-0.5), mask, -1e4))
+    assert able(spec, tile)
+    made = compiled(spec, tile, tmp_path)
+    plain = compiled(replace(spec, whole=None, redo_below=None, lse=True), tile, tmp_path)
+    assert made.binary.hgmma and made.binary.spills <= plain.binary.spills + 8
+    assert head_dim == 256 or made.binary.spills == 0
     assert not any(code in made.complaints for code in SERIALISED)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,6 +124,9 @@ def test_a_factor_that_is_negative() -> None:
     spec = dropping(64, gain=op("mul", dropped(RATE, B, H), Const(-0.5)))
     right(spec, PERSISTENT, sample_inputs(spec, Problem((1, 2), 100, 130)))
     right_gradients(spec, Problem((1, 2), 100, 130))
+    nothing = replace(spec, mask=op("lt", Int(KEY), Int(ROW)), empty="never_nan")
+    right(nothing, PERSISTENT, sample_inputs(nothing, Problem((1, 2), 100, 130)))
+    right_gradients(nothing, Problem((1, 2), 100, 130))
 
 
 def test_other_gains_are_refused() -> None:

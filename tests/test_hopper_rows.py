@@ -11,19 +11,38 @@ from dataclasses import replace
 
 import pytest
 import torch
-from specs import BY_NAME, LOWEST, QK, SLOPE, SLOPES, STRICTLY_CAUSAL, Case, attention, filled
+from specs import (
+    BY_NAME,
+    HALF,
+    LOWEST,
+    QK,
+    SLOPE,
+    SLOPES,
+    STRICTLY_CAUSAL,
+    ZERO,
+    Case,
+    H,
+    attention,
+    filled,
+    loaded,
+    plus,
+)
 from test_hopper import GRID, PERSISTENT, SUITED, THREE_GROUPS, kernel_of, others_of, run, samples
 from torch import Tensor
 
-from attngen import blockwise
+from attngen import blockwise, describe
+from attngen.algebra import Const, op
+from attngen.choose import Plan, choose
+from attngen.device import DEVICES
 from attngen.emit import Kernel, emit
+from attngen.lost import floor
 from attngen.simulator import simulated
-from attngen.spec import AttentionSpec, Problem, Tile
+from attngen.spec import HOPPER, KEY, ROW, AttentionSpec, Problem, Tile
 from attngen.verify import check, reference, run_interpreted, sample_inputs, verify_all_interpreted
 
 PORTABLE_TILES = (Tile(16, 32, 4, 1), Tile(64, 32, 4, 2), Tile(128, 32, 4, 1))
 BF16 = torch.bfloat16
-LEAVING = [case for case in SUITED if case.spec.whole is not None]
+FILLED = [case for case in SUITED if case.spec.whole is not None]
 
 
 def low(spec: AttentionSpec, inputs: Sequence[Tensor]) -> Tensor:
@@ -33,14 +52,14 @@ def low(spec: AttentionSpec, inputs: Sequence[Tensor]) -> Tensor:
 
 
 def test_such_specs_are_taken() -> None:
-    names = {case.name for case in LEAVING}
+    names = {case.name for case in FILLED}
     some = {"fill_shows", "fill_lowest", "fill_added", "fill_added_in_half", "fill_shows_padding"}
     assert names == some | {"dropped_fill_shows"}
 
 
 @pytest.mark.parametrize("rows", [1, 17, 150, 300])
 @pytest.mark.parametrize("tile", [PERSISTENT, GRID, THREE_GROUPS], ids=str)
-@pytest.mark.parametrize("case", LEAVING, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", FILLED, ids=lambda case: case.name)
 def test_a_flag_for_each_row_that_needs_the_fill(case: Case, tile: Tile, rows: int) -> None:
     inputs = samples(case, tile, rows)
     if inputs[-1].dtype == torch.bool:
@@ -119,3 +138,83 @@ def test_gradients_get_the_log_sum_exp_of_what_was_filled_in() -> None:
     result = run(kernel_of(case.spec, PERSISTENT).source, inputs, **others_of(case.spec))
     verdict = check(result, case.spec, inputs)
     assert verdict.ok and verdict.lse is not None and result[1].isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------------------- what is said of it
+
+
+def test_the_second_kernel_is_counted_and_said() -> None:
+    device, problem = DEVICES["h200"], Problem((4, 16), 1024, 1024)
+    spec = replace(BY_NAME["fill_shows"].spec, lse=False)
+    usual = choose(replace(spec, whole=None, redo_below=None), problem, device)
+    assert isinstance(usual, Plan) and usual.tile.family == HOPPER
+    plan = choose(spec, problem, device, usual.tile)
+    assert isinstance(plan, Plan) and plan.tile == usual.tile
+    assert device.launch < plan.cost.seconds - usual.cost.seconds < 3 * device.launch
+    described = describe.planned(plan, device, None)
+    assert "fill value" in described.behind and "the one behind it" in described.formula[-1]
+    assert not describe.planned(usual, device, None).behind
+    assert "a portable one behind it" in kernel_of(spec, plan.tile).source.splitlines()[0]
+
+
+# ------------------------------------------------------------------------------------------------------- what is loaded
+
+
+def masked(dtype: torch.dtype) -> tuple[AttentionSpec, list[Tensor], list[int]]:
+    """Biases that are masks in some rows; which of these are left to the other kernel."""
+    added = op("drown", loaded("t0", ZERO, H, ROW, KEY), Const(-32768.0 if dtype == HALF else -4096.0))
+    operands = HALF if dtype == torch.float32 else dtype
+    spec = attention(dtype=operands, score=plus(QK, added), extras={"t0": (dtype, (ZERO, H, ROW, KEY))}, lse=True)
+    inputs = sample_inputs(spec, Problem((2, 2), 40, 160))
+    lowest = torch.finfo(dtype).min
+    inputs[3][:, :, 3] = lowest
+    inputs[3][:, :, 5, :131] = lowest
+    inputs[3][:, :, 7] = -torch.inf
+    inputs[3][:, :, 9, 2:] = -torch.inf
+    inputs[3][:, :, 11, ::2], inputs[3][:, :, 11, 1::2] = lowest, lowest / 2
+    left = [3, 7, 11]
+    if dtype != HALF:
+        inputs[3][:, :, 13, 70] = torch.finfo(dtype).max / 2
+        left.append(13)
+    return spec, inputs, left
+
+
+@pytest.mark.parametrize("tile", [PERSISTENT, GRID, THREE_GROUPS], ids=str)
+@pytest.mark.parametrize("dtype", [HALF, BF16, torch.float32], ids=str)
+def test_rows_that_masks_leave_nothing_of_are_flagged(dtype: torch.dtype, tile: Tile) -> None:
+    """What they are loaded as is not looked at for each pair: rows with anything else come out right without that."""
+    spec, inputs, left = masked(dtype)
+    seen: list[Tensor] = []
+
+    def again(*tensors: Tensor, only: Tensor, into: Sequence[Tensor]) -> None:
+        seen.append(only)
+        others_of(spec)["again"](*tensors, only=only, into=into)
+
+    source = kernel_of(spec, tile).source
+    assert "drowned" not in source
+    result = simulated(source).launch(*inputs, again=again)
+    assert sorted(set(seen[0].nonzero()[:, 2].tolist())) == left
+    assert check(result, spec, inputs).ok
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=str)
+def test_such_rows_are_filled_in_by_the_portable_kernel(dtype: torch.dtype) -> None:
+    spec, inputs, left = masked(dtype)
+    exact = reference(spec, inputs)
+    flags = torch.zeros(2, 2, 40, dtype=torch.int32)
+    flags[:, :, left] = 1
+    made = torch.full(exact[0].shape, 7.0, dtype=spec.out_dtype), torch.full(exact[1].shape, 7.0)
+    (results,) = run_interpreted([(portable(spec, PORTABLE_TILES[1]), (*inputs, flags, made))])
+    assert isinstance(results, list)
+    rest = [row for row in range(40) if row not in left]
+    assert all((result[:, :, rest] == 7.0).all() for result in results)
+    out = torch.where(flags[..., None] == 1, results[0].double(), exact[0])
+    lse = torch.where(flags == 1, results[1].double(), exact[1])
+    assert check([out.to(spec.out_dtype), lse.float()], spec, inputs).ok
+
+
+def test_a_floor_is_as_high_as_what_may_be_lost() -> None:
+    assert floor(attention(mask=STRICTLY_CAUSAL)) is None and floor(attention(softmax=False)) is None
+    assert floor(BY_NAME["bias"].spec) == -1e5 and floor(BY_NAME["fill_lowest"].spec) == -1e36
+    assert floor(masked(HALF)[0]) == -16384.0 and floor(masked(BF16)[0]) == -2048.0
+    assert floor(replace(BY_NAME["bias"].spec, fp8="block")) is None

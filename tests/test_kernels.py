@@ -86,6 +86,14 @@ def run(spec: AttentionSpec, inputs: list[torch.Tensor], tile: Tile = SMALL_TILE
     return result
 
 
+def test_a_row_of_nan_is_zero_where_weights_are_never_nan() -> None:
+    spec = replace(BY_NAME["rows_never_nan"].spec, lse=False)
+    q, k, v = sample_inputs(spec, Problem((1, 2), 40, 40))
+    q[:, :, 5] = torch.nan
+    (out,) = run(spec, [q, k, v])
+    assert check(out, spec, [q, k, v]).ok and not out[:, :, [0, 5]].any() and out[:, :, 6:].any(-1).all()
+
+
 def test_rows_that_a_loaded_bias_masks_entirely_come_out_as_in_eager() -> None:
     """Rows of the lowest number give the mean of the values, rows of minus infinity NaN; others are untouched."""
     spec = attention(

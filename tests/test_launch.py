@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import stand_in
 import torch
-from specs import BY_NAME
+from specs import BY_NAME, Case
 from test_hopper import GRID, PERSISTENT
 
 from attngen import compat
@@ -25,17 +25,23 @@ from attngen.verify import sample_inputs
 
 pytest.importorskip("triton")
 
-PORTABLE = ("causal_lse", "head_40", "bias")
+BEHIND = "behind"  # launched behind another kernel, for rows that it leaves
+PORTABLE = ("causal_lse", "head_40", "bias", "fill_shows")
 HOPPER = {
     "hopper_grid_lse": ("causal_lse", GRID),
     "hopper_bias": ("bias", GRID),
     "hopper_sinks": ("sinks", PERSISTENT),
+    "hopper_leaves_rows": ("fill_shows", PERSISTENT),
 }
-NAMES = (*PORTABLE, *HOPPER)
+NAMES = (*PORTABLE, BEHIND, *HOPPER)
+
+
+def case_of(name: str) -> Case:
+    return BY_NAME[HOPPER[name][0] if name in HOPPER else "fill_shows" if name == BEHIND else name]
 
 
 def kernel_of(name: str) -> Kernel:
-    case = BY_NAME[HOPPER[name][0]] if name in HOPPER else BY_NAME[name]
+    case = case_of(name)
     kernel = emit(case.spec, HOPPER[name][1] if name in HOPPER else case.tile)
     assert isinstance(kernel, Kernel), kernel
     return kernel
@@ -50,9 +56,13 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         pytest.skip("there is no C compiler")
     for name in NAMES:
         kernel = kernel_of(name)
-        case = BY_NAME[HOPPER[name][0]] if name in HOPPER else BY_NAME[name]
+        case = case_of(name)
         (folder / f"{name}.py").write_text(kernel.source)
-        torch.save(sample_inputs(kernel.spec, case.problem(144)), folder / f"{name}.pt")
+        inputs = sample_inputs(kernel.spec, case.problem(144))
+        torch.save(inputs, folder / f"{name}.pt")
+        if name == BEHIND:
+            results = torch.zeros_like(inputs[0]), torch.zeros(2, 2, 144)
+            torch.save({"only": torch.ones(2, 2, 144, dtype=torch.int32), "into": results}, folder / f"{name}.behind.pt")
     command = [sys.executable, stand_in.__file__, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -102,7 +112,7 @@ def test_other_layouts_are_launched_and_remembered_by_themselves(name: str, stor
         known += 1
 
 
-@pytest.mark.parametrize("name", PORTABLE)
+@pytest.mark.parametrize("name", [*PORTABLE, BEHIND])
 def test_what_triton_specialises_on_is_compiled_by_itself(name: str, stories: dict[str, Any]) -> None:
     """Another type is another binary; so is an address that is no multiple of 16."""
     functions = [_function(stories[name][each][0]["call"]) for each in ("dtype", "address")]

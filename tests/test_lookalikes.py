@@ -208,7 +208,7 @@ MISSED: dict[str, tuple[Function, str]] = {
     ),
     "rows of two lowest numbers in 16 bits, some set to zero": (two_lowest_set_to_zero, "that may be NaN"),
     "only a part of a bias knows the batch": (only_a_part_knows_the_batch, "only a part of a tensor"),
-    "weights without NaN": (lambda q, k, v, m: scores(q, k).softmax(-1).nan_to_num() @ v, CHANGED),
+    "one for NaN": (lambda q, k, v, m: scores(q, k).softmax(-1).nan_to_num(1.0) @ v, CHANGED),
     "top scores": (top_scores, "more than pointwise arithmetic"),
     "top weights": (top_weights, CHANGED),
     "weights plus identity": (lambda q, k, v: (weights(q, k) + torch.eye(12)) @ v, ADDED),

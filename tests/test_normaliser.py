@@ -98,7 +98,7 @@ def test_spelling_is_recognised(name: str) -> None:
     found = softmax(SPELLINGS[name], KEY)
     assert isinstance(found, Normalised), found
     assert len(found.sinks) == SINKS.get(name, 0)
-    assert found.zero_if_empty == (name == "zero where empty")
+    assert found.empty == ("zero" if name == "zero where empty" else "nan")
     torch.testing.assert_close(meaning(found), value(SPELLINGS[name]))
 
 

@@ -37,9 +37,10 @@ def test_mypy(tmp_path: Path) -> None:
 LAYERS = (
     {"errors", "paths", "compat", "index", "philox", "device", "measure", "barriers", "proxies", "registers"},
     {"algebra", "text", "evaluate", "abbreviate"},
-    {"guards", "normaliser", "spec", "inequalities", "mask", "naming", "parcel"},
+    {"guards", "renormaliser", "normaliser", "spec", "inequalities", "mask", "naming", "parcel"},
     {"printer", "work", "formulas", "blockwise", "layout", "simulator", "gluon"},
-    {"boxes", "bounds", "scores", "fp8", "formulas_hopper", "formulas_bwd", "formulas_hopper_bwd", "adjoint", "dropped"},
+    {"boxes", "bounds", "scores", "lost", "dropped", "fp8", "adjoint"},
+    {"formulas_hopper", "formulas_bwd", "formulas_hopper_bwd"},
     {"finder"},
     {"portable", "hopper", "gradient", "sides", "words", "portable_bwd", "pairs_bwd", "hopper_bwd"},
     {"emit", "cost"},

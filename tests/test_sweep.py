@@ -17,9 +17,8 @@ import pytest
 import sweep
 import sweep_runs
 import sweep_space
-from sweep_compile import Compilers
 from sweep_problems import FP16, SITES, Site, groups, spec_of
-from sweep_runs import REFERENCE, REFERENCE_TILE, Ahead, Run, identity, planned
+from sweep_runs import REFERENCE, REFERENCE_TILE, Run, planned
 from sweep_store import Store, Timed
 from sweep_worker import Batch
 from test_cache import own_cache
@@ -30,6 +29,7 @@ from attngen.device import DEVICES
 from attngen.errors import AttngenError, VerificationFailed
 from attngen.spec import HOPPER, Problem, Tile
 from attngen.tune import supervise
+from attngen.tune.compilers import Ahead, Compilers, identity
 from attngen.tune.supervise import Outcome
 
 __all__ = ["own_cache"]  # for every test here

@@ -89,11 +89,11 @@ def test_choices_at_problems_that_nothing_was_fitted_to() -> None:
     held_out = [each for each in ratings(Store.load(SWEEP)) if each.site.half == "held out"]
     picks, few, several = (np.array([getattr(each, name) for each in held_out]) for name in ("pick", "few", "several"))
     assert len(held_out) > 60
-    assert np.exp(np.log(picks).mean()) > 0.965 and np.quantile(picks, sweep_report.TAIL) > 0.895 and picks.min() > 0.74
+    assert np.exp(np.log(picks).mean()) > 0.97 and np.quantile(picks, sweep_report.TAIL) > 0.9 and picks.min() > 0.8
     assert np.exp(np.log(few).mean()) > 0.99 and np.exp(np.log(several).mean()) > 0.995
-    assert np.median([error for each in held_out for error in each.errors]) < 0.11
+    assert np.median([error for each in held_out for error in each.errors]) < 0.1
     worse = [each for each in held_out if each.over_flex is not None and each.over_flex < 1]
-    assert len(worse) <= 6
+    assert len(worse) <= 4
 
 
 @pytest.fixture

@@ -6,27 +6,30 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from specs import BY_NAME, CASES, CAUSAL, attention
+from specs import BY_NAME, CASES, CAUSAL, H, attention, loaded, plus, scaled
 from test_cache import layouts, own_cache, wanted
 from torch import Tensor
 from tuning import TESTS, fake
 
 import attngen
-from attngen import compat, emit, hopper_bwd, measure, parcel, verify
-from attngen.aot import Layout, layout_of
+from attngen import compat, emit, hopper_bwd, measure, parcel, prepare, verify
+from attngen.aot import Job, Layout, layout_of
 from attngen.cache.key import BACKWARD, FORWARD
 from attngen.measure import Clock
-from attngen.spec import HOPPER, Problem, Tile
+from attngen.spec import HOPPER, KEY, ROW, Problem, Tile
 from attngen.tune import supervise, worker
 from attngen.tune.candidates import candidates
+from attngen.tune.compilers import Ahead, identity
+from attngen.tune.kernels import job_of
 from attngen.tune.messages import Message, Task
-from attngen.tune.supervise import Outcome, measured
+from attngen.tune.supervise import Outcome, Spare, measured
 from attngen.tune.tuner import Budget, Tuner
 
 __all__ = ["own_cache"]  # for every test here
@@ -232,6 +235,79 @@ def test_tensors_lie_in_memory_as_those_of_the_model(layout: Layout) -> None:
     assert scalar == 3
 
 
+def test_what_is_checked_is_compiled_as_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of strides of another kind Triton would compile a kernel anew: here of rows that begin anywhere."""
+    monkeypatch.setattr(worker, "CHECKED", 1 << 17)
+    monkeypatch.setattr(prepare, "SHORTEST", 64)
+    bias = loaded("bias", H, ROW, KEY)
+    extras = {"bias": (torch.float32, (H, ROW, KEY))}
+    spec = attention(score=plus(scaled(0.125), bias), extras=extras, head_dim=24, dtype=torch.float32, lse=True)
+    operand = Layout((2, 2, 592, 24), (592 * 73, 24, 73, 1), 0, "float32")
+    inputs = (operand, operand, operand, Layout((2, 592, 592), (592 * 604, 604, 1), 0, "float32"))
+    question = wanted(spec=spec, problem=Problem((2, 2), 592, 592), inputs=inputs)
+    machine = worker.Machine("cpu", by_eager, Clock("cpu"))
+    forward = worker.Forward(Task(question, TILES[:1], rounds=1), machine)
+    assert forward._samples[3].shape == (2, 160, 160) and forward._inputs[3].shape == (2, 592, 592)
+    of_out = [[s % 16 == 0 for s in verify.eager(spec, x)[0].stride()] for x in (forward._samples, forward._inputs)]
+    assert of_out[0] == of_out[1]
+    task = Task(replace(question, phase=BACKWARD), ((Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)),), rounds=1)
+    backward = worker.Backward(task, machine)
+    forward_job, backward_job = job_of(Task(question, TILES[:1], rounds=1), TILES[0]), job_of(task, task.candidates[0])
+    both = [(forward_job, (forward._samples, forward._inputs))]
+    both += [(backward_job, [(x.grad, x.out, x.lse, *x.inputs) for x in (backward._small, backward._full)])]
+    for job, several in both:
+        assert job is not None
+        for values in several:
+            assert identity(replace(job, inputs=tuple(map(layout_of, values)))) == identity(job)
+
+
+def test_what_is_compiled_ahead_is_handed_over_once_and_what_fails_is_lost() -> None:
+    given: list[Job] = []
+
+    def submit(job: Job) -> Future[str]:
+        given.append(job)
+        future: Future[str] = Future()
+        if len(given) != 3:
+            future.set_result("does not compile" if len(given) == 2 else "")
+        return future
+
+    ahead, task = Ahead(submit), Task(wanted(), TILES[:3], rounds=4)
+    for question in (wanted(), wanted(rows=200), replace(wanted(), where="elsewhere")):
+        ahead.begin(replace(task, wanted=question))
+    assert len(given) == 3
+    made = ahead.compiled(task, time.monotonic() + 0.1)
+    assert made.compiled and made.lost == {1: "does not compile"}
+    compiled: list[Any] = []
+    said: list[Message] = []
+    machine = worker.Machine("cpu", by_eager, Clock("cpu"), ahead=compiled.append)
+    worker.work(replace(task, wanted=SMALL, compiled=True), machine, said.append)
+    assert not compiled and said[-1].event == "done"
+    worker.work(replace(task, wanted=SMALL), machine, said.append)
+    assert len(compiled) == 1
+
+
+def test_what_is_lost_before_stays_lost(tmp_path: Path) -> None:
+    task = Task(wanted(), TILES[:2], rounds=4, lost={1: "does not compile"})
+    found = measured(task, time.monotonic() + 60, command=fake(tmp_path, "30"))
+    assert (found.microseconds, found.failed) == ({0: 30.0}, {1: "does not compile"})
+
+
+def test_a_process_is_begun_before_it_is_needed_and_ends_unused(tmp_path: Path) -> None:
+    spare, command = Spare(), fake(tmp_path, "20", "30")
+    found = supervised(tmp_path, "20", "30", spare=spare)
+    held = spare._next
+    assert found.microseconds == {0: 20.0, 1: 30.0} and held is not None
+    assert spare.taken(None, command) is held
+    last = spare._next
+    assert last is not None
+    spare.close()
+    held.end()
+    assert last.process.returncode is not None and held.process.returncode is not None
+    with pytest.raises(OSError, match="nowhere"):
+        spare.taken(None, ["/nowhere/python"])
+    spare.close()
+
+
 def test_specs_arrive_as_they_were() -> None:
     """In a process with other hashes; and what is written there is the same kernel."""
     code = (
@@ -270,8 +346,9 @@ def test_rows_that_a_candidate_leaves_to_others_are_for_a_portable_one() -> None
     tiles = (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)), (hopper_bwd.tile_of(spec),)
     launched: list[Any] = []
     machine = worker.Machine("cpu", lambda kernel: launched.append(kernel) or len, Clock("cpu"))  # type: ignore[func-returns-value]
-    backward = worker.Backward(Task(question, tiles, rounds=1), machine)
-    job = backward.job(tiles[1])
+    task = Task(question, tiles, rounds=1)
+    backward = worker.Backward(task, machine)
+    job = job_of(task, tiles[1])
     assert job is not None and job.again is not None and job.again != job.source
     with pytest.raises(TypeError):  # what is launched here takes no tensors
         backward.checked(tiles[1])
@@ -283,6 +360,5 @@ def test_a_forward_candidate_that_leaves_rows_has_a_portable_one_behind_it() -> 
     inputs = tuple(map(layout_of, verify.sample_inputs(spec, problem)))
     question = wanted(spec=spec, problem=problem, device=attngen.device.DEVICES["h200"], inputs=inputs)  # type: ignore[attr-defined]
     tiles = (Tile(128, 128, 8, 2, HOPPER),), (Tile(64, 32, 4, 2),)
-    forward = worker.Forward(Task(question, tiles, rounds=1), worker.Machine("cpu", lambda kernel: len, Clock("cpu")))
-    first, second = (forward.job(each) for each in tiles)
+    first, second = (job_of(Task(question, tiles, rounds=1), each) for each in tiles)
     assert first is not None and second is not None and first.again == second.source and second.again is None

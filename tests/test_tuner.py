@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 
 import attngen
 from attngen import cli, options
-from attngen.aot import layout_of
+from attngen.aot import Job, layout_of
 from attngen.cache.key import BACKWARD
 from attngen.cache.lookup import Choice, Choices, tuned
 from attngen.cache.store import Store
@@ -253,6 +254,21 @@ example_inputs = tuple(torch.randn(2, 3, 80, 32) for _ in range(3))
 """
 
 
+class Compilers:
+    """Says at once that all compiles."""
+
+    def __init__(self, workers: int, arch: int) -> None:
+        assert workers >= 1 and arch == 90
+
+    def submit(self, job: Job) -> Future[str]:
+        future: Future[str] = Future()
+        future.set_result("")
+        return future
+
+    def close(self) -> None:
+        pass
+
+
 def test_the_command_tunes_each_distinct_site_once_and_goes_on_where_it_stopped(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -261,6 +277,7 @@ def test_the_command_tunes_each_distinct_site_once_and_goes_on_where_it_stopped(
     path.write_text(MODEL)
     monkeypatch.setattr("attngen.cli_tune._card", lambda progress: H200)
     monkeypatch.setattr(spread, "cards", lambda which, device: ["0", "1"])
+    monkeypatch.setattr("attngen.tune.compilers.Compilers", Compilers)
     commands: list[list[str]] = [fake(tmp_path, "30", "20")]
     monkeypatch.setattr(supervise, "measured", lambda *about, command, **more: measured(*about, command=commands[0], **more))
 

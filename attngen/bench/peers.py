@@ -109,12 +109,12 @@ def _sdpa(backend: str = "") -> Callable[[Problem, Inputs], Run]:
         query, keys, values = heads_first(problem, inputs)
         diagonal = problem.causal and problem.length == problem.keys and features_of(problem) == masks_of(problem)[:1]
         fixed = None if diagonal or inputs.trains else _mask_tensor(problem, inputs)
-        grouped = problem.sources != problem.heads
+        grouped, dropped = problem.sources != problem.heads, problem.dropout or 0.0
 
         def run() -> Tensor:
             mask = _mask_tensor(problem, inputs) if inputs.trains else fixed
             out = torch.nn.functional.scaled_dot_product_attention(
-                query, keys, values, attn_mask=mask, is_causal=diagonal, enable_gqa=grouped
+                query, keys, values, attn_mask=mask, dropout_p=dropped, is_causal=diagonal, enable_gqa=grouped
             )
             return out.transpose(1, 2) if problem.views else out
 
@@ -182,8 +182,8 @@ def _flex(backend: str, mode: str | None = None) -> Callable[[Problem, Inputs], 
     def prepare(problem: Problem, inputs: Inputs) -> Run:
         from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-        if problem.sigmoid:
-            raise NotSpelled("no spelling of sigmoid")
+        if words := [word for word in ("sigmoid", "dropout") if getattr(problem, word)]:
+            raise NotSpelled(f"no spelling of {', '.join(words)}")
         query, keys, values = heads_first(problem, inputs)
         options: dict[str, Any] = {
             "block_mask": _block_mask(problem, inputs),

@@ -23,6 +23,8 @@ from attngen.spec import HOPPER, PORTABLE
 from attngen.verify import Check
 
 Call = Callable[[], Sequence[Tensor]]
+SHARE, NOISE = 0.01, 0.05  # of a result with dropout; see ``_of_a_draw``
+CHANCE = 10.0  # standard deviations
 
 
 # ---------------------------------------------------------------------------------------------------------------- calls
@@ -75,25 +77,51 @@ def _backward(site: SiteReport, trained: bool) -> str:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a call gives, in float64 and as eager has it, whose error may be exceeded ``slack`` times."""
+    """What a call gives, in float64 and as eager has it, whose error may be exceeded ``slack`` times. ``drawn``: weights are
+    dropped at random, so ``exact`` is the mean over all draws and ``eager`` one of them."""
 
     name: str
     exact: Tensor
     eager: Tensor
     slack: float
+    drawn: bool = False
+
+    def check(self, actual: Tensor) -> Check:
+        if self.drawn:
+            return _of_a_draw(actual, self.exact, self.eager)
+        return verify.within_budget(actual, self.exact, self.eager, slack=self.slack)
+
+
+def _of_a_draw(actual: Tensor, exact: Tensor, eager: Tensor) -> Check:
+    """Where weights are dropped at random: how far what is in it of the mean over all draws is from all of that (``error``),
+    and how far what it has beside that is from as much as another draw has (``rms``), as shares.
+
+    A factor that was forgotten shows in the first, weights that were not dropped, or too many of them, in the second. Both
+    may be off by what chance makes of so many numbers, and a little more.
+    """
+    mean, other, draw = exact.double(), eager.double(), actual.double()
+    if draw.shape != mean.shape or not draw.isfinite().all():
+        return Check(torch.inf, SHARE, torch.inf, NOISE)
+    share = ((draw * mean).sum() / mean.square().sum()).item()
+    noise, usual = ((x - mean).square().mean().sqrt().item() for x in (draw, other))
+    beside = usual / mean.square().mean().sqrt().item()
+    of_share = CHANCE / mean.numel() ** 0.5
+    of_noise = of_share * mean.shape[-1] ** 0.5  # the features of a row share its weights
+    return Check(abs(share - 1.0), SHARE + of_share * beside, abs(noise / usual - 1.0), NOISE + of_noise)
 
 
 def expected(problem: Problem, inputs: s.Inputs, phase: str) -> list[Expected]:
     """Everything that a call of ``phase`` gives, in order."""
-    found = []
+    found, drawn = [], problem.dropout is not None
+    mean = replace(problem, dropout=None)
     if phase != GRADIENT:
-        found.append(Expected("result", *s.references(problem, inputs), verify.SLACK))
+        found.append(Expected("result", *s.references(problem, inputs), verify.SLACK, drawn))
     if phase != FORWARD:
         names = [f"gradient of {name}" for name in inputs.wanting(trained=problem.trained).leaves]
         grad = s.gradient_of_result(problem, inputs)
-        exact, eager = (gradients(problem, x, grad.to(x.query.dtype)) for x in (inputs.double(), inputs))
-        slack = [verify_bwd.SLACK] * len(names)
-        found += map(Expected, names, exact, eager, slack)
+        each = ((mean, inputs.double()), (problem, inputs))
+        exact, eager = (gradients(p, x, grad.to(x.query.dtype)) for p, x in each)
+        found += [Expected(*of, verify_bwd.SLACK, drawn) for of in zip(names, exact, eager, strict=True)]
     return found
 
 
@@ -123,5 +151,5 @@ def gradients(problem: Problem, inputs: s.Inputs, grad: Tensor) -> list[Tensor]:
 def verdict(made: Sequence[Tensor], wanted: Sequence[Expected]) -> tuple[str, Check]:
     """The name and the check of what is wrong or, if nothing is, of what is nearest to its budget."""
     pairs = zip(made, wanted, strict=True)
-    checks = [(each.name, verify.within_budget(x, each.exact, each.eager, slack=each.slack)) for x, each in pairs]
+    checks = [(each.name, each.check(x)) for x, each in pairs]
     return max(checks, key=lambda named: (not named[1].ok, named[1].error / (named[1].budget or 1.0)))

@@ -24,7 +24,8 @@ class Problem:
 
     ``kv_heads``, ``key_length`` and ``value_size`` are as many as heads, queries and features unless given. ``window`` keeps
     pairs less than that far apart; ``prefix`` is visible to all and the rest causal; ``documents`` is how many are packed
-    in a sequence; ``buckets`` of relative distance, as in T5. ``views``: operands are stored ``[B, N, H, D]``. ``trained``:
+    in a sequence; ``buckets`` of relative distance, as in T5; ``dropout`` is the share of weights that are set to zero, at
+    random, in each call. ``views``: operands are stored ``[B, N, H, D]``. ``trained``:
     where gradients are measured, those of a bias, buckets, slopes and sinks are among them.
     """
 
@@ -47,6 +48,7 @@ class Problem:
     buckets: int | None = None
     sinks: bool = False
     sigmoid: bool = False
+    dropout: float | None = None
     views: bool = False
     trained: bool = False
 
@@ -83,8 +85,8 @@ class Problem:
         return self
 
 
-# What is done to the scores, from the field that asks for it.
-FEATURES = ("causal", "window", "prefix", "documents", "alibi", "softcap", "bias", "buckets", "sinks", "sigmoid")
+# What is done to the scores, or to the weights, from the field that asks for it.
+FEATURES = ("causal", "window", "prefix", "documents", "alibi", "softcap", "bias", "buckets", "sinks", "sigmoid", "dropout")
 LEARNT = ("alibi", "bias", "buckets", "sinks")  # those that load numbers which a model may train
 
 
@@ -108,6 +110,7 @@ def _contradictions(p: Problem) -> list[str]:
         "buckets come in fours: near and far, before and after": (p.buckets or 0) % 4 != 0,
         "causal leaves nothing for a prefix to add": p.causal and p.prefix is not None,
         "sinks belong to a softmax, not to a sigmoid": p.sinks and p.sigmoid,
+        "dropout is a share of weights, more than none and less than all": p.dropout is not None and not 0 < p.dropout < 1,
         f"trained needs something to train: {', '.join(LEARNT)}": p.trained and not any(getattr(p, x) for x in LEARNT),
     }
     return [text for text, holds in wrong.items() if holds]
@@ -146,6 +149,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "prefix": {"prefix": 1024},
     "sinks": {"causal": True, "window": 128, "sinks": True},
     "sigmoid": {"sigmoid": True},
+    "dropout": {"dropout": 0.1},
 }
 
 

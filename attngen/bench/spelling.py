@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -97,6 +97,7 @@ def spelled(problem: Problem) -> Spelling:
     """
     features = features_of(problem)
     groups, offset, views = problem.heads // problem.sources, problem.offset, problem.views
+    dropout = problem.dropout
     scale = problem.head_size**-0.5
     weigh = _sigmoid if problem.sigmoid else _softmax
 
@@ -116,7 +117,10 @@ def spelled(problem: Problem) -> Spelling:
             keep = feature.keep(at)
             if keep is not None:
                 kept = keep if kept is None else kept & keep
-        out = weigh(scores, kept, tensors).to(values.dtype) @ values
+        weights = weigh(scores, kept, tensors).to(values.dtype)
+        if dropout is not None:
+            weights = torch.nn.functional.dropout(weights, dropout)
+        out = weights @ values
         return out.transpose(1, 2) if views else out
 
     return attend
@@ -143,8 +147,9 @@ def _sigmoid(scores: Tensor, kept: Tensor | None, tensors: Tensors) -> Tensor:
 
 
 def references(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The result in float64, and as eager gives it in the dtype of the inputs."""
-    return result_of_eager(problem, inputs.double()), result_of_eager(problem, inputs)
+    """The result in float64, and as eager gives it in the dtype of the inputs. With dropout the first is the mean of all
+    draws, the second one of them."""
+    return result_of_eager(replace(problem, dropout=None), inputs.double()), result_of_eager(problem, inputs)
 
 
 def result_of_eager(problem: Problem, inputs: Inputs) -> Tensor:

@@ -16,12 +16,15 @@ LONGEST_REASON = 300
 
 @dataclass(frozen=True)
 class Task:
-    """Which tiles to measure for one choice. ``lost`` says of candidates, by number, what happened to them before."""
+    """Which tiles to measure for one choice. ``lost`` says of candidates, by number, what happened to them before; the others
+    have been ``compiled``, or are still to be.
+    """
 
     wanted: Wanted
     candidates: tuple[tuple[Tile, ...], ...]
     rounds: int
     lost: dict[int, str] = field(default_factory=dict)
+    compiled: bool = False
 
 
 class Message(Record):

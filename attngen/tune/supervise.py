@@ -48,16 +48,19 @@ def measured(
     command: Sequence[str] = COMMAND,
     step: float = STEP,
     heard: Callable[[Message, Outcome], None] = lambda message, outcome: None,
+    spare: Spare | None = None,
 ) -> Outcome:
     """Medians of the candidates of ``task`` that are right and could be timed before ``deadline`` (``time.monotonic``).
 
     ``card`` is the GPU that the process sees, as CUDA_VISIBLE_DEVICES has it. Every candidate that ends its process, or is
-    silent for longer than ``step`` seconds, is lost, and another process goes on with the others.
+    silent for longer than ``step`` seconds, is lost, and another process goes on with the others. ``spare`` begins processes
+    before they are needed.
     """
-    outcome = Outcome()
+    outcome = Outcome(failed=dict(task.lost))
     while time.monotonic() < deadline:
         lost = dict(outcome.failed)
-        culprit, ending = _once(replace(task, lost=lost), outcome, deadline, card, command, step, heard)
+        begun = spare.taken(card, command) if spare else begin(card, command)
+        culprit, ending = _once(replace(task, lost=lost), outcome, deadline, begun, step, heard)
         if not ending or time.monotonic() >= deadline:
             break
         if culprit is None or culprit in lost:
@@ -69,12 +72,11 @@ def measured(
 
 
 def _once(
-    task: Task, outcome: Outcome, deadline: float, card: str | None, command: Sequence[str], step: float,
-    heard: Callable[[Message, Outcome], None],
-) -> tuple[int | None, str]:  # fmt: skip
+    task: Task, outcome: Outcome, deadline: float, begun: Begun, step: float, heard: Callable[[Message, Outcome], None]
+) -> tuple[int | None, str]:
     """One process over ``task``. If it ended early: the candidate that it was at, and how; else an empty text."""
     culprit: int | None = None
-    with _process(task, card, command) as (process, lines, complaints):
+    with _answering(task, begun) as lines:
         while True:
             patience = min(step, deadline - time.monotonic())
             try:
@@ -82,7 +84,7 @@ def _once(
             except queue.Empty:
                 return culprit, f"stopped after {step:.0f} s"
             if line is ENDED:
-                return culprit, _ending(process, complaints)
+                return culprit, _ending(begun)
             message = _understood(line, len(task.candidates))
             if message is None:
                 return culprit, "its process said what it should not"
@@ -109,40 +111,84 @@ def _understood(line: bytes, count: int) -> Message | None:
     return message if sound and (not about_one or 0 <= message.candidate < count) else None
 
 
-def _ending(process: subprocess.Popen[bytes], complaints: IO[bytes]) -> str:
+def _ending(begun: Begun) -> str:
     try:
-        code = process.wait(ENDING)
+        code = begun.process.wait(ENDING)
     except subprocess.TimeoutExpired:
         return "its process stopped to answer"
+    complaints = begun.complaints
     complaints.seek(max(0, complaints.seek(0, os.SEEK_END) - 4000))
     last = complaints.read().decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
     how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     return f"its process {how}: {last[0]}"[:LONGEST_REASON]
 
 
-@contextmanager
-def _process(
-    task: Task, card: str | None, command: Sequence[str]
-) -> Iterator[tuple[subprocess.Popen[bytes], queue.Queue[bytes | None], IO[bytes]]]:
-    """A process in a group of its own, which ends with the block; its lines come from a queue."""
+# -------------------------------------------------------------------------------------------------------------- processes
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A process in a group of its own, which waits for a task, and the file that it complains to."""
+
+    process: subprocess.Popen[bytes]
+    complaints: IO[bytes]
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.complaints.close()
+
+
+def begin(card: str | None, command: Sequence[str]) -> Begun:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = "1"
     if card is not None:
         environment["CUDA_VISIBLE_DEVICES"] = card
     pipe = subprocess.PIPE
-    with tempfile.TemporaryFile() as complaints:
+    complaints = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the process has ended)
+    try:
         process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=complaints, env=environment, start_new_session=True
         )
-        lines: queue.Queue[bytes | None] = queue.Queue()
-        threading.Thread(target=_listen, args=(process, parcel.packed(task), lines), daemon=True).start()
+    except OSError:
+        complaints.close()
+        raise
+    return Begun(process, complaints)
+
+
+class Spare:
+    """Begins a process whenever one is taken: it imports torch while that one measures. For one card, until it is closed."""
+
+    def __init__(self) -> None:
+        self._next: Begun | None = None
+
+    def taken(self, card: str | None, command: Sequence[str]) -> Begun:
+        taken = self._next or begin(card, command)
+        self._next = None
         try:
-            yield process, lines, complaints
-        finally:
-            if process.poll() is None:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            self._next = begin(card, command)
+        except OSError:
+            taken.end()
+            raise
+        return taken
+
+    def close(self) -> None:
+        if self._next is not None:
+            self._next.end()
+            self._next = None
+
+
+@contextmanager
+def _answering(task: Task, begun: Begun) -> Iterator[queue.Queue[bytes | None]]:
+    """The lines of a process that works on ``task``; it ends with the block."""
+    lines: queue.Queue[bytes | None] = queue.Queue()
+    threading.Thread(target=_listen, args=(begun.process, parcel.packed(task), lines), daemon=True).start()
+    try:
+        yield lines
+    finally:
+        begun.end()
 
 
 def _listen(process: subprocess.Popen[bytes], request: bytes, lines: queue.Queue[bytes | None]) -> None:

@@ -19,8 +19,9 @@ from attngen.errors import UnusableCache, say_once
 from attngen.spec import Tile
 from attngen.tune import supervise
 from attngen.tune.candidates import EXTENTS, Effort, candidates
+from attngen.tune.compilers import Ahead
 from attngen.tune.messages import Message, Task
-from attngen.tune.supervise import Outcome
+from attngen.tune.supervise import Outcome, Spare
 
 log = logging.getLogger("attngen")
 
@@ -67,7 +68,8 @@ def _silent(wanted: Wanted, text: str) -> None:
 @dataclass
 class Tuner:
     """``measure`` may be asked by the pipeline. ``says`` is told how it stands, in words; ``card`` is the GPU to measure on,
-    as CUDA_VISIBLE_DEVICES has it, where that is not what this process sees.
+    as CUDA_VISIBLE_DEVICES has it, where that is not what this process sees. For many choices: ``ahead`` compiles those to
+    come, and ``spare`` begins processes for them, while one is measured.
     """
 
     effort: Effort
@@ -77,6 +79,8 @@ class Tuner:
     command: Sequence[str] = supervise.COMMAND
     step: float = supervise.STEP
     says: Callable[[Wanted, str], None] = _silent
+    ahead: Ahead | None = None
+    spare: Spare | None = None
 
     def measure(self, wanted: Wanted) -> Choice | None:
         """The fastest, or None where that cannot be told; never raises for what a candidate does."""
@@ -88,25 +92,36 @@ class Tuner:
             return None
         return self.tuned(wanted).choice
 
+    def task(self, wanted: Wanted) -> Task:
+        extent = EXTENTS[self.effort]
+        return Task(wanted, candidates(wanted, extent.candidates), extent.rounds)
+
     def tuned(self, wanted: Wanted) -> Result:
-        tried = candidates(wanted, EXTENTS[self.effort].candidates)
-        if not tried:
+        task = self.task(wanted)
+        if not task.candidates:
             return Result(wanted, (), Outcome(broke="there is no kernel for it"), None)
         began = time.monotonic()
+        outcome = self._outcome(task, began + self.budget.left)
+        with _LOCK:
+            self.budget.spent += time.monotonic() - began
+        return Result(wanted, task.candidates, outcome, self._kept(wanted, task.candidates, outcome))
+
+    def _outcome(self, task: Task, deadline: float) -> Outcome:
+        if self.ahead is not None:
+            self.says(task.wanted, "compiling")
+            task = self.ahead.compiled(task, deadline)
         try:
-            outcome = supervise.measured(
-                Task(wanted, tried, EXTENTS[self.effort].rounds),
-                began + self.budget.left,
+            return supervise.measured(
+                task,
+                deadline,
                 card=self.card,
                 command=self.command,
                 step=self.step,
-                heard=lambda message, outcome: self.says(wanted, _said(message, outcome, tried)),
+                heard=lambda message, outcome: self.says(task.wanted, _said(message, outcome, task.candidates)),
+                spare=self.spare,
             )
         except OSError as problem:  # no process can be started
-            outcome = Outcome(broke=str(problem))
-        with _LOCK:
-            self.budget.spent += time.monotonic() - began
-        return Result(wanted, tried, outcome, self._kept(wanted, tried, outcome))
+            return Outcome(broke=str(problem))
 
     def _kept(self, wanted: Wanted, tried: Sequence[tuple[Tile, ...]], outcome: Outcome) -> Choice | None:
         if (best := outcome.best) is None:

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +20,11 @@ from attngen import aot, compat, measure, parcel, prepare, runtime, verify, veri
 from attngen.aot import Job, Layout
 from attngen.cache.key import FORWARD
 from attngen.device import probe
-from attngen.emit import BackwardKernel, Kernel, emit, emit_backward
+from attngen.emit import BackwardKernel, Kernel
 from attngen.errors import AttngenError, Miss, Unavailable, VerificationFailed
 from attngen.measure import Clock
-from attngen.spec import HOPPER, PORTABLE, Problem, Tile
+from attngen.spec import HOPPER, Problem, Tile
+from attngen.tune.kernels import job_of, kernel_of
 from attngen.tune.messages import LONGEST_REASON, Message, Task
 
 CHECKED = 1 << 26  # scores that a candidate is checked on; see prepare.reduced
@@ -98,8 +99,8 @@ def work(task: Task, machine: Machine, say: Say) -> None:
         say(Message(event="failed", candidate=int(name), reason=reason_of(problem)))
         measure.synchronize(machine.device)  # raises if the device is lost: the next process goes on without this one
 
-    if not task.lost:
-        machine.ahead([job for tiles in task.candidates if (job := trial.job(tiles)) is not None])
+    if not task.compiled and not task.lost:
+        machine.ahead([job for tiles in task.candidates if (job := job_of(task, tiles)) is not None])
     for number, tiles in enumerate(task.candidates):
         if number in task.lost:
             continue
@@ -136,80 +137,46 @@ class Forward:
     """What a forward kernel is checked on and timed on."""
 
     def __init__(self, task: Task, machine: Machine) -> None:
-        self._wanted, self._machine = task.wanted, machine
-        self._portable = _portable(task)
+        self._task, self._machine = task, machine
         spec, problem = task.wanted.spec, task.wanted.problem
         self._samples = _samples(task, prepare.reduced(problem, CHECKED), machine)
         self._known = verify.reference(spec, self._samples), verify.eager(spec, self._samples)
-        self._inputs = arranged(_samples(task, problem, machine), task.wanted.inputs)
-
-    def job(self, tiles: tuple[Tile, ...]) -> Job | None:
-        """What there is to compile, if there is a kernel."""
-        kernel = self._kernel(tiles)
-        return None if isinstance(kernel, Miss) else prepare.job_of(kernel, self._wanted.inputs)
+        self._inputs = _samples(task, problem, machine)
 
     def checked(self, tiles: tuple[Tile, ...]) -> measure.Run:
         """A call of its kernel. Raises what is wrong with it."""
-        launch = self._machine.launch(_expressed(self._kernel(tiles)))
+        launch = self._machine.launch(_expressed(kernel_of(self._task, tiles)))
         _require(verify.judged(_made(launch(*self._samples)), *self._known).ok, "the kernel's result is off")
         return lambda: _made(launch(*self._inputs))
-
-    def _kernel(self, tiles: tuple[Tile, ...]) -> Kernel | Miss:
-        device = self._wanted.device
-        kernel = emit(self._wanted.spec, tiles[0], l2_bytes=device.l2_bytes, sms=device.sms)
-        if isinstance(kernel, Miss) or not kernel.leaves_rows or self._portable is None:
-            return kernel
-        other = self._kernel(self._portable)
-        return replace(kernel, otherwise=other if isinstance(other, Kernel) else None)
 
 
 class Backward:
     """The same for the kernels of gradients; of what is loaded beside operands, only if no candidate leaves those out."""
 
     def __init__(self, task: Task, machine: Machine) -> None:
-        self._wanted, self._machine = task.wanted, machine
-        self._portable = _portable(task)
-        extras = not any(tiles[0].family == HOPPER for tiles in task.candidates)
-        small = prepare.reduced(task.wanted.problem, CHECKED)
-        self._small = replace(self._sample(small), extras=extras)
+        self._task, self._machine = task, machine
+        self._small = self._sample(prepare.reduced(task.wanted.problem, CHECKED))
         self._known = verify_bwd.reference(self._small), verify_bwd.eager(self._small)
-        full = replace(self._sample(task.wanted.problem), extras=extras)
-        self._full = replace(full, inputs=tuple(arranged(full.inputs, task.wanted.inputs)))
+        self._full = self._sample(task.wanted.problem)
 
     def _sample(self, problem: Problem) -> verify_bwd.Sample:
-        return verify_bwd.sample(self._wanted.spec, problem, device=self._machine.device)
-
-    def job(self, tiles: tuple[Tile, ...]) -> Job | None:
-        kernel = self._kernel(tiles)
-        if isinstance(kernel, Miss):
-            return None
-        results = prepare.results_of(self._wanted.spec, self._wanted.problem)
-        return prepare.job_of(kernel, (*results, *self._wanted.inputs))
+        wanted = self._task.wanted
+        made = verify_bwd.sample(wanted.spec, problem, device=self._machine.device)
+        layouts = (*prepare.results_of(wanted.spec, wanted.problem), *wanted.inputs)
+        grad, out, lse, *inputs = arranged((made.grad, made.out, made.lse, *made.inputs), layouts)
+        extras = not any(tiles[0].family == HOPPER for tiles in self._task.candidates)
+        return verify_bwd.Sample(wanted.spec, tuple(inputs), out, lse, grad, extras)
 
     def checked(self, tiles: tuple[Tile, ...]) -> measure.Run:
-        launch = self._machine.launch(_expressed(self._kernel(tiles)))
+        launch = self._machine.launch(_expressed(kernel_of(self._task, tiles)))
         verdicts = verify_bwd.judged(_made(launch(*self._small.arguments)), self._small, *self._known)
         _require(all(verdict.ok for verdict in verdicts.values()), "the kernel's gradients are off")
         return lambda: _made(launch(*self._full.arguments))
 
-    def _kernel(self, tiles: tuple[Tile, ...]) -> BackwardKernel | Miss:
-        kernel = emit_backward(self._wanted.spec, tiles, l2_bytes=self._wanted.device.l2_bytes)
-        if isinstance(kernel, Miss) or not kernel.leaves_rows or self._portable is None:
-            return kernel
-        other = self._kernel(self._portable)
-        return replace(kernel, otherwise=other if isinstance(other, BackwardKernel) else None)
-
-
-def _portable(task: Task) -> tuple[Tile, ...] | None:
-    """The candidate for rows that others leave."""
-    return next((tiles for tiles in task.candidates if tiles[0].family == PORTABLE), None)
-
 
 def _samples(task: Task, problem: Problem, machine: Machine) -> list[Tensor]:
-    """Tensors for every candidate: where one needs rows that begin at multiples of 16 bytes, they do."""
-    tile = next((tiles[0] for tiles in task.candidates if tiles[0].family == HOPPER), task.candidates[0][0])
-    kernel = _expressed(emit(task.wanted.spec, tile))
-    return verify.samples_for(kernel, problem, device=machine.device)
+    """Tensors with the strides of the model's, whatever their sizes: of anything else Triton would compile a kernel anew."""
+    return arranged(verify.sample_inputs(task.wanted.spec, problem, device=machine.device), task.wanted.inputs)
 
 
 def _expressed(kernel: Any) -> Any:
@@ -229,7 +196,7 @@ def _require(value: Any, otherwise: str) -> Any:
 
 
 def arranged(values: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Tensor]:
-    """The same values, lying in memory as the layouts have it."""
+    """The same values, with the strides and offsets of the layouts."""
     return [_arranged(value, layout) for value, layout in zip(values, layouts, strict=True)]
 
 

@@ -1,5 +1,5 @@
-"""Kernels compiled by processes that stay: what a launch then finds in Triton's disk cache. A compiler that crashes, or takes
-too long, costs one kernel.
+"""Kernels compiled by processes that stay, each once: what a launch then finds in Triton's disk cache. A compiler that
+crashes, or takes too long, costs one kernel.
 """
 
 from __future__ import annotations
@@ -8,14 +8,18 @@ import multiprocessing
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 from attngen import aot
 from attngen.aot import Job
 from attngen.errors import AttngenError
+from attngen.tune.kernels import job_of
+from attngen.tune.messages import Task
 
 SECONDS = 100.0  # that one kernel may take
 
@@ -100,3 +104,36 @@ class Compilers:
         theirs.close()
         self._children.add(child)
         return child, ours
+
+
+def identity(job: Job) -> tuple[object, ...]:
+    """Equal for jobs that give the same binary: lengths are arguments, of strides counts what Triton asks of them."""
+    strides = ((x.dtype, *((s == 1, s % 16 == 0, s >= 2**31) for s in x.strides)) for x in job.inputs)
+    return job.source, job.again, *strides
+
+
+class Ahead:
+    """Jobs that were handed to compilers, each once."""
+
+    def __init__(self, submit: Callable[[Job], Future[str]]) -> None:
+        self._submit = submit
+        self._known: dict[tuple[object, ...], Future[str]] = {}
+
+    def future(self, job: Job) -> Future[str]:
+        """What is wrong with it, if anything, once that is known."""
+        key = identity(job)
+        if key not in self._known:
+            self._known[key] = self._submit(job)
+        return self._known[key]
+
+    def begin(self, task: Task) -> dict[int, Future[str]]:
+        """Hand over what there is to compile of a task: the future of each candidate that has a kernel."""
+        jobs = {number: job_of(task, tiles) for number, tiles in enumerate(task.candidates)}
+        return {number: self.future(job) for number, job in jobs.items() if job is not None}
+
+    def compiled(self, task: Task, deadline: float) -> Task:
+        """``task`` once all is compiled, or ``deadline`` (``time.monotonic``) is there; what does not compile is lost."""
+        futures = self.begin(task)
+        wait(futures.values(), timeout=max(0.0, deadline - time.monotonic()))
+        lost = {number: why for number, future in futures.items() if future.done() and (why := future.result())}
+        return replace(task, lost={**task.lost, **lost}, compiled=True)
