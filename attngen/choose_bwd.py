@@ -11,7 +11,7 @@ import numpy as np
 
 from attngen import boxes, formulas_bwd, formulas_hopper_bwd, hopper_bwd, lost
 from attngen import formulas as f
-from attngen.cost import Values, of_device, of_spec, of_tiles
+from attngen.cost import Values, of_device, of_gain, of_spec, of_tiles
 from attngen.device import Device
 from attngen.errors import Miss
 from attngen.gradient import Backward, backward_of, mirrored_spec
@@ -153,7 +153,7 @@ def hopper_seconds(plan: Backward, problem: Problem, device: Device, behind: tup
     at = _values(spec, turned, members, device, [hopper_bwd.tile_of(plan.spec)])
     values = 2 * plan.spec.value_dim * plan.spec.out_dtype.itemsize  # of the result and its gradient
     row = values + 8 * width + plan.spec.head_dim * plan.spec.query.dtype.itemsize  # and of the sums, twice
-    at |= {f.d_pad: width, f.e_pad: width, formulas_hopper_bwd.row_bytes: problem.heads * problem.rows * row}
+    at |= {f.d_pad: width, f.e_pad: width, formulas_hopper_bwd.row_bytes: problem.heads * problem.rows * row, **of_gain(spec)}
     by_tma = boxes.planes(plan.spec)
     at |= {f.plane_width: sum(x.dtype.itemsize for x in by_tma), f.lookups: at[f.pair_loads] - len(by_tma)}
     standby = sum(s.heads / n * -(-s.rows // tile.rows) for tile, (_, s, n, _) in zip(behind, sides, strict=False))

@@ -15,7 +15,7 @@ import sympy as sp
 
 from attngen import bounds, boxes, formulas_hopper, hopper, lost
 from attngen import formulas as f
-from attngen.algebra import Expr, Load
+from attngen.algebra import ONE, Expr, Load
 from attngen.device import Device
 from attngen.finder import data_of
 from attngen.index import Axis
@@ -220,8 +220,14 @@ def _of_hopper(spec: AttentionSpec, tiles: Sequence[Tile], masked: Any) -> Value
         formulas_hopper.held: np.array([hopper.queries_held(spec, t) for t in tiles]),
         formulas_hopper.softmax: 1.0 * spec.softmax,
         formulas_hopper.sinks: len(spec.sinks),
+        **of_gain(spec),
         formulas_hopper.persistent: np.array([1.0 * t.persistent for t in tiles]),
     }
+
+
+def of_gain(spec: AttentionSpec) -> Values:
+    """Of a family that takes no gain but that of dropout, whose operations it has a number for."""
+    return {f.pair_ops: operations(spec, spec.score).arithmetic, formulas_hopper.drops: 1.0 * (spec.gain != ONE)}
 
 
 def _reads_keys(expr: Expr) -> bool:

@@ -54,8 +54,9 @@ def _is_drawn(bits: Expr) -> bool:
     return {first, second} == {Int(ROW), Int(KEY)} and not any({ROW, KEY} & each.axes for each in (seed, *others))
 
 
-def holes_of(printer: Printer, gain: Expr) -> dict[str, Any] | None:
-    """What a Gluon template is filled with to drop weights; None if it drops none."""
+def holes_of(printer: Printer, gain: Expr, *, by_sign: bool = False) -> dict[str, Any] | None:
+    """What a Gluon template is filled with to drop weights; None if it drops none. ``by_sign``: those that are dropped keep
+    their size, and get a minus sign."""
     if (dropped := dropped_of(gain)) is None:
         return None
     seed, _, _, *others = dropped.bits.args
@@ -66,4 +67,6 @@ def holes_of(printer: Printer, gain: Expr) -> dict[str, Any] | None:
         "limit": dropped.threshold << 32 - BITS,
         "factor": repr(dropped.factor),
         "rounds": ROUNDS,
+        "marked": "with a minus sign" if by_sign else "zero",
+        "instead": "-weights" if by_sign else "0.0",
     }

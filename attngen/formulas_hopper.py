@@ -17,6 +17,7 @@ from attngen import formulas as f
 from attngen.formulas import Formula
 
 SOFTMAX_INSTRUCTIONS = 4.61  # per pair: maximum, shift and scale, sum, conversion
+DROP_INSTRUCTIONS = 11  # per pair, where weights are dropped: counted in what is compiled for sm_90, a quarter of a Philox
 MASK_INSTRUCTIONS = 10.3  # per pair of a masked block, besides the mask itself
 STEP_CYCLES = 301  # of each step: barriers
 STAY_CYCLES = 92  # of each step of a program that stays: whether the tile ends, and where the next one begins
@@ -35,6 +36,7 @@ LOOKUP_REGISTERS = 0.6  # of a thread, for each key of a block and table: no ker
 PIECE_REGISTERS = 4  # of a thread, for each further piece of queries and keys
 RESULT_SHARE = 0.5  # of the registers of results in pieces, what more they take: no kernel that was compiled spills then
 ROW_REGISTERS = 4  # of a thread, for each input per row: two rows' numbers, in 64 bits
+DROP_REGISTERS = 20  # of a thread, where weights are dropped: the seed, counters and what is made of them
 SINK_REGISTERS = 4  # of a thread, for each sink: what the maximum and the sum of a row become, and the factor between
 
 # Flags, tiles of queries in shared memory, features of a row that wait there to be written, pieces of heads beyond the
@@ -43,6 +45,7 @@ persistent, held, waiting, softmax, sinks = sp.symbols("persistent held waiting 
 splits, e_splits = sp.symbols("splits e_splits", nonnegative=True)
 # Inputs per row; the share of steps that read something per key; whether a kernel that finds bounds in data runs before.
 row_vectors, reading, finds = sp.symbols("row_vectors reading finds", nonnegative=True)
+drops = sp.Symbol("drops", nonnegative=True)  # 1 where weights are dropped
 t_soft, t_first = sp.symbols("t_soft t_first", nonnegative=True)
 _SHARED = {formula.symbol: formula for formula in f.FORMULAS}
 _pairs = f.rows * f.keys
@@ -62,7 +65,7 @@ _OWN = (
     Formula(
         f.registers,
         "",
-        "per thread that computes: results, scores and weights, inputs per pair, sinks, the rest",
+        "per thread that computes: results, scores and weights, inputs per pair, sinks, dropout, the rest",
         f.e_pad / 2 * (1 + RESULT_SHARE * e_splits)
         + PIECE_REGISTERS * splits
         + f.keys / 2
@@ -71,6 +74,7 @@ _OWN = (
         + LOOKUP_REGISTERS * f.keys * _gathers
         + ROW_REGISTERS * row_vectors
         + SINK_REGISTERS * sinks
+        + DROP_REGISTERS * drops
         + OTHER_REGISTERS,
     ),
     Formula(
@@ -103,9 +107,15 @@ _OWN = (
     Formula(
         f.t_alu,
         "s",
-        "other arithmetic of one step: softmax, score, mask, rescaling the result",
+        "other arithmetic of one step: softmax, score, dropout, mask, rescaling the result",
         (
-            _pairs * (SOFTMAX_INSTRUCTIONS * softmax + SCORE_SHARE * f.pair_ops + (MASK_INSTRUCTIONS + f.mask_ops) * f.masked)
+            _pairs
+            * (
+                SOFTMAX_INSTRUCTIONS * softmax
+                + SCORE_SHARE * f.pair_ops
+                + DROP_INSTRUCTIONS * drops
+                + (MASK_INSTRUCTIONS + f.mask_ops) * f.masked
+            )
             + f.rows * f.e_pad
         )
         / (f.lanes * f.clock),

@@ -19,6 +19,7 @@ import sympy as sp
 from attngen import formulas as f
 from attngen.formulas import Formula
 from attngen.formulas_bwd import FILL, members
+from attngen.formulas_hopper import DROP_INSTRUCTIONS, drops
 
 EXPOSED = 0.377  # of what the warpgroups compute, what does not overlap with products
 SOFTMAX_INSTRUCTIONS = 15  # per pair: shift and scale, difference, product, conversions, both exchanged in shared memory
@@ -46,7 +47,12 @@ FORMULAS = (
         "s",
         "other arithmetic of one step",
         _pairs
-        * (SOFTMAX_INSTRUCTIONS + 2 * SCORE_SHARE * f.pair_ops + (MASK_INSTRUCTIONS + f.mask_ops) * f.masked)
+        * (
+            SOFTMAX_INSTRUCTIONS
+            + 2 * SCORE_SHARE * f.pair_ops
+            + DROP_INSTRUCTIONS * drops
+            + (MASK_INSTRUCTIONS + f.mask_ops) * f.masked
+        )
         / (f.lanes * f.clock),
     ),
     Formula(

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from attngen import boxes, fp8, lost
-from attngen.algebra import ONE, Load, Op
+from attngen import boxes, dropped, fp8, lost
+from attngen.algebra import ONE, Load
 from attngen.bounds import Bounds, loop_bounds
 from attngen.boxes import PLANE_DTYPES, WARPGROUP_ROWS, operands, planes
 from attngen.finder import finder, numbered
@@ -59,10 +59,10 @@ def unsuited(spec: AttentionSpec) -> str | None:
     """Why the template cannot compute ``spec``, if so."""
     if (reason := unfit(spec)) is not None:
         return reason
-    if any(isinstance(node, Op) and node.name == "random" for node in spec.gain.walk()):
-        return "weights are dropped at random"
-    if spec.gain != ONE:
-        return "weights are multiplied after softmax"
+    if spec.gain != ONE and dropped.dropped_of(spec.gain) is None:
+        return "weights are multiplied after softmax, not dropped alone"
+    if spec.gain != ONE and (spec.fp8 or not spec.softmax):
+        return "weights are dropped in 8 bits" if spec.fp8 else "weights are dropped that nothing normalises"
     if any(sink.axes & {ROW, KEY} for sink in spec.sinks):
         return "its sinks differ from row to row"
     return fp8.unsuited(spec) if spec.fp8 else None
@@ -133,6 +133,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
     copied = boxes.holes(spec, tile, printer)
     eighths = fp8.holes(spec, tile, copied, printer)
     extras = _extras(spec)
+    dropping = dropped.holes_of(printer, spec.gain)
     prologue = [*(base_of(x, printer) for x in _pointed(spec)), *printer.prologue]
     names = [line.split(" = ")[0] for line in prologue]
     outer = [a.name for a in spec.batch]
@@ -153,7 +154,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "helpers": helpers(printer, score["together"], bounds, found),
         "finder": found,
         "score": score,
-        "dropped": None,
+        "dropped": dropping,
         "lowest": 'float("-inf")' if floor is None else repr(floor * LOG2E),
         "highest": repr(lost.HIGHEST),
         "below": "" if floor is None else repr(floor),

@@ -111,7 +111,8 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     printer = Printer(side.spec, PLACES)
     columns = columns_of(side.spec, *_programs(side.spec))
     printer.known |= {column.load: column.text for column in columns}
-    score, dropped = _score(printer, side), holes_of(printer, side.spec.gain)
+    score = _score(printer, side)
+    dropped = holes_of(printer, side.spec.gain, by_sign=not score["chain"])
     data = written(spec, columns) if columns else None
     cover = cover_of(spec)
     bounds, found = finder(side.spec, cover, tile) or (loop_bounds(printer, cover, warps=1), None)

@@ -60,7 +60,10 @@ EVERYWHERE = {
     ("table", 64, persistent(192, 64)),
     ("bias", 128, persistent(128, 128)),
     ("sigmoid", 256, persistent(128, 64)),
+    ("dropped", 128, persistent(128, 128)),
 }
+# Bytes where results fill most registers: what rounds of the random numbers are kept between, once a block.
+SPILLS = {("dropped", 256): 2 * WORTH_IT}
 
 
 def able(spec: AttentionSpec, tile: Tile) -> bool:
@@ -138,7 +141,7 @@ def test_program_compiles_as_it_should(name: str, head_dim: int, tile: Tile, tmp
     """Shared memory is what the formula says, and registers of all threads fit in those of a multiprocessor."""
     spec = BY_HEAD[head_dim][name]
     made = compiled(spec, tile, tmp_path)
-    assert made.binary.spills <= (0 if (name, head_dim, tile) in EVERYWHERE else WORTH_IT)
+    assert made.binary.spills <= (0 if (name, head_dim, tile) in EVERYWHERE else SPILLS.get((name, head_dim), WORTH_IT))
     assert made.binary.hgmma
     assert not any(code in made.complaints for code in SERIALISED)
     predicted = cost(spec, square(1024), tile)

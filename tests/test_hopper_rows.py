@@ -55,7 +55,8 @@ def low(spec: AttentionSpec, inputs: Sequence[Tensor]) -> Tensor:
 
 def test_such_specs_are_taken() -> None:
     names = {case.name for case in FILLED}
-    assert names == {"fill_shows", "fill_lowest", "fill_added", "fill_added_in_half", "fill_shows_padding"}
+    some = {"fill_shows", "fill_lowest", "fill_added", "fill_added_in_half", "fill_shows_padding"}
+    assert names == some | {"dropped_fill_shows"}
 
 
 @pytest.mark.parametrize("rows", [1, 17, 150, 300])
@@ -63,7 +64,7 @@ def test_such_specs_are_taken() -> None:
 @pytest.mark.parametrize("case", FILLED, ids=lambda case: case.name)
 def test_a_flag_for_each_row_that_needs_the_fill(case: Case, tile: Tile, rows: int) -> None:
     inputs = samples(case, tile, rows)
-    if case.spec.extras:
+    if inputs[-1].dtype == torch.bool:
         inputs[3][1] = False  # nothing of the second batch counts
     seen: list[Tensor] = []
 
@@ -103,6 +104,7 @@ TOGETHER = {
     "fill_added_in_half": BY_NAME["fill_added_in_half"].spec,
     "fill_shows_padding": BY_NAME["fill_shows_padding"].spec,
     "sinks": attention(**filled(QK, STRICTLY_CAUSAL, -1e9), sinks=(SLOPE,), extras=SLOPES),
+    "dropped": BY_NAME["dropped_fill_shows"].spec,
     "bfloat16": attention(dtype=BF16, **filled(QK, STRICTLY_CAUSAL, LOWEST), lse=True),
 }
 
