@@ -94,7 +94,7 @@ def misaligned(spec: AttentionSpec, traced: Sequence[Layout]) -> str | None:
     """Why TMA cannot address the operands as they were traced, if so; ``suits`` looks again at each call."""
     if hopper.unsuited(spec) is not None:
         return None
-    return hopper.misaligned(spec, [(layout.strides, layout.offset) for layout in traced])
+    return hopper.misaligned(spec, [(layout.shape, layout.strides, layout.offset) for layout in traced])
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels

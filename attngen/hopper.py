@@ -94,19 +94,19 @@ def _unaddressable(spec: AttentionSpec) -> str | None:
     return None
 
 
-def misaligned(spec: AttentionSpec, layouts: Sequence[tuple[Sequence[int], int]]) -> str | None:
-    """Why TMA cannot address operands with such (strides, offset), in elements, if so; of all inputs, in order."""
+def misaligned(spec: AttentionSpec, layouts: Sequence[tuple[Sequence[int], Sequence[int], int]]) -> str | None:
+    """Why TMA cannot address operands with such (shape, strides, offset), in elements, if so; of all inputs, in order."""
     copied = {source.name: (source, row, feature) for source, row, feature in operands(spec)}
     if spec.fp8:  # what is copied of these is dense
         copied = {x.name: copied[x.name] for x in planes(spec)}
-    for each, (strides, offset) in zip(spec.inputs, layouts, strict=True):
+    for each, (shape, strides, offset) in zip(spec.inputs, layouts, strict=True):
         if each.name not in copied:
             continue
         *outer, last = box_dims(*copied[each.name])
         unit = 16 // each.dtype.itemsize
         if strides[last] != 1:
             return f"elements of {each.name} that belong side by side are not"
-        if offset % unit or any(strides[dim] % unit or strides[dim] <= 0 for dim in outer):
+        if offset % unit or any(shape[d] != 1 and (strides[d] % unit or strides[d] <= 0) for d in outer):
             return f"rows of {each.name} do not begin at multiples of 16 bytes"
     return None
 

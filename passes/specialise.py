@@ -11,6 +11,7 @@ Rules for what is loaded, each kept general:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sympy as sp
@@ -78,9 +79,9 @@ def run(site: Site) -> Specialised | Miss:
     score, mask, gain = renamed[:3]
     count = 3 + (split.whole is not None)
     spec = AttentionSpec(
-        query=_input("q", site.query, names),
-        keys=_input("k", site.keys, names),
-        values=_input("v", site.values, names),
+        query=_input("q", site.query, names, site.batch),
+        keys=_input("k", site.keys, names, site.batch),
+        values=_input("v", site.values, names, site.batch),
         extras=tuple(_extra(load, slots, names) for load in slots),
         batch=tuple(names[a] for a in site.batch),  # type: ignore[misc]
         output=_output(site, names),
@@ -304,8 +305,14 @@ def _renamed_index(index: Index, names: Names) -> Index:
     return tuple(sp.expand(place.xreplace(names)) for place in index)
 
 
-def _input(name: str, operand: Operand, names: Names) -> Input:
-    return Input(name, _renamed_index(operand.index, names), operand.dtype)
+def _input(name: str, operand: Operand, names: Names, batch: Sequence[Axis]) -> Input:
+    """An operand. A dimension of one element, where every place is zero, is that of a batch axis of one that has no other:
+    a batch of one has the kernels of any batch then, and each of its programs gradients of its own."""
+    moving = {axis for place in operand.index for axis in place.atoms(Axis)}
+    ones = iter([axis for axis in batch if axis.extent == 1 and axis not in moving])
+    places = zip(operand.index, shape_of(operand.node), strict=True)
+    index = [next(ones, place) if place == 0 and size == 1 else place for place, size in places]
+    return Input(name, _renamed_index(tuple(index), names), operand.dtype)
 
 
 def _output(site: Site, names: Names) -> tuple[Axis, ...]:

@@ -83,8 +83,8 @@ def test_it_is_the_one_thing_that_is_refused(name: str) -> None:
     assert hopper.unsuited(twin[name]) is None
 
 
-def _layouts(*tensors: Tensor) -> list[tuple[tuple[int, ...], int]]:
-    return [(x.stride(), x.storage_offset()) for x in tensors]
+def _layouts(*tensors: Tensor) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
+    return [(tuple(x.shape), x.stride(), x.storage_offset()) for x in tensors]
 
 
 def _memory(*shape: int) -> Tensor:
@@ -100,6 +100,7 @@ LAYOUTS = {
     "every second feature": (_memory(2, 4, 100, 128)[..., ::2], "elements of {} that belong side by side are not"),
     "rows of 65": (_memory(2, 4, 100, 65)[..., :64], "rows of {} do not begin"),
     "from the fourth feature on": (_memory(2, 4, 100, 72)[..., 4:68], "rows of {} do not begin"),
+    "a batch of one, 65 apart": (_memory(1, 4, 100, 64).as_strided((1, 4, 100, 64), (65, 6400, 64, 1)), None),
     "one head for all": (_memory(2, 1, 100, 64).expand(2, 4, 100, 64), "rows of {} do not begin"),
 }
 

@@ -8,8 +8,10 @@ from functools import cache
 import pytest
 import torch
 import zoo
-from analysis import Analysis, analyse
+from analysis import Analysis, Module, analyse
+from torch import Tensor
 
+from attngen import gradient
 from attngen.algebra import Const, op
 from attngen.naming import describe
 from attngen.passes.specialise import Table
@@ -83,3 +85,30 @@ def test_equal_layers_have_equal_specs() -> None:
     for name in ("gpt2_eager", "llama_sdpa", "bert_eager", "bloom_eager", "vit_sdpa"):
         keys = {special.spec.key for _, special in analysis(name).hits}
         assert len(keys) == 1, name
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("spelt", ["heads first", "heads apart", "keys shared"])
+@pytest.mark.parametrize(("batch", "heads"), [(1, 4), (2, 1), (1, 1)])
+def test_a_batch_of_one_has_the_kernels_of_any(spelt: str, batch: int, heads: int) -> None:
+    """Were its dimensions left without an axis, gradients would be summed over that axis afterwards."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if spelt == "heads apart":
+            q, k, v = (_split(x, x.shape[-1] // 8) for x in (q, k, v))
+        return (q @ k.mT * 8**-0.5).softmax(-1) @ v
+
+    def spec(batch: int, heads: int) -> AttentionSpec:
+        sizes = ((6, heads), (9, 1 if spelt == "keys shared" else heads), (9, 1 if spelt == "keys shared" else heads))
+        shapes = [(batch, n, h * 8) if spelt == "heads apart" else (batch, h, n, 8) for n, h in sizes]
+        inputs = dict(zip("qkv", map(torch.randn, shapes), strict=True))
+        return analyse(Module(attend), inputs).hits[0][1].spec
+
+    found, usual = spec(batch, heads), spec(2, 4)
+    if spelt == "keys shared" and heads == 1:
+        usual = spec(2, 1)  # nothing is shared
+    assert found.key == usual.key
+    assert gradient.backward_of(found).query.direct and gradient.backward_of(found).keys.direct
