@@ -158,7 +158,7 @@ def _parameters(launch: FunctionType) -> tuple[str, ...]:
 
 def _recorded(module: ModuleType, call: Callable[[FunctionType], object]) -> dict[str, _Recorder]:
     """What ``call`` of the launch that asks Triton has it launch, where nothing is known of earlier launches."""
-    launch = module.launch_anew if hasattr(module, KERNEL) else module.launch
+    launch = module.launch_anew
     recorders = {name: _Recorder() for name in vars(module) if name in (*BEFORE, KERNEL) or name.startswith(BACKWARD)}
     known = {**vars(module), **recorders, **{name: {} for name in KNOWN}, "deterministic": lambda: False}
     call(FunctionType(launch.__code__, known, argdefs=launch.__defaults__))

@@ -228,11 +228,15 @@ def mirrored_spec(spec: AttentionSpec) -> AttentionSpec:
 def suits(plan: Backward, inputs: Sequence[Tensor], needed: Sequence[bool]) -> bool:
     """Whether the kernels can take such inputs: all groups of heads that share keys are of one size, and nobody who wants
     the same bits each time needs a gradient that several programs add to."""
-    sizes = blockwise.sizes_of(plan.spec, inputs)
-    even = all(not by or sizes[axis] % by == 0 for axis, by in plan.members)
+    grouped = [(axis, by) for axis, by in plan.members if by]
+    if grouped:
+        sizes = blockwise.sizes_of(plan.spec, inputs)
+        if any(sizes[axis] % by for axis, by in grouped):
+            return False
+    if not torch.are_deterministic_algorithms_enabled():
+        return True
     wanted = {source.name for source, wanted in zip(plan.spec.inputs, needed, strict=True) if wanted}
-    added = any(target.shared and target.source.name in wanted for target in plan.targets)
-    return even and not (added and torch.are_deterministic_algorithms_enabled())
+    return not any(target.shared and target.source.name in wanted for target in plan.targets)
 
 
 def finish(
@@ -249,7 +253,6 @@ def finish(
     those of the queries, ``[*batch, i]``.
     """
     spec = plan.spec
-    sizes = blockwise.sizes_of(spec, inputs)
     made = {target.source.name: (target, buffer) for target, buffer in zip(plan.targets, buffers, strict=True)}
     grads: list[Tensor | None] = []
     for source, tensor, wanted in zip(spec.inputs, inputs, needed, strict=True):
@@ -257,16 +260,17 @@ def finish(
             grads.append(None)
             continue
         target, buffer = made.get(source.name, (None, None))
-        parts = [] if target is None or buffer is None else [_gathered(spec, target, buffer, tensor, sizes)]
-        parts += _of_sinks(spec, source, inputs, sizes, lse, delta)
+        parts = [] if target is None or buffer is None else [_gathered(spec, target, buffer, tensor, inputs)]
+        parts += _of_sinks(spec, source, inputs, lse, delta)
         grads.append(sum(parts[1:], parts[0]).to(tensor.dtype) if parts else torch.zeros_like(tensor))
     return grads
 
 
-def _gathered(spec: AttentionSpec, target: Target, buffer: Tensor, tensor: Tensor, sizes: dict[Axis, int]) -> Tensor:
+def _gathered(spec: AttentionSpec, target: Target, buffer: Tensor, tensor: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     """The gradient of ``tensor`` from that of what was read of it, per position of ``target.place``."""
     if target.direct or target.shared:
         return buffer
+    sizes = blockwise.sizes_of(spec, inputs)
     leaf = tensor.detach().float().requires_grad_()
     axes = target.place.index
     with compat.differentiable():
@@ -304,13 +308,14 @@ def _evaluated(spec: AttentionSpec, tensors: dict[str, Tensor], sizes: dict[Axis
 
 
 def _of_sinks(
-    spec: AttentionSpec, source: Input, inputs: Sequence[Tensor], sizes: dict[Axis, int], lse: Tensor, delta: Tensor
+    spec: AttentionSpec, source: Input, inputs: Sequence[Tensor], lse: Tensor, delta: Tensor
 ) -> list[Tensor]:
     """A sink takes a share of each row's weight and gives nothing for it."""
     name = source.name
     sinks = [sink for sink in spec.sinks if any(isinstance(n, Load) and n.source == name for n in sink.walk())]
     if not sinks:
         return []
+    sizes = blockwise.sizes_of(spec, inputs)
     tensors = {x.name: t.detach() for x, t in zip(spec.inputs[3:], inputs[3:], strict=True)}
     leaf = tensors[name].requires_grad_()
     parts: list[Tensor] = []

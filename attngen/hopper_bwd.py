@@ -201,8 +201,8 @@ def _extras_made(plan: Backward, launch: dict[str, Any], trained: list[dict[str,
     for target in plan.extras:
         if target.kind == PAIR and target.shared:  # each element is written once, not added to
             name = target.source.name
-            make = f"(torch.empty if {name}.shape == {read_of(plan.spec, target)} else torch.zeros)"
-            make = f"{make}({name}.shape, dtype=torch.float32, device=q.device) if need_{name} else {name}"
+            make = f"(notes.empty if {name}.shape == {read_of(plan.spec, target)} else notes.zeros)"
+            make = f"{make}({name}.shape) if need_{name} else {name}"
             extras[name] = {**extras[name], "make": make}
     gives = {name: buffer["give"] if name in sources else "None" for name, buffer in extras.items()}
     return {
@@ -211,7 +211,9 @@ def _extras_made(plan: Backward, launch: dict[str, Any], trained: list[dict[str,
         "made": [*operands, *(buffer for name, buffer in extras.items() if name in sources)],
         "gives": list(gives.values()),
         "zeros": [give.replace(" if", ".zero_() if") for give in gives.values()],
-        "into": [b["name"] for b in operands] + [b["name"] if name in sources else name for name, b in extras.items()],
+        "given": [b["name"] for b in operands] + [b["name"] if name in sources else "_" for name, b in extras.items()],
+        "into": [b["name"] for b in operands]
+        + [f"{b['name']} if need_{name} else {name}" if name in sources else name for name, b in extras.items()],
     }
 
 

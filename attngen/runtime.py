@@ -26,7 +26,7 @@ from attngen.emit import BackwardKernel, Kernel
 from attngen.errors import Unavailable, say_once
 from attngen.layout import memory_order
 from attngen.paths import kept
-from attngen.spec import ROW, AttentionSpec, Input, digest
+from attngen.spec import ROW, AttentionSpec, digest
 
 NAMESPACE = "attngen"
 REVISION = 2  # raise when the meaning or the gradient of existing operators changes
@@ -172,8 +172,10 @@ def _register_gradient(
     _LIBRARY.impl(backward, by_block, "CPU")
     _LIBRARY.impl(backward, gradient_on_gpu, "CUDA")
 
+    orders = [memory_order(spec, source) for source in spec.inputs]
+
     def fake(grad: Tensor, out: Tensor, lse: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
-        return [_dense(spec, source, x) for source, x, n in zip(spec.inputs, inputs, needed, strict=True) if n]
+        return [_dense(order, x) for order, x, n in zip(orders, inputs, needed, strict=True) if n]
 
     torch.library.register_fake(f"{NAMESPACE}::{backward}", fake, lib=_LIBRARY)
 
@@ -194,15 +196,18 @@ Gradient = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor], Sequence[bool]], 
 
 
 def _gradient_by_block(spec: AttentionSpec) -> Gradient:
+    orders = [memory_order(spec, source) for source in spec.inputs]
+
     def run(grad: Tensor, out: Tensor, lse: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
-        return _laid_out(spec, inputs, blockwise.backward(spec, inputs, grad, needed))
+        return _laid_out(orders, inputs, blockwise.backward(spec, inputs, grad, needed))
 
     return run
 
 
 def _gradient_by_kernel(spec: AttentionSpec, kernel: BackwardKernel) -> Gradient:
     plan = gradient.backward_of(spec)
-    by_block = _gradient_by_block(spec)
+    by_block, by_kernel = _gradient_by_block(spec), _launcher_of(kernel)
+    orders = [memory_order(spec, source) for source in spec.inputs]
     extras = [spec.inputs.index(target.source) for target in plan.extras]
 
     def run(grad: Tensor, out: Tensor, lse: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
@@ -210,11 +215,11 @@ def _gradient_by_kernel(spec: AttentionSpec, kernel: BackwardKernel) -> Gradient
             return by_block(grad, out, lse, inputs, needed)
         here = grad.device.index == torch.cuda.current_device()
         with nullcontext() if here else torch.cuda.device(grad.device):
-            made = _launched(kernel, grad, out, lse, *inputs, *(needed[k] for k in extras))
+            made = by_kernel(grad, out, lse, *inputs, *(needed[k] for k in extras))
             if made is None:
                 return by_block(grad, out, lse, inputs, needed)
             *buffers, delta = made
-            return _laid_out(spec, inputs, gradient.finish(plan, inputs, needed, buffers, lse, delta))
+            return _laid_out(orders, inputs, gradient.finish(plan, inputs, needed, buffers, lse, delta))
 
     return run
 
@@ -237,26 +242,34 @@ def launch_of(kernel: Kernel | BackwardKernel) -> Callable[..., Any]:
     return launch
 
 
-def _launched(kernel: BackwardKernel, *args: Any) -> Sequence[Tensor] | None:
-    """What ``launch`` of a backward gives, or that of its other kernel; None if neither makes what is needed."""
-    made: Sequence[Tensor] | None = launch_of(kernel)(*args)
-    return _launched(kernel.otherwise, *args) if made is None and kernel.otherwise else made
+def _launcher_of(kernel: BackwardKernel) -> Callable[..., Sequence[Tensor] | None]:
+    """For ``launch`` of a backward, or that of its other kernel where this gives None. Their files are written and imported
+    when they are needed first."""
+    launch: Callable[..., Sequence[Tensor] | None] | None = None
+    otherwise = _launcher_of(kernel.otherwise) if kernel.otherwise else None
+
+    def run(*args: Any) -> Sequence[Tensor] | None:
+        nonlocal launch
+        launch = launch or launch_of(kernel)
+        made = launch(*args)
+        return otherwise(*args) if made is None and otherwise else made
+
+    return run
 
 
-def _dense(spec: AttentionSpec, source: Input, x: Tensor) -> Tensor:
+def _dense(order: Sequence[int], x: Tensor) -> Tensor:
     """Memory for the gradient of ``x``: dense, in an order that the spec decides, whatever the strides of ``x`` are."""
-    order = memory_order(spec, source)
     stored = x.new_empty([x.shape[d] for d in order])
     return stored.permute([order.index(d) for d in range(x.dim())])
 
 
-def _laid_out(spec: AttentionSpec, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
+def _laid_out(orders: Sequence[Sequence[int]], inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
     """The gradients that there are, each as ``_dense`` says."""
     found = []
-    for source, x, grad in zip(spec.inputs, inputs, grads, strict=True):
+    for order, x, grad in zip(orders, inputs, grads, strict=True):
         if grad is not None:
-            right = grad.permute(memory_order(spec, source)).is_contiguous()
-            found.append(grad if right else _dense(spec, source, x).copy_(grad))
+            right = grad.permute(order).is_contiguous()
+            found.append(grad if right else _dense(order, x).copy_(grad))
     return found
 
 

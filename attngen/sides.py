@@ -128,16 +128,15 @@ def read_of(spec: AttentionSpec, target: Target) -> str:
 def _buffer(spec: AttentionSpec, target: Target, shape: dict[Axis, str]) -> dict[str, str]:
     """How ``launch`` allocates a gradient, and what it gives back of it."""
     name, source = target.place.name, target.source.name
-    single = "dtype=torch.float32, device=q.device"
     if target.shared:
-        return {"name": name, "make": f"torch.zeros({source}.shape, {single})", "give": name}
+        return {"name": name, "make": f"notes.zeros({source}.shape)", "give": name}
     if not target.direct:
         sizes = [shape[place] for place in target.place.index]  # type: ignore[index]
         parts, give = ([*sizes, "tiles"], f"{name}.sum(-1)") if target.kind == HEAD else (sizes, name)
-        return {"name": name, "make": f"torch.empty({tuple_of(parts)}, {single})", "give": give}
+        return {"name": name, "make": f"notes.empty({tuple_of(parts)})", "give": give}
     order = tuple(memory_order(spec, target.source))
     whole = f"{source}.shape == {read_of(spec, target)}" if target.dense else "False"
-    return {"name": name, "make": f"gradient_of({source}, {order}, {whole})", "give": name}
+    return {"name": name, "make": f"notes.gradient_of({source}, {order}, {whole})", "give": name}
 
 
 def _asked(buffer: dict[str, str], target: Target) -> dict[str, str]:

@@ -1,4 +1,4 @@
-/* Stands in for libcuda.so.1: remembers the last launch, as the driver is given it. */
+/* Stands in for libcuda.so.1: remembers launches, as the driver is given them. */
 #include <stdint.h>
 #include <string.h>
 
@@ -8,9 +8,12 @@ typedef struct {
   unsigned attribute_count;
 } Config;
 
-int sizes[512], count;         /* of the parameters of the kernel, set by the test */
-unsigned char bytes[1 << 16]; /* of the parameters at the last launch, one after another */
-int launches, used;
+struct {
+  void *function;
+  int count, sizes[512];      /* of its parameters */
+} kernels[64];                /* set by the test */
+unsigned char bytes[1 << 18]; /* of each launch, and of its parameters if they are known */
+int known, launches, used;
 Config config;
 
 int cuCtxGetCurrent(void **context) { *context = &config; return 0; }
@@ -55,13 +58,20 @@ int cuTensorMapEncodeTiled(uint64_t *map, int type, unsigned rank, void *address
   return 0;
 }
 
+static void note(const void *data, int size) {
+  memcpy(bytes + used, data, size);
+  used += size;
+}
+
 int cuLaunchKernelEx(const Config *launch, void *function, void **parameters, void **extra) {
   memcpy(&config, launch, 7 * sizeof(unsigned)); /* the gap behind holds anything */
   config.stream = launch->stream;
   config.attributes = function;
-  used = 0;
-  for (int n = 0; n < count; used += sizes[n++])
-    memcpy(bytes + used, parameters[n], sizes[n]);
+  note(&config, sizeof config);
+  for (int n = 0; n < known; n++)
+    if (kernels[n].function == function)
+      for (int k = 0; k < kernels[n].count; k++)
+        note(parameters[k], kernels[n].sizes[k]);
   launches++;
   return 0;
 }

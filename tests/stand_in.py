@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import weakref
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,16 +56,27 @@ class Driver:
     def value(self, name: str) -> int:
         return ctypes.c_int.in_dll(self.library, name).value
 
-    def expect(self, sizes: Sequence[int]) -> None:
-        """Note parameters of such sizes at each launch."""
-        for place, size in enumerate(sizes):
-            (ctypes.c_int * 512).in_dll(self.library, "sizes")[place] = size
-        ctypes.c_int.in_dll(self.library, "count").value = len(sizes)
+    def set(self, name: str, value: int) -> None:
+        ctypes.c_int.in_dll(self.library, name).value = value
 
-    def last(self) -> str:
-        """Grid, block, shared memory, stream, function and parameters of the last launch."""
-        config = (ctypes.c_char * 48).in_dll(self.library, "config").raw
-        return (config + (ctypes.c_char * (1 << 16)).in_dll(self.library, "bytes").raw[: self.value("used")]).hex()
+    def expect(self, kernels: Sequence[Any]) -> None:
+        """Note the parameters of these, too, at each launch."""
+        table = (Known * 64).in_dll(self.library, "kernels")
+        for place, compiled in enumerate(kernels):
+            sizes = parameters(compiled)
+            table[place].function, table[place].count = compiled.function, len(sizes)
+            table[place].sizes[: len(sizes)] = sizes
+        self.set("known", len(kernels))
+
+    def told(self) -> str:
+        """Of each launch since the last question: grid, block, shared memory, stream, function and parameters."""
+        noted = (ctypes.c_char * (1 << 18)).in_dll(self.library, "bytes").raw[: self.value("used")].hex()
+        self.set("used", 0)
+        return noted
+
+
+class Known(ctypes.Structure):
+    _fields_ = (("function", ctypes.c_void_p), ("count", ctypes.c_int), ("sizes", ctypes.c_int * 512))
 
 
 def parameters(compiled: Any) -> list[int]:
@@ -80,7 +92,7 @@ def parameters(compiled: Any) -> list[int]:
 
 
 class Trial:
-    """A kernel whose launches end in the stand-in, on CPU tensors; results always lie at the same place."""
+    """A kernel whose launches end in the stand-in, on CPU tensors; what a call allocates lies where that of the last did."""
 
     def __init__(self, path: Path, driver: Driver) -> None:
         import torch
@@ -89,12 +101,14 @@ class Trial:
 
         self.module: ModuleType = import_file(path)
         self.driver = driver
-        self.anew = 0  # launches that went through Triton
-        self.results: dict[tuple[Any, ...], Any] = {}
+        self.anew = 0  # calls that went through Triton
+        self.slabs = torch.zeros(32, 1 << 17, dtype=torch.int32)
+        self.taken = 0
         self.device = -1
         takes = inspect.signature(self.module.launch).parameters
-        behind = path.with_suffix(".behind.pt")
         self.others: dict[str, Any] = {"again": lambda *_, **__: None} if "again" in takes else {}
+        self.needs = [name for name in takes if name.startswith("need_")]
+        behind = path.with_suffix(".behind.pt")
         if behind.exists():  # it is launched behind another kernel: flags of rows, and results
             self.others = torch.load(behind, weights_only=True)
         through = self.module.launch_anew
@@ -108,40 +122,50 @@ class Trial:
             zero = torch.zeros(1, dtype=torch.int32)
             vars(self.module)["counter"] = lambda q, stream: zero
 
-    def empty(self, size: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> Any:
-        import torch
-
-        key = (size, strides, dtype)
-        if key not in self.results:
-            self.results[key] = torch.zeros(1, dtype=dtype).new_empty(size)
-        return self.results[key]
+    def empty(self, size: Sequence[int], strides: Sequence[int], dtype: Any) -> Any:
+        self.taken += 1
+        return self.slabs[self.taken - 1].view(dtype).as_strided(tuple(size), tuple(strides))
 
     def counting(self, launch: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*inputs: Any) -> Any:
             import torch
 
             self.anew += 1
-            plain = torch.empty
-            torch.empty = lambda size, dtype, device: self.empty(tuple(size), plain(size, device="meta").stride(), dtype)
+            plain = torch.empty, torch.zeros
+
+            def make(size: Sequence[int], dtype: Any, device: Any) -> Any:
+                return self.empty(size, plain[0](size, device="meta").stride(), dtype)
+
+            torch.empty, torch.zeros = make, lambda *args, **options: make(*args, **options).zero_()
             try:
                 return launch(*inputs)
             finally:
-                torch.empty = plain
+                torch.empty, torch.zeros = plain
 
         return counted
 
-    def launch(self, inputs: Sequence[Any]) -> dict[str, Any]:
-        """What one launch came to."""
+    def launch(self, inputs: Sequence[Any], **others: Any) -> dict[str, Any]:
+        """What one call came to."""
         before, launches = self.anew, self.driver.value("launches")
-        result = self.module.launch(*inputs, **self.others)
+        self.taken = 0
+        self.slabs.fill_(7)
+        self.driver.told()
+        result = self.module.launch(*inputs, **self.others, **others)
         return {
             "anew": self.anew - before,
             "launches": self.driver.value("launches") - launches,
-            "call": self.driver.last(),
+            "call": self.driver.told(),
+            "memory": zlib.crc32(self.slabs.numpy()),  # no kernel runs: what was copied, and zeros
             "none": result is None,
             "known": len(self.module.READY),
-            "compiled": len(self.module.COMPILED),
         }
+
+    def kernels(self) -> list[Any]:
+        """What was launched by calls that are known."""
+        known = [ready for ready in self.module.READY.values() if ready is not None]
+        if hasattr(self.module, "Notes"):
+            return [start.__defaults__[0] for *_, launches, _ in known for start, *_ in launches]
+        return [start.__defaults__[0] for _, start, *_ in known]
 
 
 @contextmanager
@@ -167,9 +191,9 @@ def hooks() -> Iterator[list[str]]:
 
 
 def story(trial: Trial, inputs: list[Any]) -> dict[str, Any]:
-    """One launch after another: of the same tensors, of others laid out alike, with hooks, of other layouts."""
+    """One call after another: of the same tensors, of others laid out alike, with hooks, of other layouts."""
     told: dict[str, Any] = {"first": trial.launch(inputs)}
-    trial.driver.expect(parameters(next(iter(trial.module.COMPILED.values()))))
+    trial.driver.expect(trial.kernels())
     told["second"] = trial.launch(inputs)
     others = [x.clone().as_strided(x.shape, x.stride()) for x in inputs]
     told["elsewhere"] = trial.launch(others)
@@ -180,14 +204,23 @@ def story(trial: Trial, inputs: list[Any]) -> dict[str, Any]:
     trial.device = 0
     told["other device"] = trial.launch(others)
     trial.device = -1
-    for name, changed in variants(inputs, hasattr(trial.module, "suits")).items():
+    for name, changed in variants(inputs, trial.module).items():
         told[name] = [trial.launch(changed) for _ in range(2)]
         trial.module.latest = None  # as if something else came between
         told[name].append(trial.launch(changed))
     told["back"] = trial.launch(inputs)
-    told["one tensor"] = trial.launch([inputs[0]] * 3 + inputs[3:])
+    told["one tensor"] = trial.launch(twice(inputs, trial.module))
+    if trial.needs:
+        told["less"] = [trial.launch(inputs, **dict.fromkeys(trial.needs, False)) for _ in range(2)]
     told["kept"] = kept(trial, inputs)
     return told
+
+
+def twice(inputs: list[Any], module: ModuleType) -> list[Any]:
+    """One tensor in place of several."""
+    if hasattr(module, "Notes"):
+        return [*inputs[:5], inputs[4], *inputs[6:]]
+    return [inputs[0]] * 3 + inputs[3:]
 
 
 def kept(trial: Trial, inputs: list[Any]) -> int:
@@ -203,17 +236,19 @@ def kept(trial: Trial, inputs: list[Any]) -> int:
     return sum(reference() is not None for reference in alive)
 
 
-def variants(inputs: list[Any], typed: bool) -> dict[str, list[Any]]:
+def variants(inputs: list[Any], module: ModuleType) -> dict[str, list[Any]]:
     """The same problem with other strides, beginning elsewhere and, unless kernels are of one type, in another one."""
     import torch
 
-    q, k, v, *extras = inputs
+    before, rest = (inputs[:3], inputs[3:]) if hasattr(module, "Notes") else ([], inputs)
+    q, k, v, *extras = rest
     other = torch.bfloat16 if q.dtype == torch.float16 else torch.float16
     apart = [x.new_empty(*x.shape[:-1], x.shape[-1] + 8)[..., : x.shape[-1]] for x in (q, k, v)]
+    typed = hasattr(module, "suits") or before
     return {
         **({} if typed else {"dtype": [*(x.to(other) for x in (q, k, v)), *extras]}),
-        "strides": [*apart, *extras],
-        "address": [q.new_empty(q.numel() + 8).as_strided(q.shape, q.stride(), 1), k, v, *extras],
+        "strides": [*before, *apart, *extras],
+        "address": [*before, q.new_empty(q.numel() + 8).as_strided(q.shape, q.stride(), 1).copy_(q), k, v, *extras],
     }
 
 
@@ -223,7 +258,7 @@ def main(folder: Path) -> None:
     import torch
 
     for source in sorted(folder.glob("*.py")):
-        driver.expect([])
+        driver.set("known", 0)
         told = story(Trial(source, driver), torch.load(source.with_suffix(".pt"), weights_only=True))
         source.with_suffix(".json").write_text(json.dumps(told))
 

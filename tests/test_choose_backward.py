@@ -144,9 +144,9 @@ def test_another_kernel_is_launched_for_gradients_that_the_first_does_not_make(m
         return types.SimpleNamespace(launch=launches[path.stem])
 
     monkeypatch.setattr(runtime, "import_kernel", module)
-    assert runtime._launched(kernel, False) == ["one"]  # type: ignore[arg-type]
-    assert runtime._launched(kernel, True) == ["two"]  # type: ignore[arg-type]
-    assert runtime._launched(replace(kernel, otherwise=None), True) is None  # type: ignore[arg-type]
+    assert runtime._launcher_of(kernel)(False) == ["one"]  # type: ignore[arg-type]
+    assert runtime._launcher_of(kernel)(True) == ["two"]  # type: ignore[arg-type]
+    assert runtime._launcher_of(replace(kernel, otherwise=None))(True) is None  # type: ignore[arg-type]
 
 
 def test_tiles_of_both_widths_fit() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +19,10 @@ import torch
 from specs import BY_NAME, Case
 from test_hopper import GRID, PERSISTENT
 
-from attngen import compat
-from attngen.emit import Kernel, emit
+from attngen import compat, hopper_bwd
+from attngen.emit import BackwardKernel, Kernel, emit, emit_backward
 from attngen.interpret import import_file
+from attngen.spec import Tile
 from attngen.verify import sample_inputs
 
 pytest.importorskip("triton")
@@ -34,6 +36,28 @@ HOPPER = {
     "hopper_leaves_rows": ("fill_shows", PERSISTENT),
 }
 NAMES = (*PORTABLE, BEHIND, *HOPPER)
+GRADIENTS_BEHIND = "gradients_behind"
+GRADIENTS = {  # of which case, and whether by the kernels of the hopper family
+    "gradients_portable": ("causal_lse", False),
+    "gradients_hopper": ("causal_lse", True),
+    "gradients_of_a_bias": ("bias", True),
+    "gradients_of_a_table": ("table_cross", True),
+    "gradients_documents": ("documents", True),
+    "gradients_leave_rows": ("fill_shows", True),
+    GRADIENTS_BEHIND: ("fill_shows", False),
+}
+KERNELS = {  # where they are not three
+    "gradients_portable": 2,
+    "gradients_of_a_bias": 4,
+    "gradients_of_a_table": 4,
+    "gradients_documents": 4,
+    GRADIENTS_BEHIND: 2,
+}
+ALL = (*NAMES, *GRADIENTS)
+
+
+def launches(name: str) -> int:
+    return KERNELS.get(name, 3) if name in GRADIENTS else 1
 
 
 def case_of(name: str) -> Case:
@@ -47,6 +71,31 @@ def kernel_of(name: str) -> Kernel:
     return kernel
 
 
+def gradients_of(name: str) -> BackwardKernel:
+    case, on_hopper = GRADIENTS[name]
+    spec = replace(BY_NAME[case].spec, lse=True)
+    tiles = (hopper_bwd.tile_of(spec),) if on_hopper else (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+    kernel = emit_backward(spec, tiles)
+    assert isinstance(kernel, BackwardKernel), kernel
+    return kernel
+
+
+def _written(name: str, folder: Path) -> None:
+    """A kernel, what it is called with, and what beside it where it is launched behind another."""
+    kernel = gradients_of(name) if name in GRADIENTS else kernel_of(name)
+    case = BY_NAME[GRADIENTS[name][0]] if name in GRADIENTS else case_of(name)
+    (folder / f"{name}.py").write_text(kernel.source)
+    inputs = sample_inputs(kernel.spec, case.problem(144))
+    results = torch.zeros_like(inputs[0]), torch.zeros(2, 2, 144)
+    only = torch.ones(2, 2, 144, dtype=torch.int32)
+    if name in GRADIENTS:
+        inputs = [torch.zeros_like(inputs[0]), *results, *inputs]
+        results, only = (*map(torch.zeros_like, inputs[3:6]), torch.zeros(2, 2, 144)), torch.ones(1, dtype=torch.int32)
+    torch.save(inputs, folder / f"{name}.pt")
+    if name in (BEHIND, GRADIENTS_BEHIND):
+        torch.save({"only": only, "into": results}, folder / f"{name}.behind.pt")
+
+
 @pytest.fixture(scope="module")
 def stories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("launches")
@@ -54,40 +103,43 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         stand_in.build(folder)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("there is no C compiler")
-    for name in NAMES:
-        kernel = kernel_of(name)
-        case = case_of(name)
-        (folder / f"{name}.py").write_text(kernel.source)
-        inputs = sample_inputs(kernel.spec, case.problem(144))
-        torch.save(inputs, folder / f"{name}.pt")
-        if name == BEHIND:
-            results = torch.zeros_like(inputs[0]), torch.zeros(2, 2, 144)
-            torch.save({"only": torch.ones(2, 2, 144, dtype=torch.int32), "into": results}, folder / f"{name}.behind.pt")
+    for name in ALL:
+        _written(name, folder)
     command = [sys.executable, stand_in.__file__, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return {name: json.loads((folder / f"{name}.json").read_text()) for name in NAMES}
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in ALL}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_the_second_launch_does_not_go_through_triton(name: str, stories: dict[str, Any]) -> None:
     told = stories[name]
-    assert told["first"]["anew"] == 1 and told["first"]["launches"] == 1
+    assert told["first"]["anew"] == 1 and told["first"]["launches"] == launches(name)
     for each in ("second", "elsewhere", "again", "back", "one tensor"):
-        assert told[each]["anew"] == 0 and told[each]["launches"] == 1, each
+        assert told[each]["anew"] == 0 and told[each]["launches"] == launches(name), each
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_that_are_not_needed_are_other_launches(name: str, stories: dict[str, Any]) -> None:
+    first, second = stories[name].get("less", [None, None])
+    assert (first is None) == (name not in ("gradients_of_a_bias", "gradients_of_a_table"))
+    if first is not None:
+        assert (first["anew"], second["anew"]) == (1, 0)
+        assert first["launches"] == second["launches"] == launches(name) - 1
+        assert first["call"] == second["call"]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_the_driver_gets_what_triton_gives_it(name: str, stories: dict[str, Any]) -> None:
     """Every byte of every parameter, descriptors included, and grid, block, shared memory, stream and function."""
     told = stories[name]
     assert told["hooked"]["anew"] == 1  # Triton's own way
     assert told["elsewhere"]["call"] == told["hooked"]["call"] == told["again"]["call"]
     assert told["second"]["call"] == told["back"]["call"] != told["elsewhere"]["call"]
-    assert len(told["second"]["call"]) > 2 * (48 + 100)
+    assert len(told["second"]["call"]) > 2 * (48 + 100) * launches(name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_no_tensor_is_kept(name: str, stories: dict[str, Any]) -> None:
     assert stories[name]["kept"] == 0
 
@@ -97,15 +149,22 @@ def test_hooks_hear_of_launches(name: str, stories: dict[str, Any]) -> None:
     assert stories[name]["heard"] == ["enter attention_forward", "leave attention_forward"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_on_another_device_than_the_current_one_nothing_is_taken_for_granted(name: str, stories: dict[str, Any]) -> None:
     assert stories[name]["other device"]["anew"] == 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+def _remembered(name: str) -> tuple[str, ...]:
+    """Other layouts that the kernels themselves can take."""
+    if name in GRADIENTS:
+        return ("strides", "address")
+    return ("strides",) if name in HOPPER else ("dtype", "strides", "address")
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_other_layouts_are_launched_and_remembered_by_themselves(name: str, stories: dict[str, Any]) -> None:
     known = stories[name]["again"]["known"]
-    for variant in ("strides",) if name in HOPPER else ("dtype", "strides", "address"):
+    for variant in _remembered(name):
         first, *later = stories[name][variant]
         assert first["anew"] == 1 and first["known"] == known + 1, variant
         assert [(each["anew"], each["call"]) for each in later] == [(0, first["call"])] * 2, variant
@@ -121,6 +180,16 @@ def test_what_triton_specialises_on_is_compiled_by_itself(name: str, stories: di
 
 def _function(call: str) -> str:
     return call[80:96]
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_what_a_call_copies_is_copied_again(name: str, stories: dict[str, Any]) -> None:
+    """What TMA cannot address, and tables, to which margins are added; and zeros, where kernels add to them."""
+    told = stories[name]
+    assert told["first"]["memory"] == told["second"]["memory"] == told["back"]["memory"]
+    copied = {each["memory"] for each in told["address"]}
+    assert len(copied) == 1
+    assert (copied == {told["first"]["memory"]}) == (not GRADIENTS[name][1])
 
 
 @pytest.mark.parametrize("name", HOPPER)
