@@ -107,6 +107,7 @@ class Trial:
         self.device = -1
         takes = inspect.signature(self.module.launch).parameters
         self.others: dict[str, Any] = {"again": lambda *_, **__: None} if "again" in takes else {}
+        self.before = ["grad", "out", "lse"] if "grad" in takes else []  # what comes before queries, keys and values
         self.needs = [name for name in takes if name.startswith("need_")]
         behind = path.with_suffix(".behind.pt")
         if behind.exists():  # it is launched behind another kernel: flags of rows, and results
@@ -204,21 +205,21 @@ def story(trial: Trial, inputs: list[Any]) -> dict[str, Any]:
     trial.device = 0
     told["other device"] = trial.launch(others)
     trial.device = -1
-    for name, changed in variants(inputs, trial.module).items():
+    for name, changed in variants(trial, inputs).items():
         told[name] = [trial.launch(changed) for _ in range(2)]
         trial.module.latest = None  # as if something else came between
         told[name].append(trial.launch(changed))
     told["back"] = trial.launch(inputs)
-    told["one tensor"] = trial.launch(twice(inputs, trial.module))
+    told["one tensor"] = trial.launch(twice(trial, inputs))
     if trial.needs:
         told["less"] = [trial.launch(inputs, **dict.fromkeys(trial.needs, False)) for _ in range(2)]
     told["kept"] = kept(trial, inputs)
     return told
 
 
-def twice(inputs: list[Any], module: ModuleType) -> list[Any]:
+def twice(trial: Trial, inputs: list[Any]) -> list[Any]:
     """One tensor in place of several."""
-    if hasattr(module, "Notes"):
+    if trial.before:
         return [*inputs[:5], inputs[4], *inputs[6:]]
     return [inputs[0]] * 3 + inputs[3:]
 
@@ -236,15 +237,14 @@ def kept(trial: Trial, inputs: list[Any]) -> int:
     return sum(reference() is not None for reference in alive)
 
 
-def variants(inputs: list[Any], module: ModuleType) -> dict[str, list[Any]]:
+def variants(trial: Trial, inputs: list[Any]) -> dict[str, list[Any]]:
     """The same problem with other strides, beginning elsewhere and, unless kernels are of one type, in another one."""
     import torch
 
-    before, rest = (inputs[:3], inputs[3:]) if hasattr(module, "Notes") else ([], inputs)
-    q, k, v, *extras = rest
+    before, (q, k, v, *extras) = inputs[: len(trial.before)], inputs[len(trial.before) :]
     other = torch.bfloat16 if q.dtype == torch.float16 else torch.float16
     apart = [x.new_empty(*x.shape[:-1], x.shape[-1] + 8)[..., : x.shape[-1]] for x in (q, k, v)]
-    typed = hasattr(module, "suits") or before
+    typed = hasattr(trial.module, "suits") or before
     return {
         **({} if typed else {"dtype": [*(x.to(other) for x in (q, k, v)), *extras]}),
         "strides": [*before, *apart, *extras],

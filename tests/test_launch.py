@@ -34,6 +34,8 @@ HOPPER = {
     "hopper_bias": ("bias", GRID),
     "hopper_sinks": ("sinks", PERSISTENT),
     "hopper_leaves_rows": ("fill_shows", PERSISTENT),
+    "hopper_documents": ("documents", PERSISTENT),
+    "hopper_padding": ("fill_shows_padding", GRID),
 }
 NAMES = (*PORTABLE, BEHIND, *HOPPER)
 GRADIENTS_BEHIND = "gradients_behind"
@@ -52,12 +54,14 @@ KERNELS = {  # where they are not three
     "gradients_of_a_table": 4,
     "gradients_documents": 4,
     GRADIENTS_BEHIND: 2,
+    "hopper_documents": 2,
+    "hopper_padding": 2,
 }
 ALL = (*NAMES, *GRADIENTS)
 
 
 def launches(name: str) -> int:
-    return KERNELS.get(name, 3) if name in GRADIENTS else 1
+    return KERNELS.get(name, 3 if name in GRADIENTS else 1)
 
 
 def case_of(name: str) -> Case:
@@ -146,7 +150,8 @@ def test_no_tensor_is_kept(name: str, stories: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_hooks_hear_of_launches(name: str, stories: dict[str, Any]) -> None:
-    assert stories[name]["heard"] == ["enter attention_forward", "leave attention_forward"]
+    kernels = ["find_bounds", "attention_forward"][-launches(name) :]
+    assert stories[name]["heard"] == [f"{when} {kernel}" for kernel in kernels for when in ("enter", "leave")]
 
 
 @pytest.mark.parametrize("name", ALL)
