@@ -96,6 +96,7 @@ def _kernel(side: Side) -> dict[str, Any]:
         "prologue": [*scaled, *printer.prologue],
         "bounds": bounds,
         "sinks": sinks,
+        "sums_to_one": not plan.spec.sinks,
         "below": repr(plan.redo.below) if plan.redo else "",
         "targets": targets,
         "corrected": [t for t in targets if t["kind"] in (ROWS, HEAD) and spec.softmax],

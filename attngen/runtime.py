@@ -257,13 +257,13 @@ def _launcher_of(kernel: BackwardKernel) -> Callable[..., Sequence[Tensor] | Non
     return run
 
 
-def _dense(order: Sequence[int], x: Tensor) -> Tensor:
+def _dense(order: list[int], x: Tensor) -> Tensor:
     """Memory for the gradient of ``x``: dense, in an order that the spec decides, whatever the strides of ``x`` are."""
     stored = x.new_empty([x.shape[d] for d in order])
     return stored.permute([order.index(d) for d in range(x.dim())])
 
 
-def _laid_out(orders: Sequence[Sequence[int]], inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
+def _laid_out(orders: Sequence[list[int]], inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
     """The gradients that there are, each as ``_dense`` says."""
     found = []
     for order, x, grad in zip(orders, inputs, grads, strict=True):

@@ -11,6 +11,7 @@ import torch
 from specs import BIAS, BY_NAME, CASES, CAUSAL, QK, B, Case, H, attention, loaded, plus
 from test_emit import without_digest
 from test_kernels import along
+from torch import Tensor
 
 from attngen import blockwise, gradient, verify_bwd
 from attngen.adjoint import SCORE_GRAD, gradients
@@ -21,6 +22,7 @@ from attngen.evaluate import Evaluator
 from attngen.printer import Unprintable
 from attngen.spec import KEY, ROW, SCORE, Problem, Tile
 from attngen.verify import Check, run_interpreted
+from attngen.verify_bwd import Sample
 
 pytest.importorskip("triton")
 
@@ -61,6 +63,12 @@ def test_backward_kernel(name: str, golden: Callable[[str], None]) -> None:
     golden(without_digest(backward(BY_NAME[name], (Tile(64, 64, 4, 2), Tile(64, 32, 8, 2))).source))
 
 
+def _given(at: Sample, inputs: tuple[Tensor, ...]) -> Sample:
+    """The same on other inputs."""
+    out, lse = blockwise.forward(at.spec, inputs)
+    return replace(at, inputs=inputs, out=out, lse=lse.float().contiguous())
+
+
 def test_rows_too_low_for_their_log_sum_exp_are_computed_again() -> None:
     """What is added is so low that a sum of weights beside it leaves no trace; what is loaded is read again for that."""
     case = BY_NAME["table_cross"]
@@ -68,9 +76,7 @@ def test_rows_too_low_for_their_log_sum_exp_are_computed_again() -> None:
     at = verify_bwd.sample(kernel.spec, case.problem(40))
     table = at.inputs[3].clone()
     table[0] -= 3e5
-    inputs = (*at.inputs[:3], table)
-    out, lse = blockwise.forward(kernel.spec, inputs)
-    at = replace(at, inputs=inputs, out=out, lse=lse.float().contiguous())
+    at = _given(at, (*at.inputs[:3], table))
     (made,) = run_interpreted([(kernel, at.arguments)])
     assert isinstance(made, list), str(made)
     found = verify_bwd.check(made, at)
@@ -89,6 +95,21 @@ def test_nothing_is_allocated_for_a_gradient_that_nobody_needs() -> None:
     assert isinstance(made, list), str(made)
     found = verify_bwd.check(made, at)
     assert found.keys() == {"q", "k", "v"} and all(verdict.ok for verdict in found.values())
+
+
+def test_sums_over_whole_heads_keep_their_digits() -> None:
+    """Scores of a few hundred have a log-sum-exp with few digits behind the point: the weights of a row are all off by one
+    factor, which adds up over the distances that a slope is multiplied by."""
+    kernel = backward(BY_NAME["alibi"])
+    at = verify_bwd.sample(kernel.spec, Problem((1, 2), 256, 256))
+    at = _given(at, (*at.inputs[:3], torch.tensor([0.9, 2.0])))
+    (made,) = run_interpreted([(kernel, at.arguments)])
+    assert isinstance(made, list), str(made)
+    *buffers, delta = made
+    ours = gradient.finish(gradient.backward_of(at.spec), at.inputs, at.needed, buffers, at.lse, delta)
+    exact, eager = verify_bwd.reference(at), verify_bwd.eager(at)
+    off, eager_off = ((grads[3] - exact[3]).abs() for grads in (ours, eager))  # type: ignore[operator]
+    assert (off < 0.5 * eager_off).all()
 
 
 def test_a_wrong_gradient_is_noticed() -> None:
