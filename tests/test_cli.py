@@ -94,7 +94,10 @@ def optimized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subproces
         pytest.skip(NO_INTERPRETER)
     folder = tmp_path_factory.mktemp("optimized")
     (folder / "model.py").write_text(ATTENTION)
-    command = [sys.executable, "-c", "from attngen.cli import main; main()", "optimize", "model.py", "--json"]
+    for library in ("cuda", "numpy"):  # which torch looks for as it is imported, also in processes that compile and verify
+        (folder / f"{library}.py").write_text("raise RuntimeError('a file of the user was imported')")
+    code = "import sys; sys.path.remove(''); from attngen.cli import main; main()"  # as the installed command begins
+    command = [sys.executable, "-c", code, "optimize", "model.py", "--json"]
     environment = {**os.environ, "ATTNGEN_CACHE_DIR": str(folder / "cache"), "CUDA_VISIBLE_DEVICES": ""}
     return folder, subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
