@@ -169,7 +169,7 @@ def _merged(reports: list[Report], stopped: Exception | None) -> Report:
 
 
 def _untraceable(problem: Exception, model: Callable[..., Any]) -> str:
-    """What the model raised, and at which line of whose code (torch's own frames left out); else what it can be called with."""
+    """What the model raised, and at which line of whose code (torch's own frames left out), or how it is called."""
     cause = _cause(problem)
     own = tuple(str(Path(module.__file__ or "").parent) for module in (torch, backend))
     traced = [*traceback.extract_tb(problem.__traceback__), *(getattr(problem, "real_stack", None) or ())]
