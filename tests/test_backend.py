@@ -279,7 +279,9 @@ def test_activation_checkpointing_keeps_numbers_and_gradients() -> None:
 # --------------------------------------------------------------------------------- facts that may change after compiling
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float = 0.25, window: int | Tensor = 4) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float = 0.25, window: int | Tensor = 4
+) -> Tensor:
     scores = q @ k.transpose(-1, -2) * scale
     rows = torch.arange(q.shape[-2]).unsqueeze(1)
     columns = torch.arange(k.shape[-2])
@@ -438,6 +440,37 @@ def test_opcheck(trains: bool) -> None:
     assert known is not None and known[0].lse == trains
     args = verify.sample_inputs(known[0], Problem((2, 2), 8, 8))
     torch.library.opcheck(getattr(torch.ops.attngen, name).default, [x.requires_grad_(trains) for x in args])
+
+
+BACKENDS, PRODUCTS = torch.backends, torch.backends.cuda.matmul
+PRECISIONS: dict[str, tuple[list[tuple[Any, str, Any]], bool]] = {
+    "default": ([], False),
+    "allowed": ([(PRODUCTS, "allow_tf32", True)], True),
+    "tf32": ([(PRODUCTS, "fp32_precision", "tf32")], True),
+    "everywhere": ([(BACKENDS, "fp32_precision", "tf32")], True),
+    "but_not_here": ([(BACKENDS, "fp32_precision", "tf32"), (PRODUCTS, "fp32_precision", "ieee")], False),
+}
+
+
+@pytest.fixture
+def precision(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """What products of float32 numbers may be made in, said to torch by its older or newer names; whether in 10 bits."""
+    settings, expected = PRECISIONS[request.param]
+    before = [(place, place.fp32_precision) for place in (BACKENDS, PRODUCTS)]
+    for place, name, value in settings:
+        setattr(place, name, value)
+    yield expected
+    torch.set_float32_matmul_precision("highest")
+    for place, known in before:
+        place.fp32_precision = known
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, indirect=True)
+def test_float32_is_multiplied_in_tensorfloat_only_where_the_user_allows_it(precision: bool) -> None:
+    for dtype, expected in ((torch.float32, precision), (torch.float16, False)):
+        _, reports = run(attend, *(x.to(dtype) for x in qkv()))
+        known = runtime.registered(reports[0].sites[0].operator.split("::")[1])
+        assert known is not None and known[0].tf32 == expected
 
 
 def test_identical_sites_share_one_operator() -> None:
