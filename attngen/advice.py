@@ -45,6 +45,9 @@ ADVICE = {
     "the value head size is": "More heads of a smaller size would fit.",
     "the head size is not a fixed number": "Fix that dimension: torch._dynamo.mark_static(tensor, dim).",
     "the value head size is not a fixed number": "Fix that dimension: torch._dynamo.mark_static(tensor, dim).",
+    "it takes a number that may change from call to call": (
+        "Make it a constant of the model, or a tensor, which is read whenever the kernel runs; or compile with dynamic=False."
+    ),
     "no tile fits": "Smaller heads would fit, or float16 or bfloat16, or another device (--target).",
     "kernels do not compute in": "Compute in float32, bfloat16 or float16: for example model.to(torch.float32).",
     "a value between the two products is written in place": (

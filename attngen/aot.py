@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attngen import compat
+from attngen import compat, processes
 from attngen.errors import Unavailable, VerificationFailed
 from attngen.interpret import import_file
 
@@ -277,7 +277,7 @@ def _child(jobs: list[Job], arch: int) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = "1"
     pipe = subprocess.PIPE
-    command = [sys.executable, "-m", "attngen.aot"]
+    command = processes.command("attngen.aot")
     child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
     request = [{**asdict(job), "source": str(job.source), "again": job.again and str(job.again)} for job in jobs]
     assert child.stdin is not None
@@ -290,7 +290,8 @@ def _child(jobs: list[Job], arch: int) -> subprocess.Popen[str]:
 def _collect(child: subprocess.Popen[str], deadline: float, count: int) -> list[Binary | VerificationFailed]:
     try:
         output, complaint = child.communicate(timeout=max(0.0, deadline - time.monotonic()))
-        ending = f"the compiler's process ended with code {child.returncode}: {complaint.strip()[-300:]}"
+        *_, last = complaint.strip().splitlines() or ["no message"]
+        ending = f"the compiler's process ended with code {child.returncode}: {last}"
     except subprocess.TimeoutExpired:
         child.kill()
         output, _ = child.communicate()

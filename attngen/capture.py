@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def optimize(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     try:
         compiled(*args, **kwargs)
     except torch._dynamo.exc.TorchDynamoException as problem:
-        raise CannotTrace(_untraceable(problem)) from problem
+        raise CannotTrace(_untraceable(problem, model)) from problem
     return compiled
 
 
@@ -135,7 +136,7 @@ def _traced(
         if options.raises and not isinstance(_cause(problem), compat.DataDependentOutputException):
             raise
         if not reports:
-            raise CannotTrace(_untraceable(problem)) from problem
+            raise CannotTrace(_untraceable(problem, model)) from problem
         return reports, problem
     return reports, None
 
@@ -167,14 +168,22 @@ def _merged(reports: list[Report], stopped: Exception | None) -> Report:
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
-def _untraceable(problem: Exception) -> str:
-    """What the model raised, and at which line of whose code (torch's own frames left out)."""
+def _untraceable(problem: Exception, model: Callable[..., Any]) -> str:
+    """What the model raised, and at which line of whose code (torch's own frames left out), or how it is called."""
     cause = _cause(problem)
     own = tuple(str(Path(module.__file__ or "").parent) for module in (torch, backend))
     traced = [*traceback.extract_tb(problem.__traceback__), *(getattr(problem, "real_stack", None) or ())]
     frames = [frame for frame in traced if not frame.filename.startswith(own)]
-    place = f"\n  at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+    place = f"\n  at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else _arguments(model)
     return f"The model cannot be traced: {type(cause).__name__}: {_first_line(cause)}{place}"
+
+
+def _arguments(model: Callable[..., Any]) -> str:
+    try:
+        names = inspect.signature(getattr(model, "forward", model)).parameters
+    except (TypeError, ValueError):  # what is written in C may have no signature
+        return ""
+    return f"\n  It is called as model({', '.join(names)})."
 
 
 def _cause(problem: BaseException) -> BaseException:
@@ -188,4 +197,6 @@ def _cause(problem: BaseException) -> BaseException:
 
 
 def _first_line(problem: BaseException) -> str:
-    return next((line for line in str(problem).splitlines() if line.strip()), "no message")
+    """Of its message, and whether there is more."""
+    first, *others = [line for line in str(problem).splitlines() if line.strip()] or ["no message"]
+    return f"{first} ..." if others else first

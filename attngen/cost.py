@@ -159,6 +159,7 @@ def of_spec(spec: AttentionSpec, problem: Problem) -> Values:
         f.pair_ops: in_score.arithmetic,
         f.mask_ops: in_mask.arithmetic,
         f.pair_specials: in_score.special - (not spec.softmax),  # beside the exponential
+        f.key_masks: 1.0 * _reads_keys(spec.mask),
         f.redo: 1.0 * (spec.whole is not None),
         f.once: q_once + others + lines * (spec.value_dim * spec.out_dtype.itemsize + 4 * spec.lse),
         f.kv_once: k_once + v_once,

@@ -53,17 +53,17 @@ TOGETHER = 3  # the power by which the times of the grid and of HBM are joined: 
 # The problem and the spec: lengths, head sizes (d of queries and keys, e of values; padded); bytes per element, per
 # pair (of all loads, and of inputs with a row and a key dimension) and per key; inputs per pair, and those among them that
 # are looked up; work per pair; distinct bytes; key blocks per query tile (on average, at most, in the program that starts
-# last; share masked); loops over them; steps that look at data of keys before; whether rows may be computed again;
-# whether tiles with most keys come first; bytes of the keys and values of one head, and heads that read the same; features
-# of keys and values (padded) that are read one by one, neither in vectors nor by asynchronous copies, for their rows begin
-# anywhere.
+# last; share masked); loops over them; steps that look at data of keys before; whether the mask reads data of each key;
+# whether rows may be computed again; whether tiles with most keys come first; bytes of the keys and values of one head, and
+# heads that read the same; features of keys and values (padded) that are read one by one, neither in vectors nor by
+# asynchronous copies, for their rows begin anywhere.
 queries, heads, d, e, d_pad, e_pad = sp.symbols("queries heads d e d_pad e_pad", positive=True)
 q_width, kv_width, pair_width, loose = sp.symbols("q_width kv_width pair_width loose", nonnegative=True)
 plane_width, vector_width, pair_loads, lookups = sp.symbols("plane_width vector_width pair_loads lookups", nonnegative=True)
 pair_ops, mask_ops, pair_specials = sp.symbols("pair_ops mask_ops pair_specials", nonnegative=True)
 once, kv_once, pairs_once = sp.symbols("once kv_once pairs_once", nonnegative=True)
 live, most, last, masked, loops, redo = sp.symbols("live most last masked loops redo", nonnegative=True)
-scanned, heavy = sp.symbols("scanned heavy", nonnegative=True)
+scanned, key_masks, heavy = sp.symbols("scanned key_masks heavy", nonnegative=True)
 kv_each, sharers = sp.symbols("kv_each sharers", positive=True)
 # The tile, flags (0 or 1) that follow from tile, dtype and device, and in how many ways warps divide the keys of a row.
 rows, keys, warps, stages = sp.symbols("rows keys warps stages", positive=True)
@@ -100,13 +100,16 @@ class Formula:
 _split = sp.Min(1, ways - 1)
 _narrow = pair_loads * sp.Max(0, 64 - keys)  # such blocks are looked up by one pointer per pair
 _AGAIN = 45  # of a second loop over the keys, for rows that are computed again
+# What a mask reads of each key is moved to the layout of the scores, where a thread of a warpgroup has a quarter of the keys.
+_moved = wgmma * key_masks * (20 + 0.2 * keys)
 _loose = 20 * sp.Min(1, loose) + 2 * keys * loose / threads  # an element takes a register, and its pointer more
 _fragments = (  # fitted to 285 kernels compiled for sm_90 and sm_80, then to the 172 of the measured run; its terms for
-    # loose features and unstaged keys to 1,700 compiled for sm_80, sm_89 and sm_90 (Triton 3.6), rows computed again to 438
+    # loose features and unstaged keys to 1,700 compiled for sm_80, sm_89 and sm_90 (Triton 3.6), rows computed again to 438,
+    # masks that read data of keys to 279 for sm_90 (Triton 3.6, 3.8 and 3.9)
     5
     + 22 * (1 - wgmma)
     + (34 + 14 * wgmma) * _split
-    + _AGAIN * redo
+    + sp.Max(_AGAIN * redo, _moved)
     + rows * ((0.9 + (0.25 + 0.1 * wgmma) * kv_width) * e_pad + 0.475 * (1 - wgmma) * q_width * d_pad) / threads
     + rows * keys * (0.8 + 0.4 * kv_width + (1.9 - wgmma) * pair_loads + 0.15 * sp.Min(4, sp.Max(0, mask_ops - 1))) / threads
     + keys * (0.16 * (d_pad + e_pad) + (0.09 + 0.11 * wgmma) * unstaged * d_pad) * kv_width / threads

@@ -237,7 +237,7 @@ def _finished(specialised: Specialised, site: Site, training: bool) -> Attention
     """The spec with what depends on the run: precision of float32 products, gradients, index width."""
     spec = specialised.spec
     single = spec.query.dtype == torch.float32
-    tf32 = single and torch.get_float32_matmul_precision() != "highest"
+    tf32 = single and torch.backends.cuda.matmul.fp32_precision == "tf32"  # however the user set it
     return replace(spec, lse=training, tf32=tf32, wide=_is_wide(specialised, site))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from attngen import blockwise, boxes, compat, fp8
+from attngen import blockwise, boxes, compat, fp8, processes
 from attngen.algebra import ONE, TRUE
 from attngen.emit import BackwardKernel, Kernel
 from attngen.errors import AttngenError, Unavailable, VerificationFailed
@@ -278,7 +277,7 @@ def _result(kernel: Kernel | BackwardKernel, folder: Path, number: int, ending: 
 
 def _interpret(folder: Path, timeout: float) -> str:
     """Run the child process over ``folder``; how it ended, if that was early."""
-    command = [sys.executable, "-m", "attngen.interpret", str(folder)]
+    command = processes.command("attngen.interpret", str(folder))
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     try:
         child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)

@@ -75,7 +75,8 @@ def run(site: Site) -> Specialised | Miss:
     renamed = [_rename(e, names, slots) for e in chosen]
     leftover = {s for e in renamed for n in e.walk() if isinstance(n, Int) for s in n.value.free_symbols} - set(_SYMBOLS)
     if leftover:
-        return Miss(f"a size that no operand has ({', '.join(map(str, leftover))})", site.output.name, depth=7)
+        which = ", ".join(map(str, leftover))
+        return Miss(f"it takes a number that may change from call to call ({which})", site.output.name, depth=7)
     score, mask, gain = renamed[:3]
     count = 3 + (split.whole is not None)
     spec = AttentionSpec(

@@ -279,7 +279,9 @@ def test_activation_checkpointing_keeps_numbers_and_gradients() -> None:
 # --------------------------------------------------------------------------------- facts that may change after compiling
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float = 0.25, window: int = 4) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float = 0.25, window: int | Tensor = 4
+) -> Tensor:
     scores = q @ k.transpose(-1, -2) * scale
     rows = torch.arange(q.shape[-2]).unsqueeze(1)
     columns = torch.arange(k.shape[-2])
@@ -293,9 +295,19 @@ def qkv(rows: int = 8, keys: int = 8, heads: int = 2) -> tuple[Tensor, Tensor, T
     return torch.randn(2, heads, rows, 16), torch.randn(2, heads, keys, 16), torch.randn(2, heads, keys, 16)
 
 
-def test_changed_facts_are_noticed() -> None:
-    """Lengths, equal lengths, head counts, scale, window and mask contents: each changed after compiling."""
-    compiled = torch.compile(attend, backend="attngen", options=EAGER)
+READ = "qk*0.25; causal & causal(loaded positions)"  # a window that is a tensor
+FIRST = ("qk*0.25; causal & window(4)", "qk*0.5; causal & window(4)", READ)
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "expected"), [(None, FIRST), (True, (READ,)), (False, (*FIRST, "qk*0.25; causal & window(2)"))]
+)
+def test_changed_facts_are_noticed(dynamic: bool | None, expected: tuple[str, ...]) -> None:
+    """Lengths, equal lengths, head counts, scale, window and mask contents: each changed after compiling.
+
+    No kernel is made with a window that need not stay; as a tensor it is read, and need not.
+    """
+    compiled = torch.compile(attend, backend="attngen", options=EAGER, dynamic=dynamic)
     mask = torch.rand(2, 1, 1, 8) > 0.3
     mask[..., 0] = True
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
@@ -304,13 +316,24 @@ def test_changed_facts_are_noticed() -> None:
         (qkv(9, 11), {}),
         (qkv(heads=3), {}),
         (qkv(), {"scale": 0.5}),
+        (qkv(), {"window": torch.tensor(3)}),
+        (qkv(), {"window": torch.tensor(5)}),
+        (qkv(9, 11), {"window": torch.tensor(2)}),
         (qkv(), {"window": 2}),
         (qkv(), {"mask": mask}),
         (qkv(), {"mask": mask.roll(2, -1)}),
         (qkv(), {"mask": torch.zeros_like(mask)}),
     ]
-    for args, kwargs in calls:
-        torch.testing.assert_close(compiled(*args, **kwargs), attend(*args, **kwargs), equal_nan=True)
+    with attngen.record() as reports:
+        for args, kwargs in calls:
+            torch.testing.assert_close(compiled(*args, **kwargs), attend(*args, **kwargs), equal_nan=True)
+    sites = [site for report in reports for site in report.sites]
+    assert len(sites) == len(reports)
+    computed = {site.computes.split(", ")[0] for site in sites if site.status == "replaced"}
+    assert computed == {f"softmax({x})" for x in expected}
+    missed = [site for site in sites if site.status == "missed"]
+    assert bool(missed) == (dynamic is not False)
+    assert all(site.reason.startswith("it takes a number that may change") for site in missed)
 
 
 def test_an_input_written_between_is_left_alone() -> None:
@@ -417,6 +440,37 @@ def test_opcheck(trains: bool) -> None:
     assert known is not None and known[0].lse == trains
     args = verify.sample_inputs(known[0], Problem((2, 2), 8, 8))
     torch.library.opcheck(getattr(torch.ops.attngen, name).default, [x.requires_grad_(trains) for x in args])
+
+
+BACKENDS, PRODUCTS = torch.backends, torch.backends.cuda.matmul
+PRECISIONS: dict[str, tuple[list[tuple[Any, str, Any]], bool]] = {
+    "default": ([], False),
+    "allowed": ([(PRODUCTS, "allow_tf32", True)], True),
+    "tf32": ([(PRODUCTS, "fp32_precision", "tf32")], True),
+    "everywhere": ([(BACKENDS, "fp32_precision", "tf32")], True),
+    "but_not_here": ([(BACKENDS, "fp32_precision", "tf32"), (PRODUCTS, "fp32_precision", "ieee")], False),
+}
+
+
+@pytest.fixture
+def precision(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """What products of float32 numbers may be made in, said to torch by its older or newer names; whether in 10 bits."""
+    settings, expected = PRECISIONS[request.param]
+    before = [(place, place.fp32_precision) for place in (BACKENDS, PRODUCTS)]
+    for place, name, value in settings:
+        setattr(place, name, value)
+    yield expected
+    torch.set_float32_matmul_precision("highest")
+    for place, known in before:
+        place.fp32_precision = known
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, indirect=True)
+def test_float32_is_multiplied_in_tensorfloat_only_where_the_user_allows_it(precision: bool) -> None:
+    for dtype, expected in ((torch.float32, precision), (torch.float16, False)):
+        _, reports = run(attend, *(x.to(dtype) for x in qkv()))
+        known = runtime.registered(reports[0].sites[0].operator.split("::")[1])
+        assert known is not None and known[0].tf32 == expected
 
 
 def test_identical_sites_share_one_operator() -> None:

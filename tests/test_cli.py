@@ -94,7 +94,10 @@ def optimized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subproces
         pytest.skip(NO_INTERPRETER)
     folder = tmp_path_factory.mktemp("optimized")
     (folder / "model.py").write_text(ATTENTION)
-    command = [sys.executable, "-c", "from attngen.cli import main; main()", "optimize", "model.py", "--json"]
+    for library in ("cuda", "numpy"):  # which torch looks for as it is imported, also in processes that compile and verify
+        (folder / f"{library}.py").write_text("raise RuntimeError('a file of the user was imported')")
+    code = "import sys; sys.path.remove(''); from attngen.cli import main; main()"  # as the installed command begins
+    command = [sys.executable, "-c", code, "optimize", "model.py", "--json"]
     environment = {**os.environ, "ATTNGEN_CACHE_DIR": str(folder / "cache"), "CUDA_VISIBLE_DEVICES": ""}
     return folder, subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
@@ -315,7 +318,15 @@ def test_target_decides_what_is_planned_for() -> None:
         pytest.param("import nowhere_at_all", 3, "ModuleNotFoundError", id="import"),
         pytest.param("import torch", 3, "names no model", id="no model"),
         pytest.param("model = print", 3, "names no inputs", id="no inputs"),
-        pytest.param(f"{PLAIN}example_inputs = torch.ones(2)", 4, "TypeError", id="too few inputs"),
+        pytest.param(
+            f"{PLAIN}example_inputs = torch.ones(2)",
+            4, "TypeError: model() missing 2 required positional arguments: 'k' and 'v'\n  It is called as model(q, k, v).",
+            id="too few inputs",
+        ),
+        pytest.param(
+            "import torch\nmodel = torch.nn.Linear(2, 2)\nexample_inputs = {'x': torch.ones(2)}",
+            4, "unexpected keyword argument 'x'\n  It is called as model(input).", id="another keyword",
+        ),
         pytest.param(
             "import torch\ndef model(x):\n    raise ValueError('too long')\nexample_inputs = torch.ones(2)",
             4, "ValueError: too long\n  at {path}:3", id="model raises",

@@ -35,7 +35,7 @@ def test_mypy(tmp_path: Path) -> None:
 
 # Each group may import from its own and from groups before it.
 LAYERS = (
-    {"errors", "paths", "compat", "index", "philox", "device", "measure", "barriers", "proxies", "registers"},
+    {"errors", "paths", "compat", "index", "philox", "device", "measure", "barriers", "proxies", "registers", "processes"},
     {"algebra", "text", "evaluate", "abbreviate"},
     {"guards", "renormaliser", "normaliser", "spec", "inequalities", "mask", "naming", "parcel"},
     {"printer", "work", "formulas", "blockwise", "layout", "simulator", "gluon"},

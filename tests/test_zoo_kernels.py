@@ -22,7 +22,7 @@ from test_models_half import in_dtype, short
 from torch import Tensor
 
 from attngen import compat
-from attngen.aot import Binary, Job, begin
+from attngen.aot import Binary, Job, begin, compile_all
 from attngen.blockwise import sizes_of
 from attngen.choose import Plan, choose
 from attngen.device import DEVICES
@@ -146,6 +146,7 @@ LONG = {
     80: ("bert_eager", "mha_both"),
 }
 LENGTH = 1000
+TRADED = 8  # bytes of stack per thread
 WANTED_BINARIES: list[tuple[int, str, int | None]] = [
     (arch, name, None) for arch, (_, names) in COMPILED.items() for name in names
 ]
@@ -157,15 +158,32 @@ Binaries = dict[tuple[int, str, int | None], Binary | VerificationFailed]
 @pytest.fixture(scope="session")
 def binaries(tmp_path_factory: pytest.TempPathFactory, sites: Sites) -> Binaries:
     """All of them compiled side by side and from nothing."""
-    running = []
+    running, jobs = [], {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         for arch, (device, _) in COMPILED.items():
             folder = tmp_path_factory.mktemp(f"sm{arch}")
             wanted = [key for key in WANTED_BINARIES if key[0] == arch]
-            jobs = [job(sites[name, 0, torch.float16], device, length, folder) for _, name, length in wanted]
-            running.append((wanted, begin(jobs, arch, workers=1)))
-        return {key: b for wanted, c in running for key, b in zip(wanted, c.results(), strict=True)}
+            jobs |= {key: job(sites[key[1], 0, torch.float16], device, key[2], folder) for key in wanted}
+            running.append((wanted, begin([jobs[key] for key in wanted], arch, workers=1)))
+        found = {key: b for wanted, c in running for key, b in zip(wanted, c.results(), strict=True)}
+        return found | {key: again(jobs[key], found[key], key[0]) for key in found if key[2] is None}
+
+
+def again(job: Job, made: Binary | VerificationFailed, arch: int) -> Binary | VerificationFailed:
+    """What was ``made``, or what is made where all registers may be taken, if a word or two was spilled to take fewer.
+
+    NVIDIA's assembler spills that much where one more program then fits on a multiprocessor: 64 registers and 8 bytes in
+    place of 76, say. It does not if it is told of a limit: what is spilled even then is for lack of registers.
+    """
+    if not isinstance(made, Binary) or not 0 < made.spills <= TRADED:
+        return made
+    text = job.source.read_text()
+    path = job.source.with_stem(f"{job.source.stem}_limited")
+    path.write_text(text.replace("num_warps=NUM_WARPS,", "num_warps=NUM_WARPS, maxnreg=255,"))
+    assert path.read_text() != text
+    (limited,) = compile_all([replace(job, source=path)], arch)
+    return limited
 
 
 def job(site: SiteKernel, device: str, length: int | None, folder: Path) -> Job:

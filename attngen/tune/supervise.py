@@ -6,7 +6,6 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -17,10 +16,10 @@ from typing import IO
 
 from pydantic import ValidationError
 
-from attngen import parcel
+from attngen import parcel, processes
 from attngen.tune.messages import LONGEST_REASON, Message, Task
 
-COMMAND = (sys.executable, "-m", "attngen.tune.worker")
+COMMAND = tuple(processes.command("attngen.tune.worker"))
 STEP = 120.0  # seconds for one step of a candidate: to compile it, to check it, to time a call
 ENDING = 10.0  # seconds that a process which has nothing more to say may take to end
 LONGEST_LINE = 10_000
