@@ -36,6 +36,7 @@ HOPPER = {
     "hopper_leaves_rows": ("fill_shows", PERSISTENT),
     "hopper_documents": ("documents", PERSISTENT),
     "hopper_padding": ("fill_shows_padding", GRID),
+    "hopper_dropped": ("dropped", PERSISTENT),
 }
 NAMES = (*PORTABLE, BEHIND, *HOPPER)
 GRADIENTS_BEHIND = "gradients_behind"
@@ -46,6 +47,7 @@ GRADIENTS = {  # of which case, and whether by the kernels of the hopper family
     "gradients_of_a_table": ("table_cross", True),
     "gradients_documents": ("documents", True),
     "gradients_leave_rows": ("fill_shows", True),
+    "gradients_dropped": ("dropped", True),
     GRADIENTS_BEHIND: ("fill_shows", False),
 }
 KERNELS = {  # where they are not three
