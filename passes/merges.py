@@ -19,19 +19,21 @@ from functools import partial, reduce
 import torch
 from torch import fx
 
-from attngen.algebra import BOOLEAN, Access, Const, Dot, Expr, Load, Op, Reduce, number, op, substitute, terms
+from attngen.algebra import BOOLEAN, Access, Dot, Expr, Op, Reduce, number, op, substitute, terms
 from attngen.index import Axis, numbered
 from attngen.passes import effects
 from attngen.passes.arrange import NotYet, Piece, Scribe, is_plain, pieces
-from attngen.passes.candidates import Marks, divided
+from attngen.passes.candidates import Marks, divided, is_sum
+from attngen.passes.maxima import Shifts, is_zero, may_be_anything, negated
 from attngen.passes.memory import storage
-from attngen.passes.semantics import Reader, TooMuch, dtype_of, is_tensor, op_name, shape_of
+from attngen.passes.semantics import Reader, TooMuch, bind, dtype_of, is_tensor, op_name, shape_of
 
 _KEY = Axis("merged", 2)  # along which pieces are joined, however many they are
 _MOST = 8  # pieces
 MASKING = -1e3  # a score this low is masked
 
 Monomial = frozenset[tuple[Expr, int]]  # the terms of an exponent, which is summed over ``_KEY``
+Sum = frozenset[tuple[Monomial, int]]
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class _Quotient:
     """``exp(exponent) * (sums above) / (sums below)``, where each sum is of exponentials summed over keys."""
 
     exponent: Counter[Expr] = field(default_factory=Counter)
-    above: Counter[frozenset[tuple[Monomial, int]]] = field(default_factory=Counter)
-    below: Counter[frozenset[tuple[Monomial, int]]] = field(default_factory=Counter)
+    above: Counter[Sum] = field(default_factory=Counter)
+    below: Counter[Sum] = field(default_factory=Counter)
 
 
 class _Other(Exception):
@@ -61,15 +63,16 @@ def run(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     marks = Marks()
     for node in graph.nodes:
         marks.add(node)
-    ends = [divided(node) or node for node in graph.nodes if _adds_up(node, marks)]
-    if not ends:
+    added = [node for node in graph.nodes if _adds_up(node, marks) or _adds_stacked(node, marks)]
+    if not added:
         return {}
     facts = effects.run(graph)
     reader = Reader(graph, facts.stale, level=marks.level_of)
     fixed = frozenset(n for n in graph.nodes if is_tensor(n) and storage(n) not in facts.writes) - facts.cut
-    moved = {}
-    for end in ends:
-        if end in fixed and (whole := _merged(end, reader, Scribe(end, facts.order, fixed))) is not None:
+    moved: dict[fx.Node, fx.Node] = {}
+    for end in reversed([divided(node) or node for node in added]):  # what was merged so far is part of what comes later
+        live = effects.run(graph).live if moved else facts.live
+        if end in fixed and end in live and (whole := _merged(end, reader, Scribe(end, facts.order, fixed))) is not None:
             whole.meta = dict(end.meta)
             end.replace_all_uses_with(whole)
             moved[end] = whole
@@ -83,23 +86,30 @@ def _adds_up(node: fx.Node, marks: Marks) -> bool:
     return any(marks.highest(n.all_input_nodes) >= 2 for n in node.all_input_nodes)
 
 
+def _adds_stacked(node: fx.Node, marks: Marks) -> bool:
+    """A sum of a few stacked tensors, made of exponentials."""
+    return is_sum(node) and marks.highest(node.all_input_nodes) >= 2 and len(bind(node).get("dim") or []) == 1
+
+
 def _is_addition(node: fx.Node, marks: Marks) -> bool:
     return op_name(node) == "add" and sum(n in marks.pairs for n in node.all_input_nodes) == 2
 
 
 def _merged(end: fx.Node, reader: Reader, scribe: Scribe) -> fx.Node | None:
     axes = tuple(numbered(f"o{d}", size) for d, size in enumerate(shape_of(end)))
+    shifts = Shifts()
     try:
-        parts = _linear(reader.at(end, axes))
+        parts = _linear(shifts.opened(reader.at(end, axes)))
         if not 1 < len(parts) <= _MOST:
             return None
-        sides = [_sides(part, reader) for part in parts]
-        exponents = _exponents([weight for weight, _, _ in sides], [key for _, _, key in sides])
-        by_log = any(isinstance(n, Op) and n.name == "log" for weight, _, _ in sides for n in weight.walk())
-        lowest = MASKING if by_log else -math.inf
-        scores = [_piece_of(e, key, lowest, reader) for e, (_, _, key) in zip(exponents, sides, strict=True)]
+        sides = [_sides(part, reader, shifts) for part in parts]
+        shifts.note([weight for weight, _, _ in sides])
+        exponents, divisor = _exponents([weight for weight, _, _ in sides], [key for _, _, key in sides], shifts)
+        if not _is_known(shifts, sides, exponents) or not shifts.is_needless(divisor):
+            return None
+        scores = [_piece_of(e, key, reader) for e, (_, _, key) in zip(exponents, sides, strict=True)]
         values = [_values(reader, access, key) for _, access, key in sides]
-        return _written(axes, scores, values, dtype_of(end), scribe)
+        return _written(axes, scores, values, dtype_of(end), scribe, safe=shifts.makes_zeros())
     except (_Other, NotYet, TooMuch, RecursionError):
         return None
 
@@ -109,8 +119,8 @@ def _merged(end: fx.Node, reader: Reader, scribe: Scribe) -> fx.Node | None:
 
 def _linear(expr: Expr) -> list[_Term]:
     """The products with values that ``expr`` adds up, and what each is multiplied with."""
-    if isinstance(expr, Dot):
-        return [_Term(expr)]
+    if isinstance(expr, Dot) or is_zero(expr):
+        return [_Term(expr)] if isinstance(expr, Dot) else []
     if isinstance(expr, Op) and expr.name == "add":
         return [*_linear(expr.args[0]), *_linear(expr.args[1])]
     if isinstance(expr, Op) and expr.name in ("mul", "div"):
@@ -119,6 +129,8 @@ def _linear(expr: Expr) -> list[_Term]:
             left, right = right, left
         if expr.name == "mul":
             return [replace(term, factors=(*term.factors, right)) for term in _linear(left)]
+        if is_zero(left):
+            _monomials(right)
         return [replace(term, divisors=(*term.divisors, right)) for term in _linear(left)]
     raise _Other
 
@@ -129,23 +141,24 @@ def _is_sum_of_products(expr: Expr) -> bool:
     return isinstance(expr, Dot)
 
 
-def _sides(term: _Term, reader: Reader) -> tuple[Expr, Access, Axis]:
+def _sides(term: _Term, reader: Reader, shifts: Shifts) -> tuple[Expr, Access, Axis]:
     """The weight, which is made of exponentials, the values, and the keys that are summed over."""
     dot = term.product
-    sides = [(a, b) for a, b in ((dot.lhs, dot.rhs), (dot.rhs, dot.lhs)) if reader.is_power(a.source)]  # type: ignore[arg-type]
+    sides = [(a, b) for a, b in ((dot.lhs, dot.rhs), (dot.rhs, dot.lhs)) if reader.level(a.source) >= 2]  # type: ignore[arg-type]
     if len(sides) != 1 or not dot.axis.extent.is_Integer:
         raise _Other
     ((weights, values),) = sides
     place = tuple(place.value for place in weights.index)  # type: ignore[attr-defined]
-    weight = reduce(partial(op, "mul"), term.factors, reader.at(weights.source, place))  # type: ignore[arg-type]
-    return reduce(partial(op, "div"), term.divisors, weight), values, dot.axis
+    weight = shifts.opened(reader.at(weights.source, place))  # type: ignore[arg-type]
+    weight = reduce(partial(op, "mul"), term.factors, weight)
+    return reduce(partial(op, "div"), map(shifts.unguarded, term.divisors), weight), values, dot.axis
 
 
 # ------------------------------------------------------------------------------------------------------------- proving
 
 
-def _exponents(weights: Sequence[Expr], keys: Sequence[Axis]) -> list[Counter[Expr]]:
-    """The scores that the weights are one softmax of, less what is the same in all of them."""
+def _exponents(weights: Sequence[Expr], keys: Sequence[Axis], shifts: Shifts) -> tuple[list[Counter[Expr]], Sum]:
+    """The scores that the weights are one softmax of, less the maximum of all of them; and what they are divided by."""
     read = [_quotient(weight) for weight in weights]
     for each in read:
         common = each.above & each.below
@@ -156,10 +169,10 @@ def _exponents(weights: Sequence[Expr], keys: Sequence[Axis]) -> list[Counter[Ex
     named = [_monomial(each.exponent, key) for each, key in zip(read, keys, strict=True)]
     if Counter(named) != Counter(dict(whole)):
         raise _Other
-    shared = Counter({e: n for e, n in read[0].exponent.items() if not any(key in e.axes for key in keys)})
+    shared = Counter({e: n for e, n in read[0].exponent.items() if (negated(e) or e) in shifts.found})
     for each in read:
         shared &= each.exponent
-    return [each.exponent - shared for each in read]
+    return [each.exponent - shared for each in read], whole
 
 
 def _quotient(expr: Expr) -> _Quotient:
@@ -177,9 +190,9 @@ def _power(exponent: Expr) -> _Quotient:
     """``exp(x + log(z) - log(w)) = exp(x) * z / w``."""
     found = _Quotient()
     for term in terms(exponent):
-        negative = isinstance(term, Op) and term.name == "mul" and term.args[1] == Const(-1.0)
-        inner = term.args[0] if isinstance(term, Op) and negative else term
-        if not (isinstance(inner, Op) and inner.name == "log"):
+        inner = negated(term) or term
+        negative = inner is not term
+        if not (isinstance(inner, Op) and _is_log_of_sums(inner)):
             found.exponent = _added(found.exponent, Counter([term]))
             continue
         of_log = _quotient(inner.args[0])
@@ -189,12 +202,18 @@ def _power(exponent: Expr) -> _Quotient:
     return found
 
 
-def _sum(expr: Expr) -> frozenset[tuple[Monomial, int]]:
+def _is_log_of_sums(expr: Expr) -> bool:
+    return isinstance(expr, Op) and expr.name == "log" and any(isinstance(node, Reduce) for node in expr.walk())
+
+
+def _sum(expr: Expr) -> Sum:
     """A sum of exponentials over keys, and of such sums times exponentials."""
     return frozenset(Counter(_monomials(expr)).items())
 
 
 def _monomials(expr: Expr) -> list[Monomial]:
+    if is_zero(expr):
+        return []
     if isinstance(expr, Op) and expr.name == "add":
         return [*_monomials(expr.args[0]), *_monomials(expr.args[1])]
     if isinstance(expr, Reduce):
@@ -234,29 +253,37 @@ def _added(left: Counter[Expr], right: Counter[Expr]) -> Counter[Expr]:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def _piece_of(exponent: Counter[Expr], key: Axis, lowest: float, reader: Reader) -> Piece:
-    """The tensor that holds these scores. None may be as low as ``lowest``.
+def _is_known(shifts: Shifts, sides: Sequence[tuple[Expr, Access, Axis]], scores: Sequence[Counter[Expr]]) -> bool:
+    """The pieces make NaN of a row where one softmax does, and lose no row of numbers as low as masks are.
 
-    A piece of -inf throughout makes NaN, where all pieces may not; and beside numbers as low as masks are, the logarithm of
-    how many there are is lost to rounding.
+    A piece of -inf throughout makes NaN by its own maximum, or its log-sum-exp. Beside numbers as low as masks are, the
+    logarithm of how many there are is lost to rounding; and where no maximum is taken off, nothing is left of them.
     """
-    if any(_may_be_as_low(term, key, lowest) for term in exponent):
-        raise _Other
+    by_log = any(_is_log_of_sums(node) for weight, _, _ in sides for node in weight.walk())
+    if shifts.found and not by_log:
+        again = any(len(_quotient(weight).below) > 1 for weight, _, _ in sides)  # sums that cancel, if they are not zero
+        return shifts.has_keys() if again else shifts.whatever_is_loaded() or shifts.by_position()
+    pairs = zip(scores, sides, strict=True)
+    return not any(_may_be_low(term, key, by_log=by_log) for each, (_, _, key) in pairs for term in each)
+
+
+def _may_be_low(expr: Expr, key: Axis, *, by_log: bool) -> bool:
+    """A number as low as masks are, or something loaded that moves with the keys, other than in a condition."""
+    if may_be_anything(expr, key):
+        return True
+    if isinstance(expr, Op):
+        branches = expr.args[expr.name == "where" :]
+        return expr.name not in BOOLEAN and any(_may_be_low(e, key, by_log=by_log) for e in branches)
+    value = number(expr)
+    return value is not None and value <= MASKING and (by_log or value > -math.inf)
+
+
+def _piece_of(exponent: Counter[Expr], key: Axis, reader: Reader) -> Piece:
+    """The tensor that holds these scores."""
     for expr, (node, index) in reader.provenance.items():
         if key in expr.axes and Counter(terms(expr)) == exponent and is_plain(index, shape_of(node)):
             return Piece(node, index).renamed({key: _KEY})
     raise _Other
-
-
-def _may_be_as_low(expr: Expr, key: Axis, lowest: float) -> bool:
-    """A number that low, or something loaded that moves with the keys, other than in a condition."""
-    if isinstance(expr, Load):
-        return expr.kind == "float" and key in expr.axes
-    if isinstance(expr, Op):
-        branches = expr.args[expr.name == "where" :]
-        return expr.name not in BOOLEAN and any(_may_be_as_low(e, key, lowest) for e in branches)
-    value = number(expr)
-    return value is not None and value <= lowest
 
 
 def _values(reader: Reader, access: Access, key: Axis) -> Piece:
@@ -267,13 +294,14 @@ def _values(reader: Reader, access: Access, key: Axis) -> Piece:
 
 
 def _written(
-    axes: Sequence[Axis], scores: Sequence[Piece], values: Sequence[Piece], dtype: torch.dtype, scribe: Scribe
+    axes: Sequence[Axis], scores: Sequence[Piece], values: Sequence[Piece], dtype: torch.dtype, scribe: Scribe, *, safe: bool
 ) -> fx.Node:
     features = [axis for axis in axes if any(axis in piece.axes for piece in values)]
     moving = {axis for piece in scores for axis in piece.axes}
     rows = [axis for axis in axes if axis in moving or axis not in features]  # one of one element moves neither
     whole = scribe.joined(scores, [*rows, _KEY], _KEY, dtype_of(scores[0].node))
-    weights = scribe.call(torch.ops.aten.softmax.int, whole, -1)
+    softmax = torch.ops.aten._safe_softmax.default if safe else torch.ops.aten.softmax.int
+    weights = scribe.call(softmax, whole, -1)
     if dtype_of(weights) != dtype:
         weights = scribe.call(torch.ops.aten.to.dtype, weights, dtype)
     joined = scribe.joined(values, [*features, _KEY], _KEY, dtype)
