@@ -44,7 +44,7 @@ class Shifts:
 
     found: set[Expr] = field(default_factory=set)
     guarded: set[Expr] = field(default_factory=set)
-    limits: set[float] = field(default_factory=set)  # what sums are guarded with, against dividing by zero
+    sums: set[Expr] = field(default_factory=set)  # that are guarded against being zero
 
     def opened(self, expr: Expr) -> Expr:
         """``where(m == -inf, 0, m) --> m`` in what is taken off exponents."""
@@ -60,8 +60,8 @@ class Shifts:
     def unguarded(self, divisor: Expr) -> Expr:
         """``max(z, c)``, ``z + c``, ``where(z == 0, c, z) --> z``: to be proved needless but where ``z`` is zero."""
         known = _without_guard(divisor)
-        self.limits |= set() if known is None else {known[1]}
-        return divisor if known is None else known[0]
+        self.sums |= set() if known is None else {known}
+        return divisor if known is None else known
 
     def note(self, exprs: Iterable[Expr]) -> None:
         """Find all maxima that exponents have as terms."""
@@ -83,29 +83,30 @@ class Shifts:
         """Each maximum is over some key that is not masked, so that the sum of what is relative to it is not zero."""
         return all(_is_above(shift, _has_a_key, set()) for shift in self.found)
 
-    def is_needless(self, whole: Iterable[tuple[Iterable[tuple[Expr, int]], int]]) -> bool:
-        """No guard changes the sum that everything is divided by: it is zero, or one and more, as its largest term is one."""
-        return not self.limits or any(_is_largest(shift, [dict(power) for power, _ in whole]) for shift in self.found)
+    def are_needless(self, monomials: Callable[[Expr], list[frozenset[tuple[Expr, int]]]]) -> bool:
+        """No guard changes a sum of such exponentials: it is zero, or one and more, as its largest term is one."""
+        powers = [[dict(power) for power in monomials(whole)] for whole in self.sums]
+        return all(any(_is_largest(shift, each) for shift in self.found) for each in powers)
 
     def makes_zeros(self) -> bool:
         """A row without any key is zero over a guard. Else zero over zero."""
-        return bool(self.limits) and self.whatever_is_loaded()
+        return bool(self.sums) and self.whatever_is_loaded()
 
 
-def _without_guard(divisor: Expr) -> tuple[Expr, float] | None:
+def _without_guard(divisor: Expr) -> Expr | None:
     if not isinstance(divisor, Op):
         return None
     if divisor.name == "where":
         condition, yes, no = divisor.args
         for guard, whole, name in ((yes, no, "eq"), (no, yes, "ne")):
             if number(guard) and condition in (Op(name, (whole, Const(0.0))), Op(name, (whole, integer(0)))):
-                return whole, 0.0
+                return whole
         return None
     limits = [value for arg in divisor.args if (value := number(arg)) is not None]
     highest = {"max": 1.0, "add": LOST}.get(divisor.name, 0.0)
     if len(limits) != 1 or not 0 < limits[0] < highest:
         return None
-    return next(arg for arg in divisor.args if number(arg) is None), limits[0]
+    return next(arg for arg in divisor.args if number(arg) is None)
 
 
 def _is_largest(shift: Expr, powers: list[dict[Expr, int]]) -> bool:

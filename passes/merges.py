@@ -13,49 +13,34 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 
 import torch
 from torch import fx
 
-from attngen.algebra import BOOLEAN, Access, Dot, Expr, Op, Reduce, number, op, substitute, terms
+from attngen.algebra import BOOLEAN, ONE, Access, Const, Dot, Expr, Op, number, op, terms
 from attngen.index import Axis, numbered
 from attngen.passes import effects
 from attngen.passes.arrange import NotYet, Piece, Scribe, is_plain, pieces
 from attngen.passes.candidates import Marks, divided, is_sum
 from attngen.passes.maxima import Shifts, is_zero, may_be_anything, negated
 from attngen.passes.memory import storage
+from attngen.passes.powers import Other, is_log_of_sums, monomial, monomials, plain, quotient
 from attngen.passes.semantics import Reader, TooMuch, bind, dtype_of, is_tensor, op_name, shape_of
 
 _KEY = Axis("merged", 2)  # along which pieces are joined, however many they are
 _MOST = 8  # pieces
 MASKING = -1e3  # a score this low is masked
 
-Monomial = frozenset[tuple[Expr, int]]  # the terms of an exponent, which is summed over ``_KEY``
-Sum = frozenset[tuple[Monomial, int]]
-
-
 @dataclass(frozen=True)
 class _Term:
-    """``weights * values`` summed over ``key``; the weights are the product of ``factors``, over the ``divisors``."""
+    """A product with values times ``factors``, over ``divisors``, that is added or subtracted."""
 
     product: Dot
+    sign: int = 1
     factors: tuple[Expr, ...] = ()
     divisors: tuple[Expr, ...] = ()
-
-
-@dataclass
-class _Quotient:
-    """``exp(exponent) * (sums above) / (sums below)``, where each sum is of exponentials summed over keys."""
-
-    exponent: Counter[Expr] = field(default_factory=Counter)
-    above: Counter[Sum] = field(default_factory=Counter)
-    below: Counter[Sum] = field(default_factory=Counter)
-
-
-class _Other(Exception):
-    """Not made of exponentials and their sums."""
 
 
 def run(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
@@ -92,25 +77,28 @@ def _adds_stacked(node: fx.Node, marks: Marks) -> bool:
 
 
 def _is_addition(node: fx.Node, marks: Marks) -> bool:
-    return op_name(node) == "add" and sum(n in marks.pairs for n in node.all_input_nodes) == 2
+    """Of products, or of one to what was zero before the first piece."""
+    inputs = node.all_input_nodes
+    products = sum(n in marks.pairs for n in inputs)
+    return op_name(node) in ("add", "sub") and len(inputs) == 2 and products >= (1 if marks.highest(inputs) >= 2 else 2)
 
 
 def _merged(end: fx.Node, reader: Reader, scribe: Scribe) -> fx.Node | None:
     axes = tuple(numbered(f"o{d}", size) for d, size in enumerate(shape_of(end)))
     shifts = Shifts()
     try:
-        parts = _linear(shifts.opened(reader.at(end, axes)))
-        if not 1 < len(parts) <= _MOST:
+        parts = _by_product(_linear(plain(shifts.opened(reader.at(end, axes)))))
+        if not 1 <= len(parts) <= _MOST:
             return None
-        sides = [_sides(part, reader, shifts) for part in parts]
+        sides = [_sides(product, terms, reader, shifts) for product, terms in parts.items()]
         shifts.note([weight for weight, _, _ in sides])
-        exponents, divisor = _exponents([weight for weight, _, _ in sides], [key for _, _, key in sides], shifts)
-        if not _is_known(shifts, sides, exponents) or not shifts.is_needless(divisor):
+        exponents = _exponents(sides, shifts)
+        if not _is_known(shifts, sides, exponents):
             return None
         scores = [_piece_of(e, key, reader) for e, (_, _, key) in zip(exponents, sides, strict=True)]
         values = [_values(reader, access, key) for _, access, key in sides]
         return _written(axes, scores, values, dtype_of(end), scribe, safe=shifts.makes_zeros())
-    except (_Other, NotYet, TooMuch, RecursionError):
+    except (Other, NotYet, TooMuch, RecursionError):
         return None
 
 
@@ -121,133 +109,67 @@ def _linear(expr: Expr) -> list[_Term]:
     """The products with values that ``expr`` adds up, and what each is multiplied with."""
     if isinstance(expr, Dot) or is_zero(expr):
         return [_Term(expr)] if isinstance(expr, Dot) else []
-    if isinstance(expr, Op) and expr.name == "add":
-        return [*_linear(expr.args[0]), *_linear(expr.args[1])]
-    if isinstance(expr, Op) and expr.name in ("mul", "div"):
-        left, right = expr.args
-        if expr.name == "mul" and not _is_sum_of_products(left):
-            left, right = right, left
-        if expr.name == "mul":
-            return [replace(term, factors=(*term.factors, right)) for term in _linear(left)]
-        if is_zero(left):
-            _monomials(right)
-        return [replace(term, divisors=(*term.divisors, right)) for term in _linear(left)]
-    raise _Other
+    if not (isinstance(expr, Op) and expr.name in ("add", "sub", "mul", "div")):
+        raise Other
+    left, right = expr.args
+    if expr.name == "add":
+        return [*_linear(left), *_linear(right)]
+    if expr.name == "sub":
+        return [*_linear(left), *(replace(term, sign=-term.sign) for term in _linear(right))]
+    if expr.name == "mul" and not _is_sum_of_products(left):
+        left, right = right, left
+    if expr.name == "mul":
+        return [replace(term, factors=(*term.factors, right)) for term in _linear(left)]
+    if is_zero(left):
+        monomials(right)
+    return [replace(term, divisors=(*term.divisors, right)) for term in _linear(left)]
+
+
+def _by_product(found: Sequence[_Term]) -> dict[Dot, list[_Term]]:
+    parts: dict[Dot, list[_Term]] = {}
+    for term in found:
+        parts.setdefault(term.product, []).append(term)
+    return parts
 
 
 def _is_sum_of_products(expr: Expr) -> bool:
-    if isinstance(expr, Op) and expr.name in ("add", "mul", "div"):
+    if isinstance(expr, Op) and expr.name in ("add", "sub", "mul", "div"):
         return any(map(_is_sum_of_products, expr.args[: 1 if expr.name == "div" else 2]))
     return isinstance(expr, Dot)
 
 
-def _sides(term: _Term, reader: Reader, shifts: Shifts) -> tuple[Expr, Access, Axis]:
+def _sides(dot: Dot, found: Sequence[_Term], reader: Reader, shifts: Shifts) -> tuple[Expr, Access, Axis]:
     """The weight, which is made of exponentials, the values, and the keys that are summed over."""
-    dot = term.product
     sides = [(a, b) for a, b in ((dot.lhs, dot.rhs), (dot.rhs, dot.lhs)) if reader.level(a.source) >= 2]  # type: ignore[arg-type]
     if len(sides) != 1 or not dot.axis.extent.is_Integer:
-        raise _Other
+        raise Other
     ((weights, values),) = sides
     place = tuple(place.value for place in weights.index)  # type: ignore[attr-defined]
-    weight = shifts.opened(reader.at(weights.source, place))  # type: ignore[arg-type]
-    weight = reduce(partial(op, "mul"), term.factors, weight)
-    return reduce(partial(op, "div"), map(shifts.unguarded, term.divisors), weight), values, dot.axis
+    weight = plain(shifts.opened(reader.at(weights.source, place)))  # type: ignore[arg-type]
+    shares = []
+    for term in found:
+        share = reduce(partial(op, "mul"), term.factors, ONE)
+        share = reduce(partial(op, "div"), map(shifts.unguarded, term.divisors), share)
+        shares.append(share if term.sign > 0 else op("mul", share, Const(-1.0)))
+    return op("mul", weight, reduce(partial(op, "add"), shares)), values, dot.axis
 
 
 # ------------------------------------------------------------------------------------------------------------- proving
 
 
-def _exponents(weights: Sequence[Expr], keys: Sequence[Axis], shifts: Shifts) -> tuple[list[Counter[Expr]], Sum]:
-    """The scores that the weights are one softmax of, less the maximum of all of them; and what they are divided by."""
-    read = [_quotient(weight) for weight in weights]
-    for each in read:
-        common = each.above & each.below
-        each.above, each.below = each.above - common, each.below - common
-        if each.above or each.below != read[0].below or each.below.total() != 1:
-            raise _Other
+def _exponents(sides: Sequence[tuple[Expr, Access, Axis]], shifts: Shifts) -> list[Counter[Expr]]:
+    """The scores that the weights are one softmax of, less the maximum of all of them."""
+    read = [quotient(weight).reduced() for weight, _, _ in sides]
+    if any(each.above or each.below != read[0].below or each.below.total() != 1 for each in read):
+        raise Other
     (whole,) = read[0].below
-    named = [_monomial(each.exponent, key) for each, key in zip(read, keys, strict=True)]
-    if Counter(named) != Counter(dict(whole)):
-        raise _Other
+    named = [monomial(each.exponent, key) for each, (_, _, key) in zip(read, sides, strict=True)]
+    if Counter(named) != Counter(dict(whole)) or not shifts.are_needless(monomials):
+        raise Other
     shared = Counter({e: n for e, n in read[0].exponent.items() if (negated(e) or e) in shifts.found})
     for each in read:
         shared &= each.exponent
-    return [each.exponent - shared for each in read], whole
-
-
-def _quotient(expr: Expr) -> _Quotient:
-    if isinstance(expr, Op) and expr.name in ("mul", "div"):
-        left, right = map(_quotient, expr.args)
-        if expr.name == "div":
-            right = _Quotient(_negated(right.exponent), right.below, right.above)
-        return _Quotient(_added(left.exponent, right.exponent), left.above + right.above, left.below + right.below)
-    if isinstance(expr, Op) and expr.name == "exp":
-        return _power(expr.args[0])
-    return _Quotient(above=Counter([_sum(expr)]))
-
-
-def _power(exponent: Expr) -> _Quotient:
-    """``exp(x + log(z) - log(w)) = exp(x) * z / w``."""
-    found = _Quotient()
-    for term in terms(exponent):
-        inner = negated(term) or term
-        negative = inner is not term
-        if not (isinstance(inner, Op) and _is_log_of_sums(inner)):
-            found.exponent = _added(found.exponent, Counter([term]))
-            continue
-        of_log = _quotient(inner.args[0])
-        above, below = (of_log.below, of_log.above) if negative else (of_log.above, of_log.below)
-        found.above, found.below = found.above + above, found.below + below
-        found.exponent = _added(found.exponent, _negated(of_log.exponent) if negative else of_log.exponent)
-    return found
-
-
-def _is_log_of_sums(expr: Expr) -> bool:
-    return isinstance(expr, Op) and expr.name == "log" and any(isinstance(node, Reduce) for node in expr.walk())
-
-
-def _sum(expr: Expr) -> Sum:
-    """A sum of exponentials over keys, and of such sums times exponentials."""
-    return frozenset(Counter(_monomials(expr)).items())
-
-
-def _monomials(expr: Expr) -> list[Monomial]:
-    if is_zero(expr):
-        return []
-    if isinstance(expr, Op) and expr.name == "add":
-        return [*_monomials(expr.args[0]), *_monomials(expr.args[1])]
-    if isinstance(expr, Reduce):
-        inside = _quotient(expr.body) if expr.name == "sum" and not isinstance(expr.body, Reduce) else None
-        if inside is None or inside.above or inside.below:
-            raise _Other
-        return [_monomial(inside.exponent, expr.axis)]
-    if isinstance(expr, Op) and expr.name in ("mul", "div", "exp"):
-        found = _quotient(expr)
-        if found.below or found.above.total() != 1:
-            raise _Other
-        (whole,) = found.above
-        return [frozenset(_added(Counter(dict(m)), found.exponent).items()) for m, n in whole for _ in range(n)]
-    raise _Other
-
-
-def _monomial(exponent: Counter[Expr], key: Axis) -> Monomial:
-    merged = numbered("merged", key.extent)
-    return frozenset(Counter({substitute(e, {key: merged}): n for e, n in exponent.items()}).items())
-
-
-def _negated(exponent: Counter[Expr]) -> Counter[Expr]:
-    return Counter({e: n for term, n in exponent.items() for e in terms(term, -1.0)})
-
-
-def _added(left: Counter[Expr], right: Counter[Expr]) -> Counter[Expr]:
-    """Without what cancels."""
-    found = left + right
-    for term in list(found):
-        (against, *more) = terms(term, -1.0)
-        both = 0 if more else min(found[term], found[against])
-        found[term] -= both
-        found[against] -= both
-    return +found
+    return [each.exponent - shared for each in read]
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -259,9 +181,9 @@ def _is_known(shifts: Shifts, sides: Sequence[tuple[Expr, Access, Axis]], scores
     A piece of -inf throughout makes NaN by its own maximum, or its log-sum-exp. Beside numbers as low as masks are, the
     logarithm of how many there are is lost to rounding; and where no maximum is taken off, nothing is left of them.
     """
-    by_log = any(_is_log_of_sums(node) for weight, _, _ in sides for node in weight.walk())
+    by_log = any(is_log_of_sums(node) for weight, _, _ in sides for node in weight.walk())
     if shifts.found and not by_log:
-        again = any(len(_quotient(weight).below) > 1 for weight, _, _ in sides)  # sums that cancel, if they are not zero
+        again = any(len(quotient(weight).below) > 1 for weight, _, _ in sides)  # sums that cancel, if they are not zero
         return shifts.has_keys() if again else shifts.whatever_is_loaded() or shifts.by_position()
     pairs = zip(scores, sides, strict=True)
     return not any(_may_be_low(term, key, by_log=by_log) for each, (_, _, key) in pairs for term in each)
@@ -283,13 +205,13 @@ def _piece_of(exponent: Counter[Expr], key: Axis, reader: Reader) -> Piece:
     for expr, (node, index) in reader.provenance.items():
         if key in expr.axes and Counter(terms(expr)) == exponent and is_plain(index, shape_of(node)):
             return Piece(node, index).renamed({key: _KEY})
-    raise _Other
+    raise Other
 
 
 def _values(reader: Reader, access: Access, key: Axis) -> Piece:
     found = next((piece for piece in pieces(reader, access) if key in piece.axes), None)
     if found is None:
-        raise _Other
+        raise Other
     return found.renamed({key: _KEY})
 
 

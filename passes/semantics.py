@@ -198,7 +198,10 @@ class Reader:
 
     def level(self, node: fx.Node) -> int:
         """1: ``node`` is made of products, 2: of exponentials of these, 3: of weights."""
-        return self._level(node) if node.graph is self.graph else 0
+        node = self.resolve(node)
+        if node.graph is self.graph:
+            return self._level(node)
+        return max(map(self.level, node.all_input_nodes), default=0)
 
     def resolve(self, node: fx.Node) -> fx.Node:
         """The node of the graph itself that a placeholder inside a decomposition stands for."""
