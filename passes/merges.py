@@ -13,35 +13,23 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial, reduce
 
 import torch
 from torch import fx
 
-from attngen.algebra import BOOLEAN, ONE, Access, Const, Dot, Expr, Op, number, op, terms
+from attngen.algebra import BOOLEAN, ONE, Access, Dot, Expr, Op, number, op, terms
 from attngen.index import Axis, numbered
 from attngen.passes import effects
 from attngen.passes.arrange import NotYet, Piece, Scribe, is_plain, pieces
 from attngen.passes.candidates import Marks, divided, is_sum
 from attngen.passes.maxima import Shifts, is_zero, may_be_anything, negated
 from attngen.passes.memory import storage
-from attngen.passes.powers import Other, is_log_of_sums, monomial, monomials, plain, quotient
+from attngen.passes.powers import Other, divides_by_sums, is_log_of_sums, monomial, monomials, plain, quotient
 from attngen.passes.semantics import Reader, TooMuch, bind, dtype_of, is_tensor, op_name, shape_of
 
 _KEY = Axis("merged", 2)  # along which pieces are joined, however many they are
 _MOST = 8  # pieces
 MASKING = -1e3  # a score this low is masked
-
-@dataclass(frozen=True)
-class _Term:
-    """A product with values times ``factors``, over ``divisors``, that is added or subtracted."""
-
-    product: Dot
-    sign: int = 1
-    factors: tuple[Expr, ...] = ()
-    divisors: tuple[Expr, ...] = ()
-
 
 def run(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """Merge what comes in pieces. The nodes that held such results, and those that hold their values now."""
@@ -87,10 +75,12 @@ def _merged(end: fx.Node, reader: Reader, scribe: Scribe) -> fx.Node | None:
     axes = tuple(numbered(f"o{d}", size) for d, size in enumerate(shape_of(end)))
     shifts = Shifts()
     try:
-        parts = _by_product(_linear(plain(shifts.opened(reader.at(end, axes)))))
+        parts = _linear(plain(shifts.opened(reader.at(end, axes))), shifts)
         if not 1 <= len(parts) <= _MOST:
             return None
-        sides = [_sides(product, terms, reader, shifts) for product, terms in parts.items()]
+        if min(sign for sign, _ in parts.values()) < 0:
+            return None
+        sides = [_sides(product, share, reader, shifts) for product, (_, share) in parts.items()]
         shifts.note([weight for weight, _, _ in sides])
         exponents = _exponents(sides, shifts)
         if not _is_known(shifts, sides, exponents):
@@ -105,31 +95,27 @@ def _merged(end: fx.Node, reader: Reader, scribe: Scribe) -> fx.Node | None:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def _linear(expr: Expr) -> list[_Term]:
-    """The products with values that ``expr`` adds up, and what each is multiplied with."""
+def _linear(expr: Expr, shifts: Shifts) -> dict[Dot, tuple[int, Expr]]:
+    """The products with values that ``expr`` adds up, and what each is multiplied with: a sign, and what is positive."""
     if isinstance(expr, Dot) or is_zero(expr):
-        return [_Term(expr)] if isinstance(expr, Dot) else []
+        return {expr: (1, ONE)} if isinstance(expr, Dot) else {}
     if not (isinstance(expr, Op) and expr.name in ("add", "sub", "mul", "div")):
         raise Other
     left, right = expr.args
-    if expr.name == "add":
-        return [*_linear(left), *_linear(right)]
-    if expr.name == "sub":
-        return [*_linear(left), *(replace(term, sign=-term.sign) for term in _linear(right))]
+    if expr.name in ("add", "sub"):
+        found = _linear(left, shifts)
+        for product, (sign, share) in _linear(right, shifts).items():
+            sign = -sign if expr.name == "sub" else sign
+            known, other = found.get(product, (sign, None))
+            found[product] = known, share if other is None else op("add" if known == sign else "sub", other, share)
+        return found
     if expr.name == "mul" and not _is_sum_of_products(left):
         left, right = right, left
-    if expr.name == "mul":
-        return [replace(term, factors=(*term.factors, right)) for term in _linear(left)]
-    if is_zero(left):
-        monomials(right)
-    return [replace(term, divisors=(*term.divisors, right)) for term in _linear(left)]
-
-
-def _by_product(found: Sequence[_Term]) -> dict[Dot, list[_Term]]:
-    parts: dict[Dot, list[_Term]] = {}
-    for term in found:
-        parts.setdefault(term.product, []).append(term)
-    return parts
+    if expr.name == "div":
+        if is_zero(left):
+            monomials(right)
+        right = shifts.unguarded(right)
+    return {product: (sign, op(expr.name, share, right)) for product, (sign, share) in _linear(left, shifts).items()}
 
 
 def _is_sum_of_products(expr: Expr) -> bool:
@@ -138,7 +124,7 @@ def _is_sum_of_products(expr: Expr) -> bool:
     return isinstance(expr, Dot)
 
 
-def _sides(dot: Dot, found: Sequence[_Term], reader: Reader, shifts: Shifts) -> tuple[Expr, Access, Axis]:
+def _sides(dot: Dot, share: Expr, reader: Reader, shifts: Shifts) -> tuple[Expr, Access, Axis]:
     """The weight, which is made of exponentials, the values, and the keys that are summed over."""
     sides = [(a, b) for a, b in ((dot.lhs, dot.rhs), (dot.rhs, dot.lhs)) if reader.level(a.source) >= 2]  # type: ignore[arg-type]
     if len(sides) != 1 or not dot.axis.extent.is_Integer:
@@ -146,12 +132,7 @@ def _sides(dot: Dot, found: Sequence[_Term], reader: Reader, shifts: Shifts) -> 
     ((weights, values),) = sides
     place = tuple(place.value for place in weights.index)  # type: ignore[attr-defined]
     weight = plain(shifts.opened(reader.at(weights.source, place)))  # type: ignore[arg-type]
-    shares = []
-    for term in found:
-        share = reduce(partial(op, "mul"), term.factors, ONE)
-        share = reduce(partial(op, "div"), map(shifts.unguarded, term.divisors), share)
-        shares.append(share if term.sign > 0 else op("mul", share, Const(-1.0)))
-    return op("mul", weight, reduce(partial(op, "add"), shares)), values, dot.axis
+    return op("mul", weight, share), values, dot.axis
 
 
 # ------------------------------------------------------------------------------------------------------------- proving
@@ -159,7 +140,7 @@ def _sides(dot: Dot, found: Sequence[_Term], reader: Reader, shifts: Shifts) -> 
 
 def _exponents(sides: Sequence[tuple[Expr, Access, Axis]], shifts: Shifts) -> list[Counter[Expr]]:
     """The scores that the weights are one softmax of, less the maximum of all of them."""
-    read = [quotient(weight).reduced() for weight, _, _ in sides]
+    read = [quotient(weight) for weight, _, _ in sides]
     if any(each.above or each.below != read[0].below or each.below.total() != 1 for each in read):
         raise Other
     (whole,) = read[0].below
@@ -183,7 +164,7 @@ def _is_known(shifts: Shifts, sides: Sequence[tuple[Expr, Access, Axis]], scores
     """
     by_log = any(is_log_of_sums(node) for weight, _, _ in sides for node in weight.walk())
     if shifts.found and not by_log:
-        again = any(len(quotient(weight).below) > 1 for weight, _, _ in sides)  # sums that cancel, if they are not zero
+        again = any(divides_by_sums(weight) > 1 for weight, _, _ in sides)
         return shifts.has_keys() if again else shifts.whatever_is_loaded() or shifts.by_position()
     pairs = zip(scores, sides, strict=True)
     return not any(_may_be_low(term, key, by_log=by_log) for each, (_, _, key) in pairs for term in each)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from operator import or_
+from operator import and_, or_
 
 from attngen.algebra import ONE, Expr, Op, Reduce, number, op, substitute, terms, total, transform
 from attngen.index import Axis, numbered
@@ -48,7 +48,7 @@ def quotient(expr: Expr) -> Quotient:
         return Quotient()
     if isinstance(expr, Op) and expr.name in ("mul", "div"):
         left, right = map(quotient, expr.args)
-        return left.times(right if expr.name == "mul" else right.inverse())
+        return left.times(right if expr.name == "mul" else right.inverse()).reduced()
     if isinstance(expr, Op) and expr.name == "exp":
         return _power(expr.args[0])
     if isinstance(expr, Op) and expr.name == "sigmoid":
@@ -56,9 +56,9 @@ def quotient(expr: Expr) -> Quotient:
     try:
         return _of_sum(Counter(monomials(expr)))
     except Other:
-        parts = [(-1, inner) if (inner := negated(term)) is not None else (1, term) for term in terms(expr)]
-        if len(parts) < 2:
+        if not (isinstance(expr, Op) and expr.name in ("add", "sub")):
             raise
+        parts = [(1, expr.args[0]), (-1 if expr.name == "sub" else 1, expr.args[1])]
         return _added_up([(sign, quotient(part)) for sign, part in parts if not is_zero(part)])
 
 
@@ -72,11 +72,13 @@ def _power(exponent: Expr) -> Quotient:
             found = found.times(of_log if inner is None else of_log.inverse())
         else:
             found = found.times(Quotient(Counter([term])))
-    return found
+    return found.reduced()
 
 
 def _added_up(parts: Sequence[tuple[int, Quotient]]) -> Quotient:
-    """The sum of quotients, each with a sign, over all that any of them is divided by."""
+    """The sum of quotients, each with a sign, over all that any of them is divided by. What they share is taken out first."""
+    shared = Quotient(Counter(), *(reduce(and_, sums) for sums in zip(*((q.above, q.below) for _, q in parts), strict=True)))
+    parts = [(sign, each.times(shared.inverse()).reduced()) for sign, each in parts]
     below: Counter[Sum] = reduce(or_, (each.below for _, each in parts))
     found = Counter[Monomial]()
     for sign, each in parts:
@@ -89,7 +91,7 @@ def _added_up(parts: Sequence[tuple[int, Quotient]]) -> Quotient:
     found = Counter({power: count for power, count in found.items() if count})
     if not found or min(found.values()) < 0:
         raise Other
-    return _of_sum(found).times(Quotient(below=below)).reduced()
+    return _of_sum(found).times(Quotient(below=below)).times(shared).reduced()
 
 
 def _of_sum(powers: Counter[Monomial]) -> Quotient:
@@ -118,7 +120,7 @@ def monomials(expr: Expr) -> list[Monomial]:
             raise Other
         return [monomial(inside.exponent, expr.axis)]
     if isinstance(expr, Op) and expr.name in ("mul", "div", "exp"):
-        found = quotient(expr).reduced()
+        found = quotient(expr)
         if found.below or found.above.total() != 1:
             raise Other
         (whole,) = found.above
@@ -133,6 +135,12 @@ def monomial(exponent: Counter[Expr], key: Axis) -> Monomial:
 
 def is_log_of_sums(expr: Expr) -> bool:
     return isinstance(expr, Op) and expr.name == "log" and any(isinstance(node, Reduce) for node in expr.walk())
+
+
+def divides_by_sums(expr: Expr) -> int:
+    """How many times: sums that cancel are not zero."""
+    divisors = [node.args[1] for node in expr.walk() if isinstance(node, Op) and node.name == "div"]
+    return sum(any(isinstance(n, Reduce) and n.name == "sum" for n in divisor.walk()) for divisor in divisors)
 
 
 def plain(expr: Expr) -> Expr:

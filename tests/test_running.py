@@ -12,6 +12,7 @@ from test_inductor import EAGER
 from test_merges import LENGTH, PLACES, SIZE, inputs, scores
 from test_weights import Call
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 BLOCK = 16
 LOWEST = torch.finfo(torch.float32).min
@@ -118,6 +119,63 @@ def shares_by_logsumexp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (one.softmax(-1) @ v[:, :, :20]) * share[0] + (two.softmax(-1) @ v[:, :, 20:]) * share[1]
 
 
+def blocks(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Each block's result and log-sum-exp."""
+    parts = zip(k.split(BLOCK, 2), v.split(BLOCK, 2), strict=True)
+    return [(s.softmax(-1) @ vv, s.logsumexp(-1, keepdim=True)) for s, vv in ((scores(q, kk), vv) for kk, vv in parts)]
+
+
+def by_sigmoid(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As blocks are merged that come round a ring of GPUs."""
+    (out, lse), *rest = blocks(q, k, v)
+    for piece, other in rest:
+        out = out - torch.sigmoid(other - lse) * (out - piece)
+        lse = lse - logsigmoid(lse - other)
+    return out
+
+
+def by_softplus(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    (out, lse), *rest = blocks(q, k, v)
+    for piece, other in rest:
+        new = lse + torch.log(1 + torch.exp(other - lse))
+        out, lse = torch.exp(lse - new) * out + torch.exp(other - new) * piece, new
+    return out
+
+
+def maximum_and_logarithm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    parts = []
+    for kk, vv in zip(k.split([20, 28], 2), v.split([20, 28], 2), strict=True):
+        s = scores(q, kk)
+        largest = s.amax(-1, keepdim=True)
+        e = (s - largest).exp()
+        total = e.sum(-1, keepdim=True)
+        parts.append((e @ vv / total, largest + total.log()))
+    (one, a), (two, b) = parts
+    share = torch.sigmoid(b - a)
+    return one * (1 - share) + two * share
+
+
+def by_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    largest, sums, out = torch.full_like(q[..., 0], -math.inf), torch.zeros_like(q[..., 0]), torch.zeros_like(v)
+    for kk, vv in zip(k.split(BLOCK, 2), v.split(BLOCK, 2), strict=True):
+        s = torch.einsum("bhid,bhjd->bhij", q, kk) * 0.3
+        new = torch.maximum(largest, s.max(-1).values)
+        p, again = torch.exp(s - new[..., None]), torch.exp(largest - new)
+        sums, largest = sums * again + p.sum(-1), new
+        out = out * again[..., None] + torch.einsum("bhij,bhjd->bhid", p, vv)
+    return out / sums[..., None]
+
+
+def one_block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """No more keys than a block has."""
+    s = scores(q, k)
+    start = torch.full_like(q[..., :1], -math.inf)
+    largest = torch.maximum(start, s.amax(-1, keepdim=True))
+    p, again = torch.exp(s - largest), torch.exp(start - largest)
+    sums = torch.zeros_like(start) * again + p.sum(-1, keepdim=True)
+    return (torch.zeros_like(v) * again + p @ v) / sums
+
+
 def loaded(s: Tensor, keys: Tensor) -> Tensor:
     """A mask from data: -inf for a third of all keys, for all of some rows."""
     kept = (PLACES * 7 % 3)[keys].to(s.dtype)
@@ -141,6 +199,11 @@ FOUND = {
     "stacked with a guard": stacked(1e-8),
     "shares by softmax": shares_by_softmax,
     "shares by log-sum-exp": shares_by_logsumexp,
+    "by sigmoid": by_sigmoid,
+    "by softplus": by_softplus,
+    "maximum and logarithm": maximum_and_logarithm,
+    "einsum": by_einsum,
+    "one block": one_block,
 }
 
 
@@ -160,7 +223,43 @@ def test_replaced_with_its_gradient(name: str) -> None:
     assert_replaced_with_its_gradient(FOUND[name], inputs)
 
 
+def the_other_share(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    (out, lse), *rest = blocks(q, k, v)
+    for piece, other in rest:
+        out = out - torch.sigmoid(lse - other) * (out - piece)
+        lse = torch.logaddexp(lse, other)
+    return out
+
+
+def the_first_sum_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The running sum is not carried on."""
+    (out, lse), *rest = blocks(q, k, v)
+    for piece, other in rest:
+        out = out - torch.sigmoid(other - lse) * (out - piece)
+    return out
+
+
+def shares_that_add_up_to_more(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    (one, a), (two, b), _ = blocks(q, k, v)
+    share = torch.sigmoid(b - a)
+    return one * (2 - share) + two * share
+
+
+def masked_and_merged_by_sigmoid(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A block without keys is NaN, and so is all of its row."""
+    parts = []
+    for first in (0, 24):
+        s = causal(scores(q, k[:, :, first : first + 24]), torch.arange(first, first + 24))
+        parts.append((s.softmax(-1) @ v[:, :, first : first + 24], s.logsumexp(-1, keepdim=True)))
+    (one, a), (two, b) = parts
+    return one - torch.sigmoid(b - a) * (one - two)
+
+
 LEFT = {
+    "the other share": the_other_share,
+    "the first sum only": the_first_sum_only,
+    "shares that add up to more": shares_that_add_up_to_more,
+    "masked, by sigmoid": masked_and_merged_by_sigmoid,
     "a window, of which the first blocks are empty": running(window),
     "rows of nothing": running(nothing_at_all),
     "rows of nothing, stacked": stacked(1e-8, causal),
