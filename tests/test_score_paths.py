@@ -152,7 +152,15 @@ def bias_of_all_pieces(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(torch.cat([s[..., :9] + bias[:9].sin(), s[..., 9:] + bias[9:].sin()], -1), -1) @ v
 
 
+def a_size_that_is_a_tensor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``torch.div`` of numbers is a tensor, also where it is used as a size (Longformer)."""
+    half = torch.div(q.shape[2], 2, rounding_mode="floor")
+    bias = torch.cat([q.new_zeros((half,)), q.new_ones((half,))])
+    return torch.softmax(scores(q, k) + bias, -1) @ v
+
+
 FOUND = (
+    a_size_that_is_a_tensor,
     bias_by_piece,
     bias_of_all_pieces,
     slopes_by_distance,
