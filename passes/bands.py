@@ -60,7 +60,7 @@ def run(reader: Reader, sides: Sides, normalised: Normalised, dot: Dot) -> tuple
 
 
 def _window(reader: Reader, access: Access, sides: Sides) -> _Window | None:
-    """The first tensor that ``access`` is a view of, of which a window is read that moves with one of the dimensions."""
+    """The first tensor that ``access`` is a view of, of which overlapping windows are read, one for each query."""
     for node, index in layers(reader, access):
         dims = [dim for dim, place in enumerate(index) if sides.key in place.free_symbols]
         if len(dims) != 1 or not is_inside(node, index):
@@ -68,7 +68,10 @@ def _window(reader: Reader, access: Access, sides: Sides) -> _Window | None:
         start = sp.expand(index[dims[0]] - sides.key)
         rows = start.atoms(Axis)
         others = [place for dim, place in enumerate(index) if dim != dims[0]]
-        if len(rows) == 1 and rows <= set(sides.axes) and not any(place.atoms(Axis) & rows for place in others):
+        if len(rows) != 1 or not rows <= set(sides.axes) or any(place.atoms(Axis) & rows for place in others):
+            continue
+        step = start.coeff(*rows)
+        if step.is_positive and (sides.key.extent - step).is_positive and not (start - step * next(iter(rows))).atoms(Axis):
             return _Window(Access(node, tuple(map(Int, index))), dims[0], start)
     return None
 

@@ -75,8 +75,9 @@ def _merged(end: fx.Node, reader: Reader, scribe: Scribe) -> fx.Node | None:
     axes = tuple(numbered(f"o{d}", size) for d, size in enumerate(shape_of(end)))
     shifts = Shifts()
     try:
-        parts = _linear(plain(shifts.opened(reader.at(end, axes))), shifts)
-        if not 1 <= len(parts) <= _MOST:
+        result = plain(shifts.opened(reader.at(end, axes)))
+        parts = _linear(result, shifts)
+        if not 1 <= len(parts) <= _MOST or (len(parts) == 1 and not any(map(_begins, result.walk()))):
             return None
         if min(sign for sign, _ in parts.values()) < 0:
             return None
@@ -116,6 +117,11 @@ def _linear(expr: Expr, shifts: Shifts) -> dict[Dot, tuple[int, Expr]]:
             monomials(right)
         right = shifts.unguarded(right)
     return {product: (sign, op(expr.name, share, right)) for product, (sign, share) in _linear(left, shifts).items()}
+
+
+def _begins(expr: Expr) -> bool:
+    """What is added up begins with zeros."""
+    return isinstance(expr, Op) and expr.name == "mul" and is_zero(expr)
 
 
 def _is_sum_of_products(expr: Expr) -> bool:
