@@ -28,7 +28,7 @@ from attngen.passes.powers import Other, divides_by_sums, is_log_of_sums, monomi
 from attngen.passes.semantics import Reader, TooMuch, bind, dtype_of, is_tensor, op_name, shape_of
 
 _KEY = Axis("merged", 2)  # along which pieces are joined, however many they are
-_MOST = 8  # pieces
+_MOST = 16  # pieces
 MASKING = -1e3  # a score this low is masked
 
 def run(graph: fx.Graph) -> dict[fx.Node, fx.Node]:

@@ -121,7 +121,7 @@ REDUCTIONS: dict[str, Row] = {
 
 # -------------------------------------------------------------------------------------------------------------- stacks
 
-_MOST = 8  # tensors
+_MOST = 16  # tensors
 _STEPS = 8  # from the reduction up to the stack
 
 
