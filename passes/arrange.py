@@ -103,7 +103,7 @@ class Scribe:
     def joined(self, each: Sequence[Piece], axes: Sequence[Axis], along: Axis, dtype: torch.dtype) -> fx.Node:
         """The pieces, one after another along one of their ``axes``."""
         parts = [self.arranged(piece, axes, dtype) for piece in each]
-        return self.call(torch.ops.aten.cat.default, parts, list(axes).index(along))
+        return parts[0] if len(parts) == 1 else self.call(torch.ops.aten.cat.default, parts, list(axes).index(along))
 
     def product(
         self, left: fx.Node, there: Sequence[Axis], right: fx.Node, here: Sequence[Axis], out: Sequence[Axis]

@@ -17,7 +17,7 @@ from attngen.passes.views import PARTS, VIEWS
 
 SOFTMAX = frozenset(["softmax", "_softmax", "special_softmax", "_safe_softmax", "log_softmax", "_log_softmax"])
 _ELEMENTWISE = frozenset([*VIEWS, *PARTS, *POINTWISE, *DROPOUTS, "tril", "triu"])
-_JOINS = frozenset(["cat", "amax", "max", "constant_pad_nd", "pad"])
+_JOINS = frozenset(["cat", "stack", "amax", "max", "constant_pad_nd", "pad"])
 # What people put between softmax and values, or scores and softmax, and no kernel computes: worth a ``Miss``.
 _CHANGES = frozenset(["layer_norm", "rms_norm", "nan_to_num", "roll", "cumsum", "scatter", "gather", "topk"])
 ATTENTION = "scaled_dot_product_attention"

@@ -21,7 +21,7 @@ from attngen.algebra import Access, Dot, Expr, Load, op, transform
 from attngen.errors import Miss
 from attngen.index import Axis
 from attngen.normaliser import OWN_SUM, Normalised, quotient, softmax, summands, unnormalised
-from attngen.passes import dropout, effects, heads, ordinary, results
+from attngen.passes import bands, dropout, effects, heads, ordinary, results
 from attngen.passes.candidates import Marks, divided, is_candidate, is_product, weighs_pairs
 from attngen.passes.decompose import Decomposer
 from attngen.passes.lower import Lowered
@@ -252,6 +252,8 @@ def _prove_normalised(reader: Reader, sides: Sides, outside: Expr, normalised: N
 
 
 def _prove_scores(reader: Reader, sides: Sides, normalised: Normalised, dot: Dot) -> Site | Miss:
+    if (shared := bands.run(reader, sides, normalised, dot)) is not None:
+        sides, normalised, dot = shared
     key, axes = sides.key, sides.axes
     query, keys = (dot.lhs, dot.rhs) if key in dot.rhs.axes else (dot.rhs, dot.lhs)
     roles = roles_of(sides, query, keys, dot.axis)

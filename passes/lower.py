@@ -19,7 +19,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from attngen import compat
-from attngen.passes import joins, merges, versions
+from attngen.passes import features, joins, merges, versions
 from attngen.passes.repeats import CannotCopy, Repeats, materialised, traced_node
 
 
@@ -59,6 +59,7 @@ def run(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Lowered:
         lowered, record = _traced(gm, names, fake_mode, inputs, _Record(None))
     _write_out_constants(lowered)
     versions.run(lowered.graph)
+    features.run(lowered.graph)
     merged = merges.run(lowered.graph)
     joined = joins.run(lowered.graph)
     moved = {**joined.moved, **{node: joined.moved.get(new, new) for node, new in merged.items()}}
@@ -131,6 +132,7 @@ class _Recorder(fx.Interpreter):
         self._attribute_names = attributes
         self._attributes: dict[str, torch.Tensor] = {}
         self._depth = 0  # of vmap
+        self._numbers: dict[fx.Node, int] = {}  # to be used for tensors that hold them
 
     def lowered(self, *inputs: Any) -> Any:
         count = len(inputs) - len(self._attribute_names)
@@ -143,7 +145,7 @@ class _Recorder(fx.Interpreter):
         call = repeats.call(n, self.env) if repeats and mode else None
         known, result = repeats.copy(call, mode.tracer.graph) if repeats and mode and call else (False, None)
         if not known:
-            result = super().run_node(n)
+            result = self._run(n)
         made = self.record.emitted[n] = _nodes_after(before)
         if repeats and call and not known:
             repeats.learn(call, result, made)
@@ -151,8 +153,22 @@ class _Recorder(fx.Interpreter):
             self.record.values[n] = node
         return result
 
+    def _run(self, n: fx.Node) -> Any:
+        try:
+            return super().run_node(n)
+        except compat.DataDependentOutputException:  # a size that is a tensor, made from numbers
+            self._numbers = {below: number for below in n.all_input_nodes if (number := _constant(below)) is not None}
+            if not self._numbers:
+                raise
+            return super().run_node(n)
+        finally:
+            self._numbers = {}
+
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return materialised(super().fetch_args_kwargs_from_env(n))  # type: ignore[no-any-return]
+        fetched = super().fetch_args_kwargs_from_env(n)
+        if self._numbers:
+            fetched = fx.node.map_arg((n.args, n.kwargs), lambda below: self._numbers.get(below, self.env[below]))  # type: ignore
+        return materialised(fetched)  # type: ignore[no-any-return]
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self._attributes[target] if target in self._attributes else super().get_attr(target, args, kwargs)
@@ -183,6 +199,15 @@ class _Recorder(fx.Interpreter):
         if self._depth == 0:
             self._region.close()
         return level
+
+
+def _constant(node: fx.Node) -> int | None:
+    """The whole number that Dynamo knows a tensor of one element to be."""
+    constant = getattr(node.meta.get("example_value"), "constant", None)
+    if constant is None or constant.numel() != 1 or constant.is_floating_point():
+        return None
+    with torch.utils._python_dispatch._disable_current_modes():
+        return int(constant)
 
 
 def _last_node() -> fx.Node | None:

@@ -206,6 +206,12 @@ def _log_add_exp(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Ex
     return op("log", op("add", *powers))
 
 
+def _log_sigmoid(value: Expr) -> Expr:
+    """``min(x, 0) - log(1 + exp(-abs(x)))``: no exponential of a large number."""
+    small = op("exp", op("neg", op("abs", value)))
+    return op("sub", op("min", value, _ZERO), op("log", op("add", small, _ONE)))
+
+
 _ZERO, _ONE = Const(0.0), Const(1.0)
 _FUNCTIONS = ("exp", "exp2", "log", "log2", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "sin", "cos", "floor")
 
@@ -216,6 +222,7 @@ POINTWISE: dict[str, Row] = {
     "copy": _copied,
     "expm1": _unary(lambda x: op("sub", op("exp", x), _ONE)),
     "log1p": _unary(lambda x: op("log", op("add", x, _ONE))),
+    "log_sigmoid": _unary(_log_sigmoid),
     "reciprocal": _unary(lambda x: op("div", _ONE, x)),
     "sign": _unary(lambda x: where(op("gt", x, _ZERO), _ONE, where(op("lt", x, _ZERO), Const(-1.0), op("mul", x, _ZERO)))),
     "square": _unary(lambda x: op("mul", x, x)),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from attngen.algebra import Load
 from attngen.errors import Miss
 from attngen.passes import effects
 from attngen.passes.detect import Site
@@ -23,6 +24,7 @@ from attngen.passes.lower import Lowered
 from attngen.passes.semantics import dtype_of
 from attngen.passes.specialise import Specialised, Table
 from attngen.passes.strides import memory_order
+from attngen.spec import AttentionSpec
 
 # Export checks types of values in the graph. They are what they were traced as, and need no check if nobody reads them.
 _CHECK = torch.ops.aten._assert_tensor_metadata.default
@@ -136,14 +138,28 @@ def _arguments(placed: Placed, writer: Writer) -> list[fx.Node]:
         node = writer.value(operand.node)
         arguments.append(writer.cast(node, operand.node.meta["val"], operand.dtype))
     sizes = sizes_of([site.query.node, site.keys.node, site.values.node])
-    for binding in placed.specialised.bindings:
+    spec = placed.specialised.spec
+    for source, binding in zip(spec.extras, placed.specialised.bindings, strict=True):
         if isinstance(binding, Table):
             arguments.append(writer.table(binding, sizes, like=site.query.node))
         elif isinstance(binding, Seed):
             arguments.append(writer.seed(binding, like=site.query.node))
+        elif spec.lse and source.dtype.is_floating_point and _is_only_compared(spec, source.name):
+            arguments.append(writer.call(torch.ops.aten.detach.default, (writer.value(binding),)))
         else:
             arguments.append(writer.value(binding))
     return arguments
+
+
+def _is_only_compared(spec: AttentionSpec, name: str) -> bool:
+    """Nothing is computed from it but conditions: it has no gradient, not even zeros."""
+    stack = [spec.score, spec.gain, *spec.sinks, *([spec.whole] if spec.whole is not None else [])]
+    while stack:
+        expr = stack.pop()
+        if isinstance(expr, Load) and expr.source == name:
+            return False
+        stack += [child for child in expr.children if child.kind != "bool"]
+    return True
 
 
 def _erase(node: fx.Node, lowered: Lowered, redrawn: set[fx.Node]) -> None:

@@ -23,6 +23,7 @@ from attngen.algebra import Access, Const, Dot, Expr, Int, Kind, Load
 from attngen.compat import FloorDiv, GuardOnDataDependentSymNode
 from attngen.index import ZERO, Axis, always_less, never_negative, numbered
 from attngen.passes.decompose import Decomposer
+from attngen.passes.holders import Holders
 
 Index = tuple[sp.Expr, ...]
 # How far one proof follows a graph. What attention in real models takes at most: 511 reads, 30 deep, of 1004 leaves.
@@ -140,17 +141,24 @@ class Reader:
         self._outer: dict[fx.Node, fx.Node] = {}
         self._home: dict[fx.Graph, fx.Node] = {}
         self._bound: dict[tuple[fx.Node, str], Axis] = {}
-        self.provenance: dict[Expr, tuple[fx.Node, Index]] = {}
+        self._below: list[tuple[fx.Node, Index]] = []  # read for the element that is being read
+        self._origins: dict[tuple[fx.Node, Index], tuple[fx.Node, Index]] = {}
+        self.provenance = Holders()
         self.readers: dict[fx.Node, list[fx.Node]] = {}
 
     def at(self, node: fx.Node, index: Index) -> Expr:
         """The element of ``node`` at ``index``."""
         key = (node, index)
         if key not in self._memo:
-            expr = self._memo[key] = self._read_or_load(node, index)
-            holds = node.graph is self.graph and is_tensor(node) and not self._overwritten(node, node)
-            if holds and (expr not in self.provenance or self._is_plainer(key, expr)):
-                self.provenance[expr] = key
+            around, self._below = self._below, []
+            try:
+                expr = self._memo[key] = self._read_or_load(node, index)
+                self._origins[key] = next((self._origins[k] for k in self._below if self._memo[k] == expr), key)
+            finally:
+                self._below = around
+            if node.graph is self.graph and is_tensor(node) and not self._overwritten(node, node):
+                self.provenance.note(expr, key, _clumsiness(node, index), self._origins[key])
+        self._below.append(key)
         return self._memo[key]
 
     def _read_or_load(self, node: fx.Node, index: Index) -> Expr:
@@ -168,10 +176,6 @@ class Reader:
         if expr.length > MAX_LENGTH:
             raise TooMuch
         return expr
-
-    def _is_plainer(self, key: tuple[fx.Node, Index], expr: Expr) -> bool:
-        """Read at a better place than the tensor which holds ``expr`` so far: surely inside, without divisions."""
-        return _clumsiness(*key) < _clumsiness(*self.provenance[expr])
 
     def load(self, node: fx.Node, index: Index) -> Expr:
         """The element as a load; dimensions of size one are read at zero, whatever the index says.
@@ -192,9 +196,12 @@ class Reader:
         """``node`` makes attention weights of others; so does what operators do inside, for all that reads it."""
         return node.graph is not self.graph or self._level(node) == 3
 
-    def is_power(self, node: fx.Node) -> bool:
-        """``node`` is made of exponentials of scores, or of weights."""
-        return node.graph is self.graph and self._level(node) >= 2
+    def level(self, node: fx.Node) -> int:
+        """1: ``node`` is made of products, 2: of exponentials of these, 3: of weights."""
+        node = self.resolve(node)
+        if node.graph is self.graph:
+            return self._level(node)
+        return max(map(self.level, node.all_input_nodes), default=0)
 
     def resolve(self, node: fx.Node) -> fx.Node:
         """The node of the graph itself that a placeholder inside a decomposition stands for."""

@@ -21,8 +21,9 @@ from torch import fx
 from attngen.algebra import Const, Dot, Expr, Int, Load, Op, Reduce, op, substitute, transform
 from attngen.compat import FloorDiv
 from attngen.errors import Miss
-from attngen.index import Axis, always_less, never_negative, numbered
+from attngen.index import Axis, numbered
 from attngen.passes import masking
+from attngen.passes.bands import clamped
 from attngen.passes.detect import Site
 from attngen.passes.dropout import Seed
 from attngen.passes.masking import CHEAP
@@ -212,7 +213,7 @@ class _Loads:
         assert isinstance(load, Load)
         if load.source in self._site.interior:
             return self._refuse("the score is made of more than pointwise arithmetic")
-        load = _clamped(load)
+        load = clamped(load)
         return load if self._plain(load) else self._refuse("a position that is computed from data")
 
     def _refuse(self, reason: str) -> Expr:
@@ -237,23 +238,6 @@ class _Loads:
         batch = tuple(a for a in self._site.batch if a in moved.axes)
         index = (*(Int(a) for a in batch), Int(key - row + ROW.extent - 1))
         return self._tables.setdefault(expr, Load(Table(moved, batch, diagonal), index))
-
-
-def _clamped(load: Load) -> Load:
-    """Read at the nearest place that is surely inside; the graph only reads within a tensor, so others do not count."""
-    places = list(load.index)
-    for dim, (place, size) in enumerate(zip(load.index, shape_of(load.source), strict=True)):  # type: ignore[arg-type]
-        if isinstance(place, Int) and size != 1:
-            low = place.value if never_negative(place.value) else _not_negative(place.value)
-            places[dim] = Int(low if always_less(low, size) else sp.Min(low, size - 1))
-    return Load(load.source, tuple(places), load.kind)
-
-
-def _not_negative(place: sp.Expr) -> sp.Expr:
-    """``max(place, 0)``; divided before it is rounded down, it would be slower to divide."""
-    if isinstance(place, FloorDiv) and place.args[1].is_positive:
-        return FloorDiv(sp.Max(place.args[0], 0), place.args[1])
-    return sp.Max(place, 0)
 
 
 # ------------------------------------------------------------------------------------------------------- fixed names

@@ -9,9 +9,10 @@ import sympy as sp
 import torch
 from torch import fx
 
-from attngen.algebra import Const, Expr, Int, Load, Reduce, integer, op, to_float, where
-from attngen.index import ZERO, Axis, never_negative
+from attngen.algebra import Const, Expr, Int, Load, integer, op, to_float, where
+from attngen.index import ZERO, never_negative
 from attngen.passes import dropout
+from attngen.passes.reductions import REDUCTIONS
 from attngen.passes.semantics import (
     NARROW,
     Bound,
@@ -19,7 +20,6 @@ from attngen.passes.semantics import (
     Reader,
     Row,
     Unknown,
-    bind,
     broadcast,
     dtype_of,
     is_tensor,
@@ -189,76 +189,7 @@ def _wrapped(place: Expr, size: sp.Expr) -> Expr:
     return where(op("lt", place, integer(0)), op("add", place, Int(size)), place)
 
 
-# ---------------------------------------------------------------------------------------- reductions and contractions
-
-
-def _over(reader: Reader, node: fx.Node, args: Bound, index: Index, source: fx.Node) -> tuple[Axis, Index]:
-    """A fresh axis in place of the reduced dimension, and the source index that contains it."""
-    dims = args["dim"]
-    dims = list(dims) if isinstance(dims, (list, tuple)) else [dims]
-    shape = shape_of(source)
-    if len(dims) != 1 or dims[0] is None:
-        raise Unknown("a reduction over several dimensions")
-    dim = dims[0] % len(shape)
-    axis = reader.bound(node, shape[dim])
-    kept = index[dim + 1 :] if len(index) == len(shape) else index[dim:]
-    return axis, (*index[:dim], axis, *kept)
-
-
-def _softmax(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
-    """``exp(x) / sum(exp(x))``; the library's shift by the maximum cancels."""
-    return op("div", *_exp_and_sum(reader, node, args, index))
-
-
-def _safe_softmax(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
-    """softmax, but zero instead of NaN in a row that is -inf throughout."""
-    return op("div_or_zero", *_exp_and_sum(reader, node, args, index))
-
-
-def _exp_and_sum(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[Expr, Expr]:
-    source = args["self"]
-    axis, inner = _over(reader, node, Bound(dim=args["dim"]), index, source)
-    power = op("exp", to_float(reader.at(source, index)))
-    return power, Reduce("sum", axis, op("exp", to_float(reader.at(source, inner))))
-
-
-def _log_softmax(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
-    axis, inner = _over(reader, node, Bound(dim=args["dim"]), index, args["self"])
-    denominator = Reduce("sum", axis, op("exp", to_float(reader.at(args["self"], inner))))
-    return op("sub", to_float(reader.at(args["self"], index)), op("log", denominator))
-
-
-def _logsumexp(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
-    axis, inner = _over(reader, node, args, index, args["self"])
-    return op("log", Reduce("sum", axis, op("exp", to_float(reader.at(args["self"], inner)))))
-
-
-def _sum(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
-    """A sum; the sum of a product of two tensors is a contraction."""
-    source = args["self"]
-    axis, inner = _over(reader, node, args, index, source)
-    if (product := _product(reader, source, inner)) is not None:
-        (left, left_index), (right, right_index) = product
-        here, there = _symbols(left_index), _symbols(right_index)
-        masked = (reader.is_power(left) and there <= here) or (reader.is_power(right) and here <= there)  # no features
-        if axis in here and axis in there and not masked:
-            return reader.dot(node, (left, left_index), (right, right_index), axis)
-    body = reader.at(source, inner)
-    return Reduce("sum", axis, to_float(body) if kind_of(dtype_of(node)) == "float" else body)
-
-
-def _product(reader: Reader, node: fx.Node, index: Index) -> tuple[tuple[fx.Node, Index], tuple[fx.Node, Index]] | None:
-    if op_name(node) != "mul":
-        return None
-    args = bind(node)
-    left, right = args["self"], args["other"]
-    if not (is_tensor(left) and is_tensor(right)):
-        return None
-    return (left, broadcast(index, shape_of(left))), (right, broadcast(index, shape_of(right)))
-
-
-def _symbols(index: Index) -> set[sp.Basic]:
-    return set().union(*(place.free_symbols for place in index))
+# ----------------------------------------------------------------------------------------------------- contractions
 
 
 def _dropout(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
@@ -272,11 +203,6 @@ def _dropout(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
         return value
     seed = dropout.Seed(node, reader.whole(node))
     return op("mul", value, dropout.factor(seed, float(p), index, shape_of(source)))
-
-
-def _max(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
-    axis, inner = _over(reader, node, args, index, args["self"])
-    return Reduce("max", axis, to_float(reader.at(args["self"], inner)))
 
 
 def _matmul(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
@@ -311,6 +237,7 @@ def _linear(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
 
 
 VALUES: dict[str, Row] = {
+    **REDUCTIONS,
     "arange": _arange,
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "zero"), _filled(0)),
     **dict.fromkeys(("ones", "ones_like", "new_ones"), _filled(1)),
@@ -328,19 +255,13 @@ VALUES: dict[str, Row] = {
     "index_select": _index_select,
     "gather": _gather,
     "index": _index,
-    **dict.fromkeys(("softmax", "_softmax", "special_softmax"), _softmax),
-    "_safe_softmax": _safe_softmax,
-    **dict.fromkeys(("log_softmax", "_log_softmax"), _log_softmax),
-    "logsumexp": _logsumexp,
     "dropout": _dropout,
-    "sum": _sum,
-    "amax": _max,
     **dict.fromkeys(("matmul", "bmm", "mm"), _matmul),
     **dict.fromkeys(("baddbmm", "addmm"), _matmul_plus),
     "linear": _linear,
 }
 
-PART_VALUES: dict[tuple[str, int], Row] = {("max", 0): _max, ("native_dropout", 0): _dropout}
+PART_VALUES: dict[tuple[str, int], Row] = {("max", 0): REDUCTIONS["amax"], ("native_dropout", 0): _dropout}
 
 CONTRACTIONS = frozenset(["matmul", "bmm", "mm", "baddbmm", "addmm", "linear", "sum", "einsum", "tensordot"])
 CONTRACTIONS |= frozenset(["scaled_dot_product_attention"])

@@ -110,6 +110,13 @@ def _narrow(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[f
     return _slice(reader, node, Bound(args, step=1), index)
 
 
+def _unfold(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[fx.Node, Index]:
+    """Windows of some size along a dimension, one every few steps; places within one are counted in a last dimension."""
+    dim = args["dimension"] % len(shape_of(args["self"]))
+    place = index[dim] * size_arg(args["step"]) + index[-1]
+    return args["self"], (*index[:dim], place, *index[dim + 1 : -1])
+
+
 def _repeat(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[fx.Node, Index]:
     shape, repeated = shape_of(args["self"]), shape_of(node)
     skip = len(index) - len(shape)
@@ -159,6 +166,7 @@ VIEWS: dict[str, ViewRow] = {
     "diagonal": _diagonal,
     "slice": _slice,
     "narrow": _narrow,
+    "unfold": _unfold,
     "repeat": _repeat,
     "tile": _repeat,
     "repeat_interleave": _repeat_interleave,
@@ -180,4 +188,4 @@ PARTS: dict[str, Part] = {
 
 # Views that never move data: what they read from can be passed on as a strided tensor.
 FREE = frozenset([*RESHAPES[:2], "squeeze", "unsqueeze", "transpose", "swapaxes", "swapdims", "t", "mT", "permute"])
-FREE |= frozenset(["alias", "detach", "select", "diagonal", "slice", "narrow", "view_as", "unflatten"])
+FREE |= frozenset(["alias", "detach", "select", "diagonal", "slice", "narrow", "unfold", "view_as", "unflatten"])

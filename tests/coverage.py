@@ -5,6 +5,7 @@
     python tests/coverage.py show FILE...
     python tests/coverage.py pack FILE...                (to tests/data/coverage.json)
     python tests/coverage.py beside FILE...              (Inductor's counts alone, into what was packed before)
+    python tests/coverage.py renew FILE...               (some models' results, into what was packed before)
 
 A run is resumable: FILE gets one JSON line per model, and the last one of each model counts. Capture and detection only:
 nothing is compiled. Models have random weights; nothing is downloaded. Sources: transformers, timm, diffusers,
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coverage_results import DEAD, beside, pack, read, show
+from coverage_results import DEAD, beside, pack, read, renewed, show
 from coverage_tracer import Traced, trace, without_fast_paths
 from torch import fx, nn
 
@@ -313,7 +314,7 @@ def main() -> None:
         command.add_argument("--inductor", action="store_true", help="also count what PyTorch's own matcher fuses")
         command.add_argument("--mark", type=Path, help=argparse.SUPPRESS)
         command.add_argument("models", nargs="*")
-    for name in ("show", "pack", "beside"):
+    for name in ("show", "pack", "beside", "renew"):
         command = commands.add_parser(name)
         command.add_argument("files", nargs="+", type=Path)
         command.add_argument("--to", type=Path, default=Path(__file__).parent / "data" / "coverage.json")
@@ -328,8 +329,8 @@ def main() -> None:
     elif chosen.command == "show":
         print(show(chosen.files))
     else:
-        old = chosen.command == "beside"
-        packed = beside(json.loads(chosen.to.read_text()), chosen.files) if old else pack(chosen.files)
+        into = {"beside": beside, "renew": renewed}.get(chosen.command)
+        packed = pack(chosen.files) if into is None else into(json.loads(chosen.to.read_text()), chosen.files)
         chosen.to.write_text(json.dumps(packed, indent=1) + "\n")
 
 

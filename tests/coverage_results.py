@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import collections
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -78,6 +78,36 @@ def beside(packed: dict[str, Any], files: Sequence[Path]) -> dict[str, Any]:
     return packed | {"inductor_versions": {"torch": _versions()["torch"]}}
 
 
+def renewed(packed: dict[str, Any], files: Sequence[Path]) -> dict[str, Any]:
+    """``packed``, with the fates of sites in new runs of some models, where these have as many sites as before.
+
+    What was packed does not tell sites that a layer's weights score from others: their fates are taken not to have changed.
+    """
+    for file in files:
+        source = packed["sources"][file.stem]
+        for o in read(file):
+            entry = source["by_model"].get(o["model"])
+            if o["status"] != "run" or entry is None or len(o["sites"]) != entry[0]:
+                continue
+            fates = [Counter(general(s["fate"]) for s in o["sites"] if s["learned"] == learned) for learned in (False, True)]
+            old = Counter({**entry[3], "replaced": entry[1]}) - fates[1]
+            source["replaced"] += fates[0]["replaced"] - old["replaced"]
+            _recount(source["missed"], o["model"], old, fates[0])
+            entry[1] = sum(each["replaced"] for each in fates)
+            entry[3] = dict((fates[0] + fates[1]) - Counter({"replaced": entry[1]}))
+        source["missed"] = dict(sorted(source["missed"].items(), key=lambda item: -item[1]["sites"]))
+    return packed
+
+
+def _recount(missed: dict[str, Any], model: str, old: Counter[str], new: Counter[str]) -> None:
+    for reason in (old | new).keys() - {"replaced", DEAD}:
+        entry = missed.setdefault(reason, {"sites": 0, "models": []})
+        entry["sites"] += new[reason] - old[reason]
+        entry["models"] = [m for m in entry["models"] if m != model] + ([model] if new[reason] else [])
+        if not entry["sites"]:
+            del missed[reason]
+
+
 def show(files: Sequence[Path]) -> str:
     lines = []
     for file in files:
@@ -103,7 +133,7 @@ def pack(files: Sequence[Path]) -> dict[str, Any]:
         models = {}
         for o in sorted(outcomes, key=lambda o: o["model"]):
             if o["status"] == "run" and o["sites"]:
-                reasons = dict(collections.Counter(general(s["fate"]) for s in o["sites"] if s["fate"] != "replaced"))
+                reasons = dict(Counter(general(s["fate"]) for s in o["sites"] if s["fate"] != "replaced"))
                 replaced = sum(s["fate"] == "replaced" for s in o["sites"])
                 models[o["model"]] = [len(o["sites"]), replaced, o["inductor"], reasons]
         packed["sources"][file.stem] = summary(outcomes) | {"by_model": models}

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from coverage import Outcome, Reported, _compared, measure
-from coverage_results import DEAD, beside
+from coverage_results import DEAD, beside, renewed
 from coverage_tracer import Traced, trace
 from torch import Tensor, nn
 
@@ -287,6 +287,32 @@ def test_what_inductor_fuses_is_counted_per_call(sharp: bool, fused: int) -> Non
     outcome = measure("dense", model, {"input": torch.randn(2, 4, 8, 16)}, inductor=True)
     assert (len(outcome.sites), outcome.inductor, outcome.problems) == (2, fused, [])
     assert measure("dense", model, {"input": torch.randn(2, 4, 8, 16)}).inductor is None
+
+
+def test_new_results_of_a_model_take_the_place_of_its_old_ones(tmp_path: Path) -> None:
+    """Sites of layers' weights are as they were; a model with another number of sites is left as it was."""
+    file = tmp_path / "source.jsonl"
+    one, other = ({"fate": fate, "learned": False} for fate in ("replaced", "another reason 7"))
+    layer = {"fate": "of a layer", "learned": True}
+    runs = [
+        {"model": "a", "status": "run", "sites": [one, one, other, layer]},
+        {"model": "b", "status": "run", "sites": [one]},
+        {"model": "a new one", "status": "run", "sites": [other]},
+    ]
+    file.write_text("".join(json.dumps(each) + "\n" for each in runs))
+    packed = {
+        "replaced": 6,
+        "missed": {"a reason": {"sites": 3, "models": ["a", "b"]}},
+        "by_model": {"a": [4, 1, None, {"a reason": 2, "of a layer": 1}], "b": [2, 1, None, {"a reason": 1}]},
+    }
+    source = renewed({"sources": {"source": packed}}, [file])["sources"]["source"]
+    assert source["replaced"] == 7
+    assert source["missed"] == {
+        "a reason": {"sites": 1, "models": ["b"]},
+        "another reason N": {"sites": 1, "models": ["a"]},
+    }
+    assert source["by_model"]["a"] == [4, 2, None, {"another reason N": 1, "of a layer": 1}]
+    assert source["by_model"]["b"] == [2, 1, None, {"a reason": 1}]
 
 
 def test_inductors_counts_go_beside_what_was_packed(tmp_path: Path) -> None:

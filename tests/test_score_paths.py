@@ -139,7 +139,30 @@ def waves_by_distance(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores(q, k) + torch.sin(slopes[:, None, None] * (i - i[:, None])), -1) @ v
 
 
+def bias_by_piece(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One function of one vector, computed for each piece of the keys by itself: no tensor holds all of it."""
+    bias, s = q[0, 0, :, 0], scores(q, k)
+    first, second, third = (s[..., part] for part in (slice(0, 9), slice(9, 20), slice(20, None)))
+    joined = torch.cat([first + bias[:9].sin(), second + bias[9:20].sin(), third], -1)
+    return torch.softmax(joined, -1) @ v
+
+
+def bias_of_all_pieces(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias, s = q[0, 0, :, 0], scores(q, k)
+    return torch.softmax(torch.cat([s[..., :9] + bias[:9].sin(), s[..., 9:] + bias[9:].sin()], -1), -1) @ v
+
+
+def a_size_that_is_a_tensor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``torch.div`` of numbers is a tensor, also where it is used as a size (Longformer)."""
+    half = torch.div(q.shape[2], 2, rounding_mode="floor")
+    bias = torch.cat([q.new_zeros((half,)), q.new_ones((half,))])
+    return torch.softmax(scores(q, k) + bias, -1) @ v
+
+
 FOUND = (
+    a_size_that_is_a_tensor,
+    bias_by_piece,
+    bias_of_all_pieces,
     slopes_by_distance,
     waves_by_distance,
     decomposed_positions,

@@ -200,6 +200,22 @@ def test_gradients_end_where_they_did(step: Callable[..., Tensor], found: bool) 
     assert sum(len(report.replaced) for report in reports) == 1
 
 
+@pytest.mark.parametrize("added", [False, True], ids=["compared", "added"])
+def test_a_mask_that_is_only_compared_has_no_gradient(added: bool) -> None:
+    """Not even zeros: optimisers tell the two apart. Added to the scores as well, it has one."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        scores = q @ k.transpose(-1, -2) * 0.25 + (mask if added else 0.0)
+        return torch.softmax(scores.masked_fill(mask > 0.5, -1e9), -1) @ v
+
+    for run in (model, torch.compile(model, backend="attngen", options=STRICT)):
+        generator = torch.Generator().manual_seed(0)
+        inputs = [torch.randn(2, 3, 8, 16, generator=generator) for _ in range(3)] + [torch.rand(8, 8, generator=generator)]
+        inputs = [x.requires_grad_() for x in inputs]
+        run(*inputs).sum().backward()
+        assert [x.grad is not None for x in inputs] == [True, True, True, added]
+
+
 def test_under_ddp() -> None:
     """DDP cuts the graph where its buckets end and hands each part to the backend with fake inputs."""
     distributed = pytest.importorskip("torch.distributed")
