@@ -105,7 +105,7 @@ _moved = wgmma * key_masks * (20 + 0.2 * keys)
 _loose = 20 * sp.Min(1, loose) + 2 * keys * loose / threads  # an element takes a register, and its pointer more
 _fragments = (  # fitted to 285 kernels compiled for sm_90 and sm_80, then to the 172 of the measured run; its terms for
     # loose features and unstaged keys to 1,700 compiled for sm_80, sm_89 and sm_90 (Triton 3.6), rows computed again to 438,
-    # masks that read data of keys to 279 for sm_90 (Triton 3.6, 3.8 and 3.9)
+    # masks that read data of keys to 249 for sm_90 (Triton 3.6, 3.8 and 3.9)
     5
     + 22 * (1 - wgmma)
     + (34 + 14 * wgmma) * _split
