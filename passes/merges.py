@@ -4,8 +4,8 @@
     -->  softmax(cat([s_1, ..., s_n], -1)) @ cat([v_1, ..., v_n])
 
 Each term weighs its values with ``exp(e_i) / sum``, where the sum adds up ``exp(e_1) ... exp(e_n)`` over the keys of all
-pieces: that is what ``_monomials`` proves, whatever maxima and sums the graph takes on the way. ``passes.joins`` then makes
-one product of the scores. Like there, only the graph that is analysed changes.
+pieces: that is what ``passes.powers`` proves, whatever maxima and sums the graph takes on the way. ``passes.joins`` then
+makes one product of the scores. Like there, only the graph that is analysed changes.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from attngen.passes.semantics import Reader, TooMuch, bind, dtype_of, is_tensor,
 _KEY = Axis("merged", 2)  # along which pieces are joined, however many they are
 _MOST = 16  # pieces
 MASKING = -1e3  # a score this low is masked
+
 
 def run(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """Merge what comes in pieces. The nodes that held such results, and those that hold their values now."""
