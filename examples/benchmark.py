@@ -30,10 +30,11 @@ from benchmark_models import DEVICE, Case, Size
 from torch import Tensor, nn
 
 import attngen
-from attngen.measure import Clock, peak_bytes, samples, summary
+from attngen.measure import Clock, peak_bytes, samples, summary, synchronize
 
 VARIANTS = ("eager", "inductor eager", "inductor sdpa", "attngen eager", "attngen sdpa")
 SLACK = 2.0  # our error may be that much of eager's own
+BROKEN = "broken"
 
 
 CASES = (
@@ -58,6 +59,22 @@ class Row:
     replaced: int = 0
     missed: list[str] = field(default_factory=list)
     problem: str = ""
+
+
+class BrokenDevice(Exception):
+    """After the variant of ``row`` nothing can run on the device in this process: it read or wrote where it may not."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row.problem)
+        self.row = row
+
+
+def still_works(row: Row) -> None:
+    """Raise if the device does not run anything after what failed with the problem in ``row``."""
+    try:
+        synchronize(DEVICE)
+    except Exception as problem:
+        raise BrokenDevice(row) from problem
 
 
 def shared(model: nn.Module, spelling: str) -> nn.Module:
@@ -105,7 +122,8 @@ def prepared(
             row.missed = [f"{site.where}: {site.reason}" for report in reports for site in report.missed]
             row.peak_gib = peak_bytes(partial(output, run, inputs)) / 2**30
         except Exception as problem:
-            row.problem = f"{type(problem).__name__}: {str(problem)[:500]}"
+            row.problem = told(problem)
+            still_works(row)
         ready[name] = (row, run)
         print(
             f"  {name}: first {row.first_s:.1f} s, error {row.error:.2e}, peak {row.peak_gib:.2f} GiB",
@@ -115,6 +133,10 @@ def prepared(
             flush=True,
         )
     return ready
+
+
+def told(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {str(problem)[:500]}"
 
 
 def time_all(ready: dict[str, Any], inputs: dict[str, Tensor], rounds: int) -> None:
@@ -169,33 +191,46 @@ def record(
     parser.add_argument("--models", default=",".join(case.name for case in cases))
     parser.add_argument("--variants", default=",".join(variants))
     parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--here", action="store_true", help="in this process; otherwise each model has one of its own")
     args = parser.parse_args()
     torch._dynamo.config.recompile_limit = 64
     versions = {"torch": torch.__version__, "attngen": attngen.__version__, "transformers": transformers.__version__}
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     head = {"device": device, "versions": versions, "rounds": args.rounds, "variants": args.variants.split(",")}
     found = growing.Record.opened(args.out, head)
-    chosen = [case for case in cases if case.name in args.models.split(",")]
+    chosen = [case for case in cases if case.name in args.models.split(",") and not found.has(model=case.name)]
     for case in chosen:
-        if found.has(model=case.name):
-            continue
-        if len(chosen) == 1:
+        if args.here:
             small = case if DEVICE == "cuda" else replace(case, size=case.size.small)
-            found.add(measured(small, args.rounds, args.variants.split(",")))
+            found.add(_unless_broken(partial(measured, small, args.rounds, args.variants.split(","))))
         else:
-            found.add(*_in_process(case, args))
-    for result in found.results:
+            found.add(*_in_process(case, args, args.variants.split(",")))
+    for result in [] if args.here else found.results:
         show(result)
 
 
-def _in_process(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The result of one model, none if its process failed. Segments that grow keep what other variants freed in use."""
+def _unless_broken(measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return measured()
+    except BrokenDevice as broken:
+        return {BROKEN: asdict(broken.row)}
+
+
+def _in_process(case: Case, args: argparse.Namespace, variants: list[str]) -> list[dict[str, Any]]:
+    """The result of one model, none if its process failed. Segments that grow keep what other variants freed in use.
+
+    A variant after which nothing runs any more is left out of another try: its row says what it did.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.json")
-        options = ["--models", case.name, "--out", str(out), "--variants", args.variants, "--rounds", str(args.rounds)]
+        options = ["--models", case.name, "--out", str(out), "--variants", ",".join(variants), "--rounds", str(args.rounds)]
         environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
-        subprocess.run([sys.executable, sys.argv[0], *options], env=environment, check=False)
-        return list(json.loads(out.read_text())["results"]) if out.exists() else []
+        subprocess.run([sys.executable, sys.argv[0], *options, "--here"], env=environment, check=False)
+        results = list(json.loads(out.read_text())["results"]) if out.exists() else []
+    for row in (result[BROKEN] for result in results if BROKEN in result):
+        others = _in_process(case, args, [name for name in variants if name != row["variant"]])
+        return [{**result, "rows": [*result["rows"], row]} for result in others]
+    return results
 
 
 if __name__ == "__main__":

@@ -80,7 +80,16 @@ def test_only_spellings_that_the_library_has_are_run(benchmark: Any) -> None:
     models = {case.name: replace(case, size=case.size.small).model() for case in benchmark.CASES}
     spelt = {name: [v for v in benchmark.VARIANTS if benchmark.spelt(model, v)] for name, model in models.items()}
     assert spelt["llama"] == list(benchmark.VARIANTS)
-    assert spelt["mpt"] == ["eager", "inductor eager", "attngen eager", "attngen eager deterministic"]
+    others = ["inductor eager deterministic", "attngen eager deterministic"]
+    assert spelt["mpt"] == ["eager", "inductor eager", "attngen eager", *others]
+
+
+def test_gradients_that_are_zero_must_stay_so(benchmark: Any) -> None:
+    """But for rounding, which has no relative error: what a key's bias gets, as no weight changes with it."""
+    exact = [torch.full((4,), size) for size in (1.0, 2.0, 1e-9)]
+    found = [1.01 * exact[0], exact[1], torch.full((4,), 5e-4)]
+    assert benchmark.difference(found, exact) == pytest.approx((0.01**2 / 2) ** 0.5, rel=1e-3)
+    assert benchmark.difference([*found[:2], torch.full((4,), 2e-3)], exact) == float("inf")
 
 
 def test_each_model_has_a_process(tmp_path: Path, benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +111,36 @@ def test_each_model_has_a_process(tmp_path: Path, benchmark: Any, monkeypatch: p
     asked: list[str] = []
     shared.record("", benchmark.measure, cases=benchmark.CASES, variants=benchmark.VARIANTS, rounds=1)
     assert asked == ["t5"] and json.loads(out.read_text())["results"] == [result]
+
+
+def test_a_variant_that_breaks_the_device_is_left_out(
+    tmp_path: Path, benchmark: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row says what it did; the others are measured in another process."""
+    shared, out, asked = import_module("benchmark"), tmp_path / "out.json", []
+
+    def process(command: list[str], **_: Any) -> None:
+        asked.append(command[command.index("--variants") + 1])
+        monkeypatch.setattr(sys, "argv", command[1:])
+        shared.record("", benchmark.measure, cases=benchmark.CASES, variants=benchmark.VARIANTS, rounds=1)
+        monkeypatch.setattr(sys, "argv", [str(EXAMPLES / "benchmark_training.py"), *given])
+
+    def illegal(*_: Any) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    made = benchmark.step_of
+    monkeypatch.setattr(
+        benchmark, "step_of", lambda *given: illegal if given[1] == "inductor sdpa" else made(*given)
+    )
+    monkeypatch.setattr(shared, "synchronize", lambda _: illegal() if asked[-1:] == ["eager,inductor sdpa"] else None)
+    given = ["--models", "gpt2", "--variants", "eager,inductor sdpa", "--rounds", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLES / "benchmark_training.py"), *given])
+    monkeypatch.setattr(shared.subprocess, "run", process)
+    shared.record("", benchmark.measure, cases=benchmark.CASES, variants=benchmark.VARIANTS, rounds=1)
+    (result,) = json.loads(out.read_text())["results"]
+    eager, sdpa = result["rows"]
+    assert asked == ["eager,inductor sdpa", "eager"] and not eager["problem"]
+    assert sdpa["variant"] == "inductor sdpa" and "illegal memory access" in sdpa["problem"]
 
 
 def test_a_table_says_what_did_not_fit(benchmark: Any) -> None:

@@ -134,6 +134,30 @@ def test_gradients_of_a_view_and_of_an_expanded_gradient(tmp_path: Path) -> None
     checked(kernel_of(spec), replace(moved, out=out, lse=lse.float().contiguous()), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["causal_lse", "bias", "window"])
+@pytest.mark.parametrize("kernel_for", [kernel_of, portable], ids=["hopper", "portable"])
+@pytest.mark.usefixtures("wgmma")
+def test_a_cuda_graph_holds_gradients(kernel_for: Callable[..., BackwardKernel], name: str, tmp_path: Path) -> None:
+    """Captured after launches that were recorded, and replayed for other operands than those."""
+    case = BY_NAME[name]
+    kernel, at = kernel_for(replace(case.spec, lse=True)), sampled(case.spec, case.problem(504))
+    launch = written(kernel, tmp_path)
+    again = {"again": written(portable(kernel.spec), tmp_path)} if kernel.leaves_rows else {}
+    for _ in range(3):
+        launch(*at.arguments, **again)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = launch(*at.arguments, **again)
+    other = verify_bwd.sample(at.spec, case.problem(504), seed=7, device="cuda")
+    for held, given in zip((*at.inputs, at.out, at.lse, at.grad), (*other.inputs, other.out, other.lse, other.grad), strict=True):
+        held.copy_(given)
+    for _ in range(2):
+        graph.replay()
+    torch.cuda.synchronize()
+    found = verify_bwd.check(results, at)
+    assert all(verdict.ok for verdict in found.values()), {of: str(verdict) for of, verdict in found.items()}
+
+
 def test_the_operator_takes_the_plan_that_was_chosen() -> None:
     spec, problem = PROGRAMS["grouped, causal, d=128, torch.bfloat16"], Problem((4, 16), 2048, 2048)
     device = probe()
