@@ -225,18 +225,11 @@ def mirrored_spec(spec: AttentionSpec) -> AttentionSpec:
 # -------------------------------------------------------------------------------------------------------- what is left
 
 
-def suits(plan: Backward, inputs: Sequence[Tensor], needed: Sequence[bool]) -> bool:
-    """Whether the kernels can take such inputs: all groups of heads that share keys are of one size, and nobody who wants
-    the same bits each time needs a gradient that several programs add to."""
+def suits(plan: Backward, inputs: Sequence[Tensor]) -> bool:
+    """Whether the kernels can take such inputs: all groups of heads that share keys are of one size."""
     grouped = [(axis, by) for axis, by in plan.members if by]
-    if grouped:
-        sizes = blockwise.sizes_of(plan.spec, inputs)
-        if any(sizes[axis] % by for axis, by in grouped):
-            return False
-    if not torch.are_deterministic_algorithms_enabled():
-        return True
-    wanted = {source.name for source, wanted in zip(plan.spec.inputs, needed, strict=True) if wanted}
-    return not any(target.shared and target.source.name in wanted for target in plan.targets)
+    sizes = blockwise.sizes_of(plan.spec, inputs) if grouped else {}
+    return not any(sizes[axis] % by for axis, by in grouped)
 
 
 def finish(

@@ -38,6 +38,7 @@ def holes(spec: AttentionSpec, tiles: tuple[Tile, Tile], l2_bytes: int) -> dict[
     return {
         "kernels": kernels,
         "helpers": {name: next(filter(None, (k["helpers"][name] for k in kernels)), "") for name in kernels[0]["helpers"]},
+        "exact": [target.source.name for target in plan.extras if target.shared],
         "diagonals": any(target.kind == DIAGONAL for target in plan.extras),
         "softmax": spec.softmax,
         "empty": spec.empty,
@@ -80,6 +81,9 @@ def _kernel(side: Side) -> dict[str, Any]:
     cover = derive(spec.mask)
     bounds = loop_bounds(printer, cover, side.tile.warps)
     targets = [target_of(side, printer, target) for target in side.plan.extras if _by_queries(target) == side.queries]
+    exact = [target for target in targets if target.get("shared")]
+    for place, target in enumerate(exact):
+        target["largest"] = f"largest_ptr + {place}"
     scaled = [f"scale = {scale!r}  # scores times this are in base 2"] if score["times"] else []
     return {
         "name": side.name,
@@ -104,6 +108,7 @@ def _kernel(side: Side) -> dict[str, Any]:
         "heads": heads_of(side),
         "order": order_of(cover),
         "wide": ".to(tl.int64)" if spec.wide else "",
+        "exact": bool(exact),
         "helpers": helpers_of(printer, bounds),
         **_arguments(side),
     }
@@ -185,16 +190,19 @@ def _arguments(side: Side) -> dict[str, Any]:
     tensors = [x.name for x in spec.inputs] + ["grad", *(["out"] if side.queries and spec.softmax else [])]
     tensors += (["lse", "delta"] if spec.softmax else []) + [t.place.name for t in (*results, *made)]
     tensors += (["redo", "peak", "share"] if plan.redo else []) + (["lost"] if plan.may_be_lost else [])
+    shared = {t.place.name: f"units_{t.source.name} if way == 2 else {t.place.name}" for t in made if t.shared}
+    tensors += ["largest"] if shared else []
     laid_out = [*spec.inputs, *(t.place for t in (*results, *made) if t.kind not in (ROWS, KEYS, HEAD))]
     strides = [f"{x.name}_stride_{d}" for x in laid_out for d in used_dims(x)]
     strides += [f"{name}_stride_{d}" for name in tensors if name in ("grad", "out") for d in range(len(spec.output))]
     sizes = [f"size_{a.name}" for a in (*spec.batch, ROW, KEY)]
     called = list(sizes) if side.queries else [*sizes[:-2], sizes[-1], sizes[-2]]
-    more = [] if side.queries else [f"sources_{a.name}" for a, by in plan.members if by]
+    more = ["terms"] if shared else []
+    more += [] if side.queries else [f"sources_{a.name}" for a, by in plan.members if by]
     needs = [f"need_{target.source.name}" for target in made]
     return {
         "tensors": [f"{name}_ptr" for name in tensors],
-        "call_tensors": tensors,
+        "call_tensors": [shared.get(name, name) for name in tensors],
         "stride_names": strides,
         "call_strides": [called_with(name) for name in strides],
         "sizes": [*sizes, *more],

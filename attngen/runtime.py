@@ -211,7 +211,7 @@ def _gradient_by_kernel(spec: AttentionSpec, kernel: BackwardKernel) -> Gradient
     extras = [spec.inputs.index(target.source) for target in plan.extras]
 
     def run(grad: Tensor, out: Tensor, lse: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
-        if triton_problem() is not None or not gradient.suits(plan, inputs, needed):
+        if triton_problem() is not None or not gradient.suits(plan, inputs):
             return by_block(grad, out, lse, inputs, needed)
         here = grad.device.index == torch.cuda.current_device()
         with nullcontext() if here else torch.cuda.device(grad.device):

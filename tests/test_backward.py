@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from specs import BIAS, BY_NAME, CASES, CAUSAL, QK, B, Case, H, attention, loaded, plus
+from specs import BIAS, BY_NAME, CASES, CAUSAL, DIAGONAL, QK, TABLE, B, Case, H, attention, loaded, plus
 from test_emit import without_digest
 from test_kernels import along
 from torch import Tensor
 
-from attngen import blockwise, gradient, verify_bwd
+from attngen import aot, blockwise, gradient, verify_bwd
 from attngen.adjoint import SCORE_GRAD, gradients
 from attngen.algebra import Const, Expr, Int, Load, op
+from attngen.aot import Job, import_file
 from attngen.emit import BackwardKernel, emit_backward
 from attngen.errors import VerificationFailed
 from attngen.evaluate import Evaluator
@@ -214,21 +216,60 @@ def test_a_group_of_heads_is_summed_by_one_program() -> None:
     plan = gradient.backward_of(replace(BY_NAME["grouped"].spec, lse=True))
     assert plan.members == ((H, 4),) and plan.keys.direct
     uneven = [torch.zeros(1, heads, 4, 64) for heads in (6, 2, 2)]
-    needed = [True] * 3
-    assert not gradient.suits(plan, uneven, needed) and gradient.suits(plan, [uneven[0][:, :4], *uneven[1:]], needed)
+    assert not gradient.suits(plan, uneven) and gradient.suits(plan, [uneven[0][:, :4], *uneven[1:]])
 
 
-def test_what_several_programs_add_to_is_left_to_others_where_each_run_must_give_the_same_bits() -> None:
-    case = BY_NAME["table_cross"]
-    plan = gradient.backward_of(replace(case.spec, lse=True))
-    inputs = verify_bwd.sample(case.spec, case.problem(20)).inputs
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert not gradient.suits(plan, inputs, [True] * 4)
-        assert gradient.suits(plan, inputs, [True, True, True, False])
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert gradient.suits(plan, inputs, [True] * 4)
+def shared_of(case: Case) -> list[gradient.Target]:
+    return [target for target in gradient.backward_of(replace(case.spec, lse=True)).extras if target.shared]
+
+
+SHARED = [case for case in CASES if shared_of(case)]
+
+
+def in_integers(case: Case) -> BackwardKernel:
+    """The portable kernel of ``case`` as it is under ``torch.use_deterministic_algorithms``."""
+    kernel = emit_backward(replace(case.spec, lse=True), TILES)
+    assert isinstance(kernel, BackwardKernel)
+    assert "deterministic()" in kernel.source
+    return replace(kernel, source=kernel.source.replace("deterministic()", "True"))
+
+
+def test_what_several_programs_add_to_may_be_added_up_in_integers() -> None:
+    """Of every kind: along diagonals, scattered, and pairs that heads share."""
+    assert {"diagonal", "scattered", "pair"} == {target.kind for case in SHARED for target in shared_of(case)}
+    jobs = [(in_integers(case), case.problem(40)) for case in SHARED]
+    for case, found in zip(SHARED, verify_bwd.verify_all_interpreted(jobs), strict=True):
+        assert isinstance(found, dict) and all(verdict.ok for verdict in found.values()), (case.name, found)
+
+
+def test_kernels_that_add_up_in_integers_compile(tmp_path: Path) -> None:
+    """Both runs of them, and what comes after."""
+    by_kind = {target.kind: case for case in SHARED for target in shared_of(case)}
+    for case in by_kind.values():
+        kernel, at = in_integers(case), verify_bwd.sample(replace(case.spec, lse=True), case.problem(40))
+        (tmp_path / f"{kernel.name}.py").write_text(kernel.source)
+        job = Job.of(tmp_path / f"{kernel.name}.py", [at.grad, at.out, at.lse, *at.inputs])
+        built = aot._built(module := import_file(job.source), aot.backward_launches_of(module, job.inputs), 90)
+        assert {name: len(each) for name, each in built.items()} == {
+            "backward_queries": 2, "backward_keys": 1, "backward_sums": len(shared_of(case))
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e25, float("nan"), float("inf")])
+def test_sums_in_integers_are_of_any_size(size: float) -> None:
+    """And where something is not finite, the entries that it belongs to are not, and the others are right."""
+    case = Case("table", attention(dtype=torch.float32, score=plus(QK, loaded("t0", H, DIAGONAL)), extras=TABLE, mask=CAUSAL))
+    at = verify_bwd.sample(replace(case.spec, lse=True), case.problem(40))
+    if 0 < size < float("inf"):
+        at = replace(at, grad=at.grad * size)
+    else:
+        at.grad[0, 0, 30, 2] = size
+        size = 1.0
+    ((*_, found, _),) = run_interpreted([(in_integers(case), at.arguments)])
+    exact = verify_bwd.reference(at)[3]
+    assert exact is not None and torch.equal(found.isfinite(), exact.isfinite()) and found.isfinite().any()
+    kept = exact.isfinite()
+    assert torch.allclose(found[kept].double(), exact[kept], rtol=1e-4, atol=1e-4 * size)
 
 
 def test_keys_and_values_of_different_heads_are_summed_afterwards() -> None:

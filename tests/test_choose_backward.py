@@ -71,6 +71,17 @@ def test_kernels_that_stand_by_take_time() -> None:
     assert plan.redo is not None and together - alone == pytest.approx(expected)
 
 
+def test_what_programs_add_to_takes_two_runs_where_each_must_give_the_same_bits() -> None:
+    """Of the kernel that adds to it."""
+    problem, pairs = Problem((4, 16), 4096, 4096), {}
+    for name in ("causal", "table"):
+        asked = (choose_bwd._ranked(replace(BY_HEAD[64][name], lse=True), problem, H200, same) for same in (False, True))
+        pairs[name] = [able for able in asked if isinstance(able, choose_bwd._Able)]
+    for name, factor in (("causal", 1), ("table", 2)):
+        usual, same = pairs[name]
+        assert same.queries == {tile: factor * seconds for tile, seconds in usual.queries.items()} and same.keys == usual.keys
+
+
 def _tile(text: str) -> Tile:
     return Tile(*map(int, re.findall(r"\d+", text)))
 
