@@ -41,6 +41,24 @@ def _speedup(rows: dict[str, Record], spelling: str) -> float | None:
     return None if peer is None or peer["problem"] or not ours else float(peer["ms"] / min(ours))
 
 
+def training(record: Record) -> list[str]:
+    """Milliseconds and peak memory of a training step, attngen's by its better spelling, beside the best of the others; and
+    of those whose gradients are the same bits in each run."""
+    peers = ("eager", "inductor eager", "inductor sdpa", "inductor flex")
+    same = ("inductor eager deterministic", "attngen eager deterministic")
+    titles = ("model", *peers, "attngen", "over the best", "the same bits: inductor eager", "attngen eager")
+    lines, ratios = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"], []
+    for result in record["results"]:
+        rows = {row["variant"]: row for row in result["rows"]}
+        timed = {name: row["ms"] for name, row in rows.items() if not row["problem"]}
+        ours = min((f"attngen {spelling}" for spelling in ("eager", "sdpa")), key=lambda name: timed.get(name, math.inf))
+        ratios.append(min(timed[name] for name in peers if name in timed) / timed[ours])
+        cells = [_cell(rows.get(name)) for name in (*peers, ours)] + [f"{ratios[-1]:.2f}x"]
+        lines.append(f"| {result['model']} | {' | '.join(cells + [_cell(rows.get(name)) for name in same])} |")
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    return [*lines, "", f"Geometric mean over the best of the others: {mean:.2f}x. {_machine(record)}"]
+
+
 def curves(record: Record) -> list[str]:
     """Of each training, the last losses, and how far attngen's curve and eager's second one are from eager's first."""
     titles = ("model", "dropout", "loss in eager", "by attngen", "distance from eager", "of eager again", "sites")
@@ -172,6 +190,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     "runs": ("tests/data/runs.json", runs),
     "coverage": ("tests/data/coverage.json", coverage),
     "models": ("examples/results/models.json", models),
+    "training": ("examples/results/training.json", training),
     "curves": ("examples/results/curves.json", curves),
     "dense": ("examples/results/dense.json", attention),
     "variants": ("examples/results/variants.json", attention),

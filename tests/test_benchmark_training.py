@@ -155,3 +155,14 @@ def test_a_table_says_what_did_not_fit(benchmark: Any) -> None:
     assert a == "| a | out of memory | out of memory | 2.00 ms, 1.00 GiB | - | - / - |"
     assert b == "| b | 9.00 ms, 1.00 GiB | 6.00 ms, 1.00 GiB | 3.00 ms, 1.00 GiB | - | 2.00x / - |"
     assert "2.00x" in mean
+
+
+def test_a_table_of_training_takes_the_better_spelling(benchmark: Any) -> None:
+    times = {"eager": 9.0, "inductor sdpa": 6.0, "attngen eager": 4.0, "attngen sdpa": 3.0}
+    times["attngen eager deterministic"] = 5.0
+    rows = [{"variant": name, "ms": ms, "peak_gib": 1.0, "problem": ""} for name, ms in times.items()]
+    rows.append({"variant": "inductor flex", "ms": 0.0, "peak_gib": 0.0, "problem": "AcceleratorError: illegal"})
+    record = {"device": "D", "versions": {}, "results": [{"model": "a", "rows": rows}]}
+    *_, line, _, mean = import_module("tables").training(record)
+    told = ["9.00 ms, 1.00 GiB", "-", "6.00 ms, 1.00 GiB", "-", "3.00 ms, 1.00 GiB", "2.00x", "-", "5.00 ms, 1.00 GiB"]
+    assert line == f"| a | {' | '.join(told)} |" and "2.00x" in mean
