@@ -22,7 +22,7 @@ from attngen.passes.effects import updated, written
 from attngen.passes.lower import Lowered
 from attngen.passes.memory import storage, values
 from attngen.passes.semantics import is_tensor, op_name, shape_of
-from attngen.passes.specialise import Table
+from attngen.passes.specialise import Number, Table
 
 
 class NotHere(Exception):
@@ -104,6 +104,16 @@ class Writer:
         drawn.kwargs = {"dtype": torch.int64, "device": like.meta["val"].device}
         self._lowered.tables[seed] = drawn
         return drawn
+
+    def number(self, number: Number, like: fx.Node) -> fx.Node:
+        """A tensor of the number, on the device of the lowered node ``like``."""
+        known = self._lowered.tables.get(number)
+        if known in self._before or known in self.written:
+            return known  # type: ignore[return-value]
+        made = self.call(torch.ops.aten.full.default, ([], self.value(_given(number, like.graph))))
+        made.kwargs = {"dtype": torch.int64, "device": like.meta["val"].device}
+        self._lowered.tables[number] = made
+        return made
 
     def take_back(self) -> None:
         for node in reversed(self.written):
@@ -246,6 +256,15 @@ def _positions(table: Table, measured: dict[sp.Symbol, Any], device: torch.devic
         shape[place] = -1
         positions[axis] = torch.arange(numbers.integer(axis.extent), device=device).reshape(shape)  # type: ignore[arg-type]
     return positions
+
+
+def _given(number: Number, graph: fx.Graph) -> fx.Node:
+    """The node of the lowered ``graph`` that is the number."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and compat.size_expr(value) == number.symbol:
+            return node
+    raise NotHere(f"nothing in the graph is the number {number.symbol} alone")
 
 
 def sizes_of(nodes: Sequence[fx.Node]) -> dict[sp.Symbol, tuple[fx.Node, int]]:

@@ -22,7 +22,7 @@ from attngen.passes.dropout import Seed
 from attngen.passes.graphs import NotHere, Writer, is_pure, opened, sizes_of
 from attngen.passes.lower import Lowered
 from attngen.passes.semantics import dtype_of
-from attngen.passes.specialise import Specialised, Table
+from attngen.passes.specialise import Number, Specialised, Table
 from attngen.passes.strides import memory_order
 from attngen.spec import AttentionSpec
 
@@ -80,9 +80,9 @@ def _asked_for(node: fx.Node, lowered: Lowered) -> bool:
     return bool(getattr(value, "requires_grad", True))
 
 
-def _sources(made: Table | Seed) -> list[fx.Node]:
+def _sources(made: Table | Seed | Number) -> list[fx.Node]:
     """What the graph makes it of."""
-    if isinstance(made, Seed):
+    if not isinstance(made, Table):
         return []
     return [node.source for node in made.expr.walk() if hasattr(node, "source")]  # type: ignore[misc]
 
@@ -144,6 +144,8 @@ def _arguments(placed: Placed, writer: Writer) -> list[fx.Node]:
             arguments.append(writer.table(binding, sizes, like=site.query.node))
         elif isinstance(binding, Seed):
             arguments.append(writer.seed(binding, like=site.query.node))
+        elif isinstance(binding, Number):
+            arguments.append(writer.number(binding, like=site.query.node))
         elif spec.lse and source.dtype.is_floating_point and _is_only_compared(spec, source.name):
             arguments.append(writer.call(torch.ops.aten.detach.default, (writer.value(binding),)))
         else:

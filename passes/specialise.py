@@ -6,7 +6,8 @@ Rules for what is loaded, each kept general:
 * what depends on data but not on both row and key is the graph's own small tensor, loaded with its broadcast strides;
 * a costly function of ``j - i`` alone (bucketed relative bias) becomes a table with one entry per diagonal, built by the
   graph in O(N + M);
-* anything else per pair is loaded from the tensor that the graph already has.
+* anything else per pair is loaded from the tensor that the graph already has;
+* a number that may change from call to call (a window that is an argument) is put into a tensor, and loaded.
 """
 
 from __future__ import annotations
@@ -45,7 +46,14 @@ class Table:
     diagonal: Axis
 
 
-Binding = fx.Node | Table | Seed
+@dataclass(frozen=True)
+class Number:
+    """A whole number that the graph is given, which may change from call to call and is no size of an operand."""
+
+    symbol: sp.Symbol
+
+
+Binding = fx.Node | Table | Seed | Number
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ def run(site: Site) -> Specialised | Miss:
     names = _canonical_names(site)
     if isinstance(names, Miss):
         return names
+    chosen = [_with_numbers(e, names) for e in chosen]
     slots, bindings = _slots(chosen)
     renamed = [_rename(e, names, slots) for e in chosen]
     leftover = {s for e in renamed for n in e.walk() if isinstance(n, Int) for s in n.value.free_symbols} - set(_SYMBOLS)
@@ -261,6 +270,33 @@ def _canonical_names(site: Site) -> Names | Miss:
     return names
 
 
+def _with_numbers(expr: Expr, names: Names) -> Expr:
+    """Loads numbers that no operand tells, where they are added and subtracted, as a graph's own tensor of one would be."""
+
+    def rule(node: Expr) -> Expr | None:
+        if isinstance(node, Load):  # places are computed from sizes alone
+            return node
+        return _read_apart(node, names) if isinstance(node, Int) else None
+
+    return transform(expr, rule)
+
+
+def _read_apart(node: Int, names: Names) -> Expr:
+    unknown = sorted((s for s in node.value.free_symbols if s not in names and not isinstance(s, Axis)), key=str)
+    rest, read = sp.expand(node.value), []
+    for symbol in unknown:
+        factor = rest.coeff(symbol)
+        rest = sp.expand(rest - factor * symbol)
+        if not factor.is_Integer or rest.has(symbol):
+            return node
+        read.append((factor, Load(Number(symbol), (), "int")))
+    found: Expr = Int(rest)
+    for factor, load in read:
+        term = load if abs(factor) == 1 else op("mul", Int(abs(factor)), load)
+        found = op("add" if factor > 0 else "sub", found, term)
+    return found
+
+
 def _slots(exprs: list[Expr]) -> tuple[dict[Load, str], list[Binding]]:
     """One input per loaded tensor and index pattern, numbered by first appearance."""
     slots: dict[Load, str] = {}
@@ -308,7 +344,7 @@ def _output(site: Site, names: Names) -> tuple[Axis, ...]:
 
 def _extra(load: Load, slots: dict[Load, str], names: Names) -> Input:
     index = tuple(place.value for place in _places(load, names))  # type: ignore[attr-defined]
-    if isinstance(load.source, Seed):
+    if isinstance(load.source, (Seed, Number)):
         return Input(slots[load], index, torch.int64)
     dtype = torch.float32 if isinstance(load.source, Table) else dtype_of(load.source)  # type: ignore[arg-type]
     return Input(slots[load], index, dtype)

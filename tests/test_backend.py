@@ -295,17 +295,23 @@ def qkv(rows: int = 8, keys: int = 8, heads: int = 2) -> tuple[Tensor, Tensor, T
     return torch.randn(2, heads, rows, 16), torch.randn(2, heads, keys, 16), torch.randn(2, heads, keys, 16)
 
 
-READ = "qk*0.25; causal & causal(loaded positions)"  # a window that is a tensor
-FIRST = ("qk*0.25; causal & window(4)", "qk*0.5; causal & window(4)", READ)
+READ = "causal(loaded positions)"  # a window that may change
+FIXED = ("qk*0.25; causal & window(4)", "qk*0.5; causal & window(4)", f"qk*0.25; causal & {READ}")
+MASKED = f"qk*0.25; causal & padding & {READ}"
 
 
 @pytest.mark.parametrize(
-    ("dynamic", "expected"), [(None, FIRST), (True, (READ,)), (False, (*FIRST, "qk*0.25; causal & window(2)"))]
+    ("dynamic", "expected"),
+    [
+        (None, (*FIXED, MASKED)),
+        (True, (f"qk*0.25; causal & {READ}", f"qk*0.5; causal & {READ}", MASKED)),
+        (False, (*FIXED, *(f"qk*0.25; causal & window({x}" for x in ("2)", "3)", "5)", "4) & padding")))),
+    ],
 )
 def test_changed_facts_are_noticed(dynamic: bool | None, expected: tuple[str, ...]) -> None:
     """Lengths, equal lengths, head counts, scale, window and mask contents: each changed after compiling.
 
-    No kernel is made with a window that need not stay; as a tensor it is read, and need not.
+    A window that need not stay is read, whether the model has it as a number or as a tensor.
     """
     compiled = torch.compile(attend, backend="attngen", options=EAGER, dynamic=dynamic)
     mask = torch.rand(2, 1, 1, 8) > 0.3
@@ -320,20 +326,46 @@ def test_changed_facts_are_noticed(dynamic: bool | None, expected: tuple[str, ..
         (qkv(), {"window": torch.tensor(5)}),
         (qkv(9, 11), {"window": torch.tensor(2)}),
         (qkv(), {"window": 2}),
+        (qkv(), {"window": 5}),
+        (qkv(9, 11), {"window": 3}),
         (qkv(), {"mask": mask}),
         (qkv(), {"mask": mask.roll(2, -1)}),
         (qkv(), {"mask": torch.zeros_like(mask)}),
     ]
-    with attngen.record() as reports:
+    with attngen.record() as reports, torch._dynamo.config.patch(recompile_limit=32):
         for args, kwargs in calls:
             torch.testing.assert_close(compiled(*args, **kwargs), attend(*args, **kwargs), equal_nan=True)
     sites = [site for report in reports for site in report.sites]
-    assert len(sites) == len(reports)
-    computed = {site.computes.split(", ")[0] for site in sites if site.status == "replaced"}
-    assert computed == {f"softmax({x})" for x in expected}
-    missed = [site for site in sites if site.status == "missed"]
-    assert bool(missed) == (dynamic is not False)
-    assert all(site.reason.startswith("it takes a number that may change") for site in missed)
+    assert len(sites) == len(reports) and all(site.status == "replaced" for site in sites)
+    assert {site.computes.split(", ")[0] for site in sites} == {f"softmax({x})" for x in expected}
+
+
+def test_a_number_that_may_change_is_read_where_it_is_added() -> None:
+    """Once for all sites; one that a position is multiplied by is no such number."""
+
+    def two(q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
+        rows, columns = past + torch.arange(q.shape[-2]).unsqueeze(1), torch.arange(k.shape[-2])
+        scores = (q @ k.transpose(-1, -2) * 0.25).masked_fill(columns > rows, float("-inf"))
+        again = (torch.softmax(scores, -1) @ v) @ k.transpose(-1, -2) + 3 * past
+        return torch.softmax(again.masked_fill(columns > rows - 2 * past + 7, float("-inf")), -1) @ v
+
+    def steep(q: Tensor, k: Tensor, v: Tensor, step: int) -> Tensor:
+        rows, columns = torch.arange(q.shape[-2]).unsqueeze(1), torch.arange(k.shape[-2])
+        scores = (q @ k.transpose(-1, -2)).masked_fill(columns > step * rows, float("-inf"))
+        return torch.softmax(scores, -1) @ v
+
+    for model, count in ((two, 2), (steep, 0)):
+        compiled = torch.compile(model, backend="attngen", options=EAGER, dynamic=True)
+        with attngen.record() as reports:
+            for number in (4, 3, 2, 5):
+                args = [x.requires_grad_() for x in qkv(3, 9)]
+                torch.testing.assert_close(compiled(*args, number), expected := model(*args, number), rtol=1e-4, atol=1e-5)
+                found = torch.autograd.grad(compiled(*args, number).sum(), args)
+                exact = torch.autograd.grad(expected.sum(), args)
+                torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4)
+        (report,) = reports
+        assert len(report.replaced) == count
+        assert all(site.reason.startswith("it takes a number that may change") for site in report.missed)
 
 
 def test_an_input_written_between_is_left_alone() -> None:
