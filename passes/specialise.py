@@ -293,7 +293,8 @@ def _read_apart(node: Int, names: Names) -> Expr:
     found: Expr = Int(rest)
     for factor, load in read:
         term = load if abs(factor) == 1 else op("mul", Int(abs(factor)), load)
-        found = op("add" if factor > 0 else "sub", found, term)
+        alone = found == Int(sp.S.Zero) and factor > 0
+        found = term if alone else op("add" if factor > 0 else "sub", found, term)
     return found
 
 
