@@ -46,7 +46,7 @@ ADVICE = {
     "the head size is not a fixed number": "Fix that dimension: torch._dynamo.mark_static(tensor, dim).",
     "the value head size is not a fixed number": "Fix that dimension: torch._dynamo.mark_static(tensor, dim).",
     "it takes a number that may change from call to call": (
-        "Make it a constant of the model, or compile with dynamic=False. What is only added to positions may change."
+        "Make it a constant of the model, or compile with dynamic=False. Sums, products and the like of it may change."
     ),
     "no tile fits": "Smaller heads would fit, or float16 or bfloat16, or another device (--target).",
     "kernels do not compute in": "Compute in float32, bfloat16 or float16: for example model.to(torch.float32).",

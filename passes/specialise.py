@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
 
 import sympy as sp
 import torch
@@ -270,32 +271,38 @@ def _canonical_names(site: Site) -> Names | Miss:
     return names
 
 
+_ARITHMETIC = {sp.Add: "add", sp.Mul: "mul", sp.Abs: "abs", sp.Max: "max", sp.Min: "min"}
+
+
 def _with_numbers(expr: Expr, names: Names) -> Expr:
-    """Loads numbers that no operand tells, where they are added and subtracted, as a graph's own tensor of one would be."""
+    """Loads numbers that no operand tells, as a graph's own tensor of one would be."""
 
     def rule(node: Expr) -> Expr | None:
         if isinstance(node, Load):  # places are computed from sizes alone
             return node
-        return _read_apart(node, names) if isinstance(node, Int) else None
+        if not isinstance(node, Int):
+            return None
+        numbers = {s for s in node.value.free_symbols if s not in names and not isinstance(s, Axis)}
+        return _computed(node.value, numbers) or node
 
     return transform(expr, rule)
 
 
-def _read_apart(node: Int, names: Names) -> Expr:
-    unknown = sorted((s for s in node.value.free_symbols if s not in names and not isinstance(s, Axis)), key=str)
-    rest, read = sp.expand(node.value), []
-    for symbol in unknown:
-        factor = rest.coeff(symbol)
-        rest = sp.expand(rest - factor * symbol)
-        if not factor.is_Integer or rest.has(symbol):
-            return node
-        read.append((factor, Load(Number(symbol), (), "int")))
-    found: Expr = Int(rest)
-    for factor, load in read:
-        term = load if abs(factor) == 1 else op("mul", Int(abs(factor)), load)
-        alone = found == Int(sp.S.Zero) and factor > 0
-        found = term if alone else op("add" if factor > 0 else "sub", found, term)
-    return found
+def _computed(value: sp.Expr, numbers: set[sp.Symbol]) -> Expr | None:
+    """``value`` with the ``numbers`` loaded; None where it is made of them in another way than kernels compute."""
+    if value in numbers:
+        return Load(Number(value), (), "int")
+    if not value.free_symbols & numbers:
+        return Int(value)
+    name = _ARITHMETIC.get(value.func)
+    if name is None:
+        return None
+    known = [arg for arg in value.args if not arg.free_symbols & numbers] if name in ("add", "mul") else []
+    parts = [_computed(arg, numbers) for arg in value.args if arg not in known]
+    if any(part is None for part in parts):
+        return None
+    first = [Int(value.func(*known))] if known else []
+    return reduce(partial(op, name), [*first, *parts]) if len(first + parts) > 1 else op(name, *parts)  # type: ignore[arg-type]
 
 
 def _slots(exprs: list[Expr]) -> tuple[dict[Load, str], list[Binding]]:

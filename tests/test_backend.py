@@ -340,8 +340,8 @@ def test_changed_facts_are_noticed(dynamic: bool | None, expected: tuple[str, ..
     assert {site.computes.split(", ")[0] for site in sites} == {f"softmax({x})" for x in expected}
 
 
-def test_a_number_that_may_change_is_read_where_it_is_added() -> None:
-    """Once for all sites; one that a position is multiplied by is no such number."""
+def test_a_number_that_may_change_is_read() -> None:
+    """Once for all sites, whatever kernels compute of it: no remainders."""
 
     def two(q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
         rows, columns = past + torch.arange(q.shape[-2]).unsqueeze(1), torch.arange(k.shape[-2])
@@ -351,10 +351,15 @@ def test_a_number_that_may_change_is_read_where_it_is_added() -> None:
 
     def steep(q: Tensor, k: Tensor, v: Tensor, step: int) -> Tensor:
         rows, columns = torch.arange(q.shape[-2]).unsqueeze(1), torch.arange(k.shape[-2])
-        scores = (q @ k.transpose(-1, -2)).masked_fill(columns > step * rows, float("-inf"))
+        scores = q @ k.transpose(-1, -2) - (rows + step - columns).abs() * 0.1
+        return torch.softmax(scores.masked_fill(columns > step * rows, float("-inf")), -1) @ v
+
+    def dilated(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        rows, columns = torch.arange(q.shape[-2]).unsqueeze(1), torch.arange(k.shape[-2])
+        scores = (q @ k.transpose(-1, -2)).masked_fill((rows - columns + start) % 3 != 0, float("-inf"))
         return torch.softmax(scores, -1) @ v
 
-    for model, count in ((two, 2), (steep, 0)):
+    for model, count in ((two, 2), (steep, 1), (dilated, 0)):
         compiled = torch.compile(model, backend="attngen", options=EAGER, dynamic=True)
         with attngen.record() as reports:
             for number in (4, 3, 2, 5):
