@@ -49,7 +49,7 @@ def run(reader: Reader, sides: Sides, normalised: Normalised, dot: Dot) -> tuple
     new = reader.bound(sides.node, keys.size, "shared")
     moved = Dot(other, keys.shared(new), dot.axis, dot.node)
     place = sp.expand(new - keys.start)
-    change = _moving(key, place, {dot: moved})
+    change = moving(key, place, {dot: moved})
     inside = op("and", op("ge", Int(place), integer(0)), op("lt", Int(place), Int(key.extent)))
     score, gain = change(normalised.score), change(normalised.gain)
     if score is None or gain is None:
@@ -76,7 +76,7 @@ def _window(reader: Reader, access: Access, sides: Sides) -> _Window | None:
     return None
 
 
-def _moving(key: Axis, place: sp.Expr, known: dict[Dot, Dot]) -> Callable[[Expr], Expr | None]:
+def moving(key: Axis, place: sp.Expr, known: dict[Dot, Dot]) -> Callable[[Expr], Expr | None]:
     """What an expression is with ``key`` at ``place``, or None where it is made of sums and products that are not known.
 
     Loads are read at the nearest place inside: where that makes a difference, the pair does not count.
