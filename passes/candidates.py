@@ -131,7 +131,7 @@ def divided(node: fx.Node) -> fx.Node | None:
         (user,) = node.users
         if op_name(user) in ("div", "mul") and is_tensor(user.args[0]) and is_tensor(user.args[1]):
             return user
-        if op_name(user) not in VIEWS:
+        if op_name(user) not in VIEWS and not (op_name(user) == "copy" and user.args[1] is node):
             return None
         node = user
     return None
