@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from torch import fx
 
-from attngen import advice, candidates, cost, hopper, naming
+from attngen import advice, candidates, compat, cost, hopper, naming
 from attngen.algebra import ONE, TRUE, Expr, Int, Op, negate, number, transform
 from attngen.cache.lookup import MODEL, Choice
 from attngen.choose import Plan
@@ -16,6 +17,8 @@ from attngen.choose_bwd import BackwardPlan
 from attngen.device import Device
 from attngen.errors import Miss
 from attngen.passes import provenance
+from attngen.passes.bands import SHARED
+from attngen.passes.detect import Site
 from attngen.report import SiteReport
 from attngen.spec import KEY, ROW, AttentionSpec, Problem
 from attngen.text import readable
@@ -35,7 +38,8 @@ def missed(each: Missed) -> SiteReport:
 
 
 def found(each: Found, device: Device, status: str) -> SiteReport:
-    report = replace(planned(each.plan, device, each.backward), where=each.where, status=status)
+    known = planned(each.plan, device, each.backward, _scores(each.placed.site))
+    report = replace(known, where=each.where, status=status)
     if each.in_16_bits:
         report = replace(report, computes=f"{report.computes}, not fp8: {each.in_16_bits}")
     report = _chosen(report, *each.given)
@@ -52,10 +56,16 @@ def _placed(report: SiteReport, anchor: fx.Node | None) -> SiteReport:
     return replace(report, module=place.module, file=place.file, line=place.line)
 
 
+def _scores(site: Site) -> int | None:
+    """How many the model has, where each query has a window of keys; else one for each pair."""
+    value = site.dot.node.meta["val"]  # type: ignore[attr-defined]
+    return math.prod(compat.hint(size) for size in value.shape) if site.key.name == SHARED else None
+
+
 @lru_cache(maxsize=4096)
-def planned(plan: Plan, device: Device, gradients: BackwardPlan | Miss | None) -> SiteReport:
-    """What a report says of every site that has this plan."""
-    before = int(cost.eager_hbm_bytes(plan.spec, plan.problem))
+def planned(plan: Plan, device: Device, gradients: BackwardPlan | Miss | None, scores: int | None = None) -> SiteReport:
+    """What a report says of every site that has this plan, and in the model as many ``scores``."""
+    before = int(cost.eager_hbm_bytes(plan.spec, plan.problem, scores))
     report = SiteReport(
         "",
         "found",

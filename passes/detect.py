@@ -258,8 +258,12 @@ def _prove_normalised(reader: Reader, sides: Sides, outside: Expr, normalised: N
 
 
 def _prove_scores(reader: Reader, sides: Sides, normalised: Normalised, dot: Dot) -> Site | Miss:
-    if (shared := bands.run(reader, sides, normalised, dot)) is not None:
-        sides, normalised, dot = shared
+    shared = bands.run(reader, sides, normalised, dot)
+    proof = None if shared is None else _prove_pairs(reader, *shared)
+    return proof if isinstance(proof, Site) else _prove_pairs(reader, sides, normalised, dot)
+
+
+def _prove_pairs(reader: Reader, sides: Sides, normalised: Normalised, dot: Dot) -> Site | Miss:
     key, axes = sides.key, sides.axes
     query, keys = (dot.lhs, dot.rhs) if key in dot.rhs.axes else (dot.rhs, dot.lhs)
     roles = roles_of(sides, query, keys, dot.axis)

@@ -24,7 +24,7 @@ from attngen.compat import FloorDiv
 from attngen.index import ZERO, Axis, floordiv, modulo
 from attngen.normaliser import Normalised
 from attngen.passes.arrange import layers
-from attngen.passes.bands import moving
+from attngen.passes.bands import SHARED, moving
 from attngen.passes.effects import written
 from attngen.passes.grids import Pairs, is_inside
 from attngen.passes.roles import Sides
@@ -147,7 +147,7 @@ class _Band:
         if not self._is_masked(normalised.score, self._pairs.where(negate(self.exists))):
             return None
         score, gain = (self._plain(expr, self._pairs.where(self.exists)) for expr in (normalised.score, normalised.gain))
-        new = self._reader.bound(sides.node, self._size, "shared")
+        new = self._reader.bound(sides.node, self._size, SHARED)
         place = sp.expand(new - self._start)
         known = {dot: self._at(dot, new) for dot in score.walk() if isinstance(dot, Dot)}
         moved = [moving(self._key, place, known)(expr) for expr in (score, gain)]
