@@ -30,6 +30,10 @@ ADVICE = {
         "A kernel computes each head by itself and never has the weights of another. Mixing the results of heads, or their"
         " values, would not be in the way; it is another function."
     ),
+    "the scores are put together from parts of one product": (
+        "Write a window as a mask of all scores, as in scores.masked_fill((i - j).abs() > w, -inf): what is masked is not"
+        " computed."
+    ),
     "the softmax runs over another dimension": (
         "If this is not meant, give softmax the dimension of the keys, over which the values are summed."
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
@@ -102,15 +103,18 @@ def opened(progress: Progress, path: Path, train: bool) -> Iterator[Example]:
 
 @contextmanager
 def _quiet_torch() -> Iterator[None]:
-    """Torch logs tracebacks of errors that it then raises; our message says what matters, unless TORCH_LOGS is set."""
+    """Torch logs tracebacks of errors that it then raises, and warns of how it traces; our message says what matters, unless
+    TORCH_LOGS is set."""
     logger = logging.getLogger("torch")
     level = logger.level
-    if "TORCH_LOGS" not in os.environ:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    with warnings.catch_warnings():
+        if "TORCH_LOGS" not in os.environ:
+            logger.setLevel(logging.CRITICAL)
+            warnings.filterwarnings("ignore", module=r"torch\b|<string>")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 @contextmanager

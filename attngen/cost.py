@@ -259,10 +259,10 @@ def _line(row: f.Formula, values: dict[str, float]) -> str:
 # ------------------------------------------------------------------------------------------------------------- before
 
 
-def eager_hbm_bytes(spec: AttentionSpec, problem: Problem) -> int:
-    """HBM traffic of the unfused spelling: the first product writes all scores, each pointwise operator and the softmax
+def eager_hbm_bytes(spec: AttentionSpec, problem: Problem, scores: int | None = None) -> int:
+    """HBM traffic of the unfused spelling: the first product writes all ``scores``, each pointwise operator and the softmax
     read and write them, the second product reads them."""
-    pairs = problem.heads * problem.rows * problem.keys
+    pairs = problem.heads * problem.rows * problem.keys if scores is None else scores
     passes = 1 + 2 * score_passes(spec) + 2 + 1
     results = problem.heads * problem.rows * spec.value_dim * spec.out_dtype.itemsize
     read = sum(bytes_of(spec, problem, x) for x in spec.inputs)

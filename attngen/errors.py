@@ -81,11 +81,15 @@ def say_once(problem: str) -> None:
 
 @dataclass(frozen=True)
 class Miss:
-    """A place that looks like attention and is left alone. ``depth`` counts how many proofs held before one failed."""
+    """A place that looks like attention and is left alone. ``depth`` counts how many proofs held before one failed.
+
+    ``blamed`` is the node whose line shows what is in the way, where that is another than ``node``.
+    """
 
     reason: str
     node: str = ""
     depth: int = 0
+    blamed: str = ""
 
     def __bool__(self) -> bool:
         return False

@@ -48,7 +48,7 @@ class Found:
 
     ``given`` are those of them that had been made before. ``inputs`` are the tensors that its operator will be called on;
     ``terms`` are all that add up to its output, itself among them: they are replaced together. ``in_16_bits`` is why its
-    products are not of 8-bit numbers, where that was asked for.
+    products are not of 8-bit numbers, where that was asked for. ``loads`` says where what scores and masks load comes from.
     """
 
     placed: replacing.Placed
@@ -60,6 +60,7 @@ class Found:
     given: tuple[Choice | None, Choice | None] = (None, None)
     terms: tuple[replacing.Placed, ...] = ()
     in_16_bits: str = ""
+    loads: tuple[tuple[str, str], ...] = ()
 
     @property
     def anchor(self) -> fx.Node:
@@ -174,7 +175,8 @@ def analyse(
         name = outcome.node or (end.name if end else "")
         anchor = captured.get(end.name) if end else None
         where = name if anchor is None else provenance.where(anchor)
-        found.append(Missed(where, outcome.reason, name, anchor, captured.get(name, anchor), end, sites))
+        blamed = captured.get(outcome.blamed or name, captured.get(name, anchor))
+        found.append(Missed(where, outcome.reason, name, anchor, blamed, end, sites))
     return found
 
 
@@ -211,7 +213,16 @@ def _analysed(
         return kernel
     backward, given_backward = decide.gradients(replace(wanted, phase=BACKWARD, deterministic=options.deterministic), choices)
     placed = replace(placed, specialised=replace(specialised, spec=spec))
-    return Found(placed, where, problem, plan, wanted.inputs, backward, (given, given_backward), in_16_bits=in_16_bits)
+    return Found(
+        placed, where, problem, plan, wanted.inputs, backward, (given, given_backward), in_16_bits=in_16_bits,
+        loads=_loads(specialised, lowered),
+    )  # fmt: skip
+
+
+def _loads(specialised: Specialised, lowered: Lowered) -> tuple[tuple[str, str], ...]:
+    """What each tensor is that scores and masks load, by its name in the spec."""
+    named = zip(specialised.spec.extras, specialised.bindings, strict=True)
+    return tuple((extra.name, provenance.made(binding, lowered)) for extra, binding in named)
 
 
 def _unselected(path: str, options: Options) -> Miss | None:

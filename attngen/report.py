@@ -40,6 +40,7 @@ class SiteReport:
     ``blamed``        where that node of a miss was written: {"file": ..., "line": ..., "code": ...}
     ``advice``        what would let it be replaced, where the user can do something
     ``computes``      the expression, readable
+    ``loads``         where each tensor comes from that the expression loads: {"t0": "relative_bias.weight"}
     ``family``        template family of the kernel
     ``tile``          queries x keys per block, warps, stages
     ``behind``        what is launched behind the kernel, and what for; empty if nothing is
@@ -70,6 +71,7 @@ class SiteReport:
     blamed: dict[str, Any] | None = None
     advice: str = ""
     computes: str = ""
+    loads: dict[str, str] = field(default_factory=dict)
     family: str = ""
     tile: str = ""
     behind: str = ""

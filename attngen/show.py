@@ -24,6 +24,7 @@ from attngen.report import Report, SiteReport
 from attngen.verify import Check
 
 MOST_REASONS, MOST_PLACES = 6, 4  # that are shown of sites left as they were
+MOST_LOADS = 4  # that are explained
 WIDEST = 90  # columns of an expression, however wide the terminal
 _WHERE = re.compile(r"(?P<path>.*) \((?P<line>[^()]*:\d+)\)|(?P<alone>[^ ]*:\d+)")
 
@@ -85,7 +86,7 @@ def groups(sites: Sequence[SiteReport]) -> list[Same]:
 
 def unnumbered(reason: str) -> str:
     """A reason as it reads for every layer: nodes lose their numbers (``mul_7`` is ``mul``)."""
-    return re.sub(r"(?<=[a-z])_\d+\b", "", reason)
+    return re.sub(r"(?<=[a-z])(_?)_\d+\b", r"\1", reason)
 
 
 def _split(where: str) -> tuple[str, str]:
@@ -150,8 +151,15 @@ def _replaced(found: list[Same]) -> Table:
         expression, *sizes = each.first.computes.rsplit(", ", 4)
         lines = [*abbreviated(expression), ", ".join(sizes)]
         site = _site(each).append("".join(f"\n{line}" for line in lines), style="not dim")
-        table.add_row(site, _kernel(each.first), _per_call(each.first))
+        table.add_row(Group(site, *_loads(each, expression)), _kernel(each.first), _per_call(each.first))
     return table
+
+
+def _loads(each: Same, expression: str) -> list[Text]:
+    """What the tensors are that the expression names, a line for each."""
+    named = [name for name in each.first.loads if re.search(rf"\b{name}\b", expression)]
+    lines = [f"{name} is {each.first.loads[name]}".replace(f" {each.first.module}.", " its ") for name in named[:MOST_LOADS]]
+    return [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in lines]
 
 
 def _missed(found: list[Same]) -> Table:
@@ -235,7 +243,8 @@ def summary(report: Report) -> Text:
         looked = "the part of this model that was looked at" if report.partial else "this model"
         return Text(f"No attention was found in {looked}; nothing to replace.")
     if not report.replaced:
-        return Text(f"Nothing was replaced: {counted(len(report.missed), 'site')} left as it was, see the reasons above.")
+        as_it_was = "it was" if len(report.missed) == 1 else "they were"
+        return Text(f"Nothing was replaced: {counted(len(report.missed), 'site')} left as {as_it_was}, see above.")
     verb = "can be replaced" if report.replaced[0].status == "found" else "replaced"
     time_ms = sum(site.predicted_ms or 0 for site in report.replaced)
     before, after = (sum((site.hbm_bytes or {}).get(which, 0) for site in report.replaced) for which in ("before", "after"))
@@ -261,7 +270,7 @@ def formulas(report: Report) -> RenderableType:
 
 
 def found(report: Report) -> str:
-    left = f", {len(report.missed)} left as it was" if report.missed else ""
+    left = f", {len(report.missed)} left as {'it was' if len(report.missed) == 1 else 'they were'}" if report.missed else ""
     return f"{counted(len(report.replaced), 'site')} found{left}"
 
 

@@ -16,8 +16,8 @@ from attngen.passes.values import is_contraction
 from attngen.passes.views import PARTS, VIEWS
 
 SOFTMAX = frozenset(["softmax", "_softmax", "special_softmax", "_safe_softmax", "log_softmax", "_log_softmax"])
-_ELEMENTWISE = frozenset([*VIEWS, *PARTS, *POINTWISE, *DROPOUTS, "tril", "triu"])
-_JOINS = frozenset(["cat", "stack", "amax", "max", "constant_pad_nd", "pad"])
+_ELEMENTWISE = frozenset([*VIEWS, *PARTS, *POINTWISE, *DROPOUTS, "tril", "triu", "constant_pad_nd", "pad"])
+_JOINS = frozenset(["cat", "stack", "amax", "max"])
 # What people put between softmax and values, or scores and softmax, and no kernel computes: worth a ``Miss``.
 _CHANGES = frozenset(["layer_norm", "rms_norm", "nan_to_num", "roll", "cumsum", "scatter", "gather", "topk"])
 ATTENTION = "scaled_dot_product_attention"
@@ -131,7 +131,7 @@ def divided(node: fx.Node) -> fx.Node | None:
         (user,) = node.users
         if op_name(user) in ("div", "mul") and is_tensor(user.args[0]) and is_tensor(user.args[1]):
             return user
-        if op_name(user) not in VIEWS:
+        if op_name(user) not in VIEWS and not (op_name(user) == "copy" and user.args[1] is node):
             return None
         node = user
     return None

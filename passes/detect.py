@@ -21,11 +21,11 @@ from attngen.algebra import Access, Dot, Expr, Load, op, transform
 from attngen.errors import Miss
 from attngen.index import Axis
 from attngen.normaliser import OWN_SUM, Normalised, quotient, softmax, summands, unnormalised
-from attngen.passes import bands, dropout, effects, heads, ordinary, results
+from attngen.passes import bands, dropout, effects, heads, ordinary, results, sliding
 from attngen.passes.candidates import Marks, divided, is_candidate, is_product, weighs_pairs
 from attngen.passes.decompose import Decomposer
 from attngen.passes.lower import Lowered
-from attngen.passes.operands import Operand, peel
+from attngen.passes.operands import NOT_WHOLE, Operand, peel
 from attngen.passes.roles import Sides, roles_of
 from attngen.passes.semantics import Reader, TooMuch, dtype_of, op_name
 
@@ -113,6 +113,8 @@ def _undisturbed(found: list[Terms | Miss], facts: effects.Effects) -> list[Term
 _DROPOUT = "the attention weights are dropped at random"
 _DROPPED_SCORES = "the scores are dropped at random"
 _TOO_MUCH = "more is computed between the two products than a proof follows"
+_OF_PARTS = "the scores are put together from parts of one product"
+_IN_PLACE = "the scores are put together in place, piece by piece"
 _FROM_SCORES = "an operand is computed from the scores"
 
 
@@ -197,6 +199,7 @@ def _drops(expr: Expr) -> bool:
 
 def _prove_sides(reader: Reader, sides: Sides, outside: Expr) -> Terms | Miss:
     """``outside`` multiplies the product: the division by a sum that other spellings do before it."""
+    sides = sliding.without_zeros(reader, sides)
     weights, key, node = sides.weights, sides.key, sides.node.name
     weight = op("mul", reader.at(weights.source, _plain(weights)), outside)  # type: ignore[arg-type]
     if (plain := unnormalised(weight)) is not None:
@@ -237,6 +240,7 @@ def _prove_sum(reader: Reader, sides: Sides, outside: Expr, parts: list[Normalis
 
 
 def _prove_normalised(reader: Reader, sides: Sides, outside: Expr, normalised: Normalised) -> Site | Miss:
+    sides, normalised = sliding.over_shared_keys(reader, sides, normalised)
     dots = _score_dots(reader, normalised, sides.key)
     if isinstance(dots, Miss):
         return dots
@@ -248,12 +252,18 @@ def _prove_normalised(reader: Reader, sides: Sides, outside: Expr, normalised: N
             return Miss("the result is divided by something per feature", depth=4) if differs else proof
         of_layer = op_name(dot.node) in ("linear", "addmm")  # type: ignore[arg-type]
         misses.append(replace(proof, reason="the softmax is over what a layer gives, not a product") if of_layer else proof)
-    return max(misses, key=lambda miss: miss.depth)
+    closest = max(misses, key=lambda miss: miss.depth)
+    parted = closest.reason == NOT_WHOLE and sliding.in_parts(normalised.score, sides.key)
+    return replace(closest, reason=_OF_PARTS) if parted else closest
 
 
 def _prove_scores(reader: Reader, sides: Sides, normalised: Normalised, dot: Dot) -> Site | Miss:
-    if (shared := bands.run(reader, sides, normalised, dot)) is not None:
-        sides, normalised, dot = shared
+    shared = bands.run(reader, sides, normalised, dot)
+    proof = None if shared is None else _prove_pairs(reader, *shared)
+    return proof if isinstance(proof, Site) else _prove_pairs(reader, sides, normalised, dot)
+
+
+def _prove_pairs(reader: Reader, sides: Sides, normalised: Normalised, dot: Dot) -> Site | Miss:
     key, axes = sides.key, sides.axes
     query, keys = (dot.lhs, dot.rhs) if key in dot.rhs.axes else (dot.rhs, dot.lhs)
     roles = roles_of(sides, query, keys, dot.axis)
@@ -301,8 +311,9 @@ def _score_dots(reader: Reader, normalised: Normalised, key: Axis) -> list[Dot] 
     dots = [e for e in dots if _other_side(e, key).axes - {e.axis}] or dots
     if not dots:
         reason = "the softmax is not over a product of queries and keys"
-        if any(isinstance(n, Load) and reader.is_stale(n.source) for n in normalised.score.walk()):  # type: ignore[arg-type]
-            reason = "the scores are put together in place, piece by piece"
+        sources = [n.source for n in normalised.score.walk() if isinstance(n, Load) and isinstance(n.source, fx.Node)]
+        if any(reader.is_stale(source) or source.target is effects.updated for source in sources):
+            reason = _IN_PLACE
         return Miss(_DROPPED_SCORES if _drops(normalised.score) else reason, depth=2)
     if len(dots) > 1 and not normalised.softmax:
         return Miss(f"the weights are made of {len(dots)} products", str(dots[1].node), depth=3)

@@ -133,7 +133,8 @@ def undisturbed(site: Site, sites: Sequence[Site], facts: Effects) -> Miss | Non
         others = () if node in dropped else sites
         for user in node.users:
             if user in facts.live and not any(_goes_with(each, node, user) for each in (site, *others)):
-                return Miss(_read_elsewhere(node, user), node.name, depth=6)
+                blamed = "" if user.op == "output" else user.name
+                return Miss(_read_elsewhere(node, user), node.name, depth=6, blamed=blamed)
         outside = [w for w in facts.writes.get(storage(node), ()) if w not in site.interior] if _is_tensor(node) else []
         if outside:
             return Miss("a value between the two products is written in place", outside[0].name, depth=6)

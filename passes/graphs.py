@@ -110,7 +110,9 @@ class Writer:
         known = self._lowered.tables.get(number)
         if known in self._before or known in self.written:
             return known  # type: ignore[return-value]
-        made = self.call(torch.ops.aten.full.default, ([], self.value(_given(number, like.graph))))
+        if (given := number.given(like.graph)) is None:
+            raise NotHere(f"nothing in the graph is the number {number.symbol} alone")
+        made = self.call(torch.ops.aten.full.default, ([], self.value(given)))
         made.kwargs = {"dtype": torch.int64, "device": like.meta["val"].device}
         self._lowered.tables[number] = made
         return made
@@ -256,15 +258,6 @@ def _positions(table: Table, measured: dict[sp.Symbol, Any], device: torch.devic
         shape[place] = -1
         positions[axis] = torch.arange(numbers.integer(axis.extent), device=device).reshape(shape)  # type: ignore[arg-type]
     return positions
-
-
-def _given(number: Number, graph: fx.Graph) -> fx.Node:
-    """The node of the lowered ``graph`` that is the number."""
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, torch.SymInt) and compat.size_expr(value) == number.symbol:
-            return node
-    raise NotHere(f"nothing in the graph is the number {number.symbol} alone")
 
 
 def sizes_of(nodes: Sequence[fx.Node]) -> dict[sp.Symbol, tuple[fx.Node, int]]:

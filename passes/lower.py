@@ -19,7 +19,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from attngen import compat
-from attngen.passes import features, joins, merges, versions
+from attngen.passes import features, joins, merges, planes, versions
 from attngen.passes.repeats import CannotCopy, Repeats, materialised, traced_node
 
 
@@ -59,6 +59,7 @@ def run(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Lowered:
         lowered, record = _traced(gm, names, fake_mode, inputs, _Record(None))
     _write_out_constants(lowered)
     versions.run(lowered.graph)
+    planes.run(lowered.graph)
     features.run(lowered.graph)
     merged = merges.run(lowered.graph)
     joined = joins.run(lowered.graph)

@@ -66,9 +66,9 @@ def split(site: Site) -> Split | Miss:
     gain, kept = _without_zeros(site.gain)
     if kept != TRUE and _conjuncts(kept) == _conjuncts(mask):  # an empty row is set to zero, whatever it was
         return Split(score, mask, gain=gain, empty="zero")
-    if kept != TRUE and site.empty != "never_nan" and _may_be_nan(score, mask, fills, site):
+    if kept != TRUE and site.empty != "never_nan" and _may_be_nan(score, fills, site):
         return Miss("weights are set to zero that may be NaN", name, depth=7)
-    if site.late_sink and _may_be_nan(score, mask, fills, site):
+    if site.late_sink and _may_be_nan(score, fills, site):
         return Miss("a sink that comes after the softmax, and rows that may be NaN", name, depth=7)
     whole, redo_below = None, None
     certain = no_row_is_empty(mask, site.row, site.key) and all(drowns(fill.value, dtype) for fill in fills)
@@ -96,13 +96,13 @@ def _conjuncts(condition: Expr) -> frozenset[Expr]:
     return frozenset(condition.args if isinstance(condition, Op) and condition.name == "and" else [condition])
 
 
-def _may_be_nan(score: Expr, mask: Expr, fills: list[_Fill], site: Site) -> bool:
+def _may_be_nan(score: Expr, fills: list[_Fill], site: Site) -> bool:
     """Some row may be -inf throughout: all of it masked, or by what is loaded."""
     dtype = dtype_of(site.dot.node)  # type: ignore[arg-type]
-    infinite_fill = any(math.isinf(fill.value) or _may_overflow(fill, dtype) for fill in fills)
-    masked = infinite_fill and not no_row_is_empty(mask, site.row, site.key)
-    infinite = any(isinstance(n, Const) and math.isinf(n.value) for n in score.walk())
-    return _loads_over_keys(score, site.key) or masked or infinite
+    infinite = [fill.kept for fill in fills if math.isinf(fill.value) or _may_overflow(fill, dtype)]
+    masked = bool(infinite) and not no_row_is_empty(op("and", *infinite), site.row, site.key)
+    left = any(isinstance(n, Const) and math.isinf(n.value) for n in score.walk())
+    return _loads_over_keys(score, site.key) or masked or left
 
 
 def _loads_over_keys(score: Expr, key: Axis) -> bool:
@@ -140,10 +140,11 @@ def _chosen(expr: Expr, other: float) -> tuple[Expr, Expr] | None:
 
 @dataclass(frozen=True)
 class _Fill:
-    """What a masked score is made of: ``value``, and never more than ``highest`` with whatever is added to it."""
+    """What a score that is not ``kept`` is made of: ``value``, and never over ``highest`` with whatever is added to it."""
 
     value: float
     highest: float
+    kept: Expr
 
 
 def _may_overflow(fill: _Fill, dtype: torch.dtype) -> bool:
@@ -161,7 +162,7 @@ def _unmask(score: Expr, dtype: torch.dtype, *, alone: bool = True) -> tuple[Exp
     for term in parts:
         while (found := _masked(term)) is not None and (alone or drowns(found[2], dtype)):
             condition, term, fill = found
-            mask, fills = op("and", mask, condition), [*fills, _Fill(fill, fill if alone else fill / 2)]
+            mask, fills = op("and", mask, condition), [*fills, _Fill(fill, fill if alone else fill / 2, condition)]
         if fills and len(_summands(term)) > 1:
             inner, inner_mask, inner_fills = _unmask(term, dtype, alone=alone)
             term, mask, fills = inner, op("and", mask, inner_mask), [*fills, *inner_fills]

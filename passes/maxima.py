@@ -73,19 +73,27 @@ class Shifts:
 
     def whatever_is_loaded(self) -> bool:
         """No maximum is -inf: of a row without any key, nothing is added up."""
-        return bool(self.found) and all(_is_above(shift, lambda e: number(e) == LOWEST, self.guarded) for shift in self.found)
+        return bool(self.found) and all(_is_above(shift, _is_start, self.guarded) for shift in self.found)
 
     def by_position(self) -> bool:
         """No maximum is -inf, by what the masks say that are made of positions."""
-        return all(_is_above(shift, lambda e: number(e) == LOWEST or _has_a_key(e), self.guarded) for shift in self.found)
+        return all(_is_above(shift, lambda e: _is_start(e) or _has_a_key(e), self.guarded) for shift in self.found)
 
     def has_keys(self) -> bool:
         """Each maximum is over some key that is not masked, so that the sum of what is relative to it is not zero."""
-        return all(_is_above(shift, _has_a_key, set()) for shift in self.found)
+        return self.start <= LOWEST and all(_is_above(shift, _has_a_key, set()) for shift in self.found)
+
+    @property
+    def start(self) -> float:
+        """The largest number that a maximum is over. From a score that is far lower, the exponential is zero."""
+        numbers = [number(leaf) for shift in self.found for leaf in leaves(shift)]
+        return max((value for value in numbers if value is not None), default=-math.inf)
 
     def are_needless(self, monomials: Callable[[Expr], list[frozenset[tuple[Expr, int]]]]) -> bool:
         """No guard changes a sum of such exponentials: it is zero, or one and more, as its largest term is one."""
         powers = [[dict(power) for power in monomials(whole)] for whole in self.sums]
+        if powers and self.start > LOWEST:
+            return False
         return all(any(_is_largest(shift, each) for shift in self.found) for each in powers)
 
     def makes_zeros(self) -> bool:
@@ -154,10 +162,14 @@ def is_share(expr: Expr) -> bool:
 
 
 def _is_above(shift: Expr, proved: Callable[[Expr], bool], guarded: set[Expr]) -> bool:
-    """``shift`` is guarded, or no less than a leaf that is ``proved`` not to be -inf; and no number is above the scores."""
-    over = leaves(shift)
-    numbers = [value for leaf in over if (value := number(leaf)) is not None]
-    return all(value <= LOWEST for value in numbers) and (shift in guarded or any(map(proved, over)))
+    """``shift`` is guarded, or no less than a leaf that is ``proved`` not to be -inf."""
+    return shift in guarded or any(map(proved, leaves(shift)))
+
+
+def _is_start(leaf: Expr) -> bool:
+    """What a running maximum begins with, other than -inf."""
+    value = number(leaf)
+    return value is not None and math.isfinite(value)
 
 
 def may_be_anything(score: Expr, key: Axis) -> bool:

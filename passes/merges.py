@@ -22,8 +22,8 @@ from attngen.index import Axis, numbered
 from attngen.passes import effects
 from attngen.passes.arrange import NotYet, Piece, Scribe, is_plain, pieces
 from attngen.passes.candidates import Marks, divided, is_sum
-from attngen.passes.maxima import Shifts, is_zero, may_be_anything, negated
-from attngen.passes.memory import storage
+from attngen.passes.maxima import LOWEST, Shifts, is_zero, may_be_anything, negated
+from attngen.passes.memory import MEMORY, storage
 from attngen.passes.powers import Other, divides_by_sums, is_log_of_sums, monomial, monomials, plain, quotient
 from attngen.passes.semantics import Reader, TooMuch, bind, dtype_of, is_tensor, op_name, shape_of
 
@@ -46,11 +46,31 @@ def run(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     moved: dict[fx.Node, fx.Node] = {}
     for end in reversed([divided(node) or node for node in added]):  # what was merged so far is part of what comes later
         live = effects.run(graph).live if moved else facts.live
-        if end in fixed and end in live and (whole := _merged(end, reader, Scribe(end, facts.order, fixed))) is not None:
-            whole.meta = dict(end.meta)
+        if end not in live or not (end in fixed or _is_last_to_write(end, facts)):
+            continue
+        if (whole := _merged(end, reader, Scribe(end, facts.order, fixed))) is not None:
+            whole.meta = dict(end.meta) if end in fixed else {**end.meta, "val": _elsewhere(end.meta["val"])}
+            if end not in fixed:
+                whole.meta.pop(MEMORY, None)
             end.replace_all_uses_with(whole)
             moved[end] = whole
     return moved
+
+
+def _is_last_to_write(end: fx.Node, facts: effects.Effects) -> bool:
+    """``end`` has the memory to itself from then on: sums that were added up, and divided, in place."""
+    names = [node for node in facts.order if is_tensor(node) and storage(node) == storage(end)]
+    before = [node for node in names if facts.order[node] < facts.order[end]]
+    if end in facts.cut or not effects.written(end) or facts.writes[storage(end)][-1] is not end:
+        return False
+    used = max((facts.order[user] for node in before for user in node.users), default=0)
+    return used <= facts.order[end] and all(node.op == "call_function" for node in before)
+
+
+def _elsewhere(value: torch.Tensor) -> torch.Tensor:
+    """A tensor like ``value`` in memory of its own."""
+    with value.fake_mode:  # type: ignore[attr-defined]
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _adds_up(node: fx.Node, marks: Marks) -> bool:
@@ -89,7 +109,8 @@ def _merged(end: fx.Node, reader: Reader, scribe: Scribe) -> fx.Node | None:
             return None
         scores = [_piece_of(e, key, reader) for e, (_, _, key) in zip(exponents, sides, strict=True)]
         values = [_values(reader, access, key) for _, access, key in sides]
-        return _written(axes, scores, values, dtype_of(end), scribe, safe=shifts.makes_zeros())
+        least = _least(shifts.start, scores)
+        return _written(axes, scores, values, dtype_of(end), scribe, least=least, safe=shifts.makes_zeros())
     except (Other, NotYet, TooMuch, RecursionError):
         return None
 
@@ -188,6 +209,19 @@ def _may_be_low(expr: Expr, key: Axis, *, by_log: bool) -> bool:
     return value is not None and value <= MASKING and (by_log or value > -math.inf)
 
 
+def _least(start: float, scores: Sequence[Piece]) -> float | None:
+    """The score below which, relative to ``start`` or a larger maximum, exponentials are zero; None if none is so low.
+
+    Of half precision it is not known whether exponentials are as well.
+    """
+    if start <= LOWEST:
+        return None
+    (dtype,) = {dtype_of(piece.node) for piece in scores}
+    if dtype not in (torch.float32, torch.float64) or not math.isfinite(start):
+        raise Other
+    return start + math.log(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2)
+
+
 def _piece_of(exponent: Counter[Expr], key: Axis, reader: Reader) -> Piece:
     """The tensor that holds these scores."""
     for expr, (node, index) in reader.provenance.items():
@@ -204,12 +238,22 @@ def _values(reader: Reader, access: Access, key: Axis) -> Piece:
 
 
 def _written(
-    axes: Sequence[Axis], scores: Sequence[Piece], values: Sequence[Piece], dtype: torch.dtype, scribe: Scribe, *, safe: bool
+    axes: Sequence[Axis],
+    scores: Sequence[Piece],
+    values: Sequence[Piece],
+    dtype: torch.dtype,
+    scribe: Scribe,
+    *,
+    least: float | None,
+    safe: bool,
 ) -> fx.Node:
     features = [axis for axis in axes if any(axis in piece.axes for piece in values)]
     moving = {axis for piece in scores for axis in piece.axes}
     rows = [axis for axis in axes if axis in moving or axis not in features]  # one of one element moves neither
     whole = scribe.joined(scores, [*rows, _KEY], _KEY, dtype_of(scores[0].node))
+    if least is not None:
+        low = scribe.call(torch.ops.aten.lt.Scalar, whole, least)
+        whole = scribe.call(torch.ops.aten.masked_fill.Scalar, whole, low, -math.inf)
     softmax = torch.ops.aten._safe_softmax.default if safe else torch.ops.aten.softmax.int
     weights = scribe.call(softmax, whole, -1)
     if dtype_of(weights) != dtype:

@@ -23,6 +23,8 @@ from attngen.passes.effects import written
 from attngen.passes.semantics import Index, Reader, bind, broadcast, dtype_of, is_tensor, op_name, shape_of
 from attngen.passes.views import FREE
 
+NOT_WHOLE = "an operand is not indexed by whole dimensions"
+
 
 @dataclass(frozen=True)
 class Operand:
@@ -57,7 +59,7 @@ def peel(
         fitting = plain or [layer for layer in fitting if _direct(layer.index)]
     chosen = _lowest(layers, fitting)
     if chosen is None:
-        return Miss("an operand is not indexed by whole dimensions", str(access.source), depth=5)
+        return Miss(NOT_WHOLE, str(access.source), depth=5)
     return Operand(chosen.node, broadcast(chosen.index, shape_of(chosen.node)), chosen.factor, dtype)
 
 

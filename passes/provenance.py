@@ -11,6 +11,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from attngen.algebra import Load
+from attngen.passes.dropout import Seed
+from attngen.passes.lower import Lowered
+from attngen.passes.specialise import Binding, Number, Table
+
 _ROOT = re.compile(r"^(?:L|G)\['[^']*'\](?:\[\d+\])?\.?")
 _MODULES = re.compile(r"_modules\['([^']*)'\]|\['([^']*)'\]")
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)[^\n]*(?:\n +(?!File)(?P<code>\S[^\n]*))?')
@@ -75,6 +80,35 @@ def where(node: fx.Node) -> str:
     if here.module and here.short:
         return f"{here.module} ({here.short})"
     return here.module or here.short or node.name
+
+
+def made(binding: Binding, lowered: Lowered) -> str:
+    """What a tensor is that a kernel loads: a parameter or an input by name, else the line that computes it."""
+    if isinstance(binding, Seed):
+        return "a number that is drawn for each run"
+    if isinstance(binding, Number):
+        given = binding.given(lowered.graph)
+        return f"the number {made(given, lowered) if given is not None else binding.symbol}"
+    if isinstance(binding, Table):
+        sources = dict.fromkeys(load.source for load in binding.expr.walk() if isinstance(load, Load))
+        known = [made(source, lowered) for source in sources if isinstance(source, fx.Node)]
+        return f"a table of {' and '.join(known)}" if known else "a table"
+    node = next(iter(lowered.origins.get(binding, [])), None) or lowered.parent(binding) or binding
+    if node.op == "placeholder":
+        return _named(node)
+    at = exact_place(node)
+    return f"{at.short}  {at.code}".rstrip() if at.short else node.name
+
+
+def _named(placeholder: fx.Node) -> str:
+    """The path of a parameter, or the name of an argument."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    name = name() if callable(name) else name
+    name = _ROOT.sub("", name) if name.startswith("L['self']") else re.sub(r"^[LG]\['[^']*'\]\['([^']*)'\]$", r"\1", name)
+    name = re.sub(r"^[LG]\['([^']*)'\]$", r"\1", name)
+    parts = re.findall(r"_(?:modules|parameters|buffers)\['([^']*)'\]", name)
+    return ".".join(parts) or name or placeholder.name
 
 
 def _stack(node: fx.Node) -> list[tuple[Any, ...]]:

@@ -17,8 +17,8 @@ from attngen.passes.views import VIEWS
 
 
 def run(node: fx.Node, lowered: Lowered, reader: Reader, facts: effects.Effects) -> list[tuple[fx.Node, tuple[Axis, ...]]]:
-    """The result, and what only rearranges it as long as its dimensions stay whole; last first."""
-    sinks = [(node, _fresh(node))]
+    """The result, and what rearranges it while its dimensions stay whole; last first. Then what joins some of them, too."""
+    whole, joined = [(node, _fresh(node))], list[tuple[fx.Node, tuple[Axis, ...]]]()
     output = node
     while len(output.users) == 1:
         (user,) = output.users
@@ -28,11 +28,11 @@ def run(node: fx.Node, lowered: Lowered, reader: Reader, facts: effects.Effects)
             break
         axes = _fresh(user)
         place = _trace_back(reader, user, axes, node)
-        if place is None or not _whole(place, axes):
+        if place is None or not isinstance(place[-1], Axis):  # features, in most
             break
         output = user
-        sinks.append((output, axes))
-    return sinks[::-1]
+        (joined if joined or not _whole(place, axes) else whole).append((output, axes))
+    return [*whole[::-1], *joined[::-1]]
 
 
 def _fresh(node: fx.Node) -> tuple[Axis, ...]:

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from attngen import compat
-from attngen.algebra import Access, Const, Dot, Expr, Int, Kind, Load
+from attngen.algebra import Access, Const, Dot, Expr, Int, Kind, Load, op
 from attngen.compat import FloorDiv, GuardOnDataDependentSymNode
 from attngen.index import ZERO, Axis, always_less, never_negative, numbered
 from attngen.passes.decompose import Decomposer
@@ -226,11 +226,11 @@ class Reader:
             return self._view_of_part(node, index)
         row = VIEWS.get(op_name(node))
         try:
-            return None if row is None or self._reads_passing(node) else row(self, node, bind(node), index)
+            return None if row is None or self.reads_passing(node) else row(self, node, bind(node), index)
         except Unknown:
             return None
 
-    def _reads_passing(self, node: fx.Node) -> bool:
+    def reads_passing(self, node: fx.Node) -> bool:
         """``node`` is made of what stands there only for the moment: memory written to in pieces, or a literal tensor.
 
         The value is then what the node itself holds.
@@ -251,7 +251,7 @@ class Reader:
 
         parent, part = node.args
         row = PARTS.get(op_name(parent)) if isinstance(parent, fx.Node) else None  # type: ignore[arg-type]
-        if row is None or self._reads_passing(parent):  # type: ignore[arg-type]
+        if row is None or self.reads_passing(parent):  # type: ignore[arg-type]
             return None
         return row(self, parent, bind(parent), index, part)  # type: ignore[arg-type]
 
@@ -330,7 +330,11 @@ class Reader:
         """One side of a contraction: the tensor itself, not yet looked into."""
         return Access(self.resolve(node), tuple(map(Int, index)))
 
-    def dot(self, node: fx.Node, lhs: tuple[fx.Node, Index], rhs: tuple[fx.Node, Index], axis: Axis) -> Dot:
+    def dot(self, node: fx.Node, lhs: tuple[fx.Node, Index], rhs: tuple[fx.Node, Index], axis: Axis) -> Expr:
+        if axis.extent == 1:
+            sides = [self.at(side, tuple(place.xreplace({axis: ZERO}) for place in index)) for side, index in (lhs, rhs)]
+            if any(isinstance(side, Const) for side in sides):  # a mask laid out by the product that lays out scores
+                return op("mul", *sides)
         return Dot(self.access(*lhs), self.access(*rhs), axis, self.whole(node))
 
 

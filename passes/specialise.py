@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from attngen.algebra import Const, Dot, Expr, Int, Load, Op, Reduce, op, substitute, transform
-from attngen.compat import FloorDiv
+from attngen.compat import FloorDiv, size_expr
 from attngen.errors import Miss
 from attngen.index import Axis, numbered
 from attngen.passes import masking
@@ -52,6 +52,12 @@ class Number:
     """A whole number that the graph is given, which may change from call to call and is no size of an operand."""
 
     symbol: sp.Symbol
+
+    def given(self, graph: fx.Graph) -> fx.Node | None:
+        """The node of the lowered ``graph`` that is this number."""
+        values = ((node, node.meta.get("val")) for node in graph.nodes)
+        same = (n for n, value in values if isinstance(value, torch.SymInt) and size_expr(value) == self.symbol)
+        return next(same, None)
 
 
 Binding = fx.Node | Table | Seed | Number

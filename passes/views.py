@@ -8,7 +8,7 @@ import sympy as sp
 from torch import fx
 
 from attngen import compat
-from attngen.index import ZERO, floordiv, modulo, reshape
+from attngen.index import ONE, ZERO, floordiv, modulo, recombine, reshape
 from attngen.passes.semantics import (
     Bound,
     Index,
@@ -117,6 +117,34 @@ def _unfold(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[f
     return args["self"], (*index[:dim], place, *index[dim + 1 : -1])
 
 
+def _as_strided(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[fx.Node, Index]:
+    """Memory seen with other strides: where its source, without gaps or overlaps of its own, holds what lies there."""
+    source = args["self"]
+    held, shown = source.meta["val"], node.meta["val"]
+    offset = args["storage_offset"]
+    start = ZERO if offset is None else size_arg(offset) - compat.size_expr(held.storage_offset())
+    strides = [compat.size_expr(stride) for stride in shown.stride()]
+    last = start + sum((stride * (size - 1) for stride, size in zip(strides, shape_of(node), strict=True)), ZERO)
+    if not start.is_nonnegative or not sp.expand(sp.Mul(*shape_of(source)) - 1 - last).is_nonnegative:
+        raise Unknown("memory beyond that of the tensor")
+    flat = recombine(start + sum((stride * place for stride, place in zip(strides, index, strict=True)), ZERO))
+    places, below, dimensions = [ZERO] * len(shape_of(source)), ONE, sorted(_dimensions(source))
+    for stride, size, dim in dimensions:
+        if stride != below:
+            raise Unknown("a tensor with gaps")
+        places[dim] = flat if dim == dimensions[-1][2] else modulo(flat, size)
+        flat, below = floordiv(flat, size), stride * size
+    return source, tuple(places)
+
+
+def _dimensions(node: fx.Node) -> list[tuple[int, sp.Expr, int]]:
+    """Stride, size and number of each dimension that is not of size one."""
+    strides = [compat.size_expr(stride) for stride in node.meta["val"].stride()]
+    if not all(stride.is_Integer for stride in strides):
+        raise Unknown("strides that change from call to call")
+    return [(int(t), n, dim) for dim, (t, n) in enumerate(zip(strides, shape_of(node), strict=True)) if n != 1]
+
+
 def _repeat(reader: Reader, node: fx.Node, args: Bound, index: Index) -> tuple[fx.Node, Index]:
     shape, repeated = shape_of(args["self"]), shape_of(node)
     skip = len(index) - len(shape)
@@ -167,6 +195,7 @@ VIEWS: dict[str, ViewRow] = {
     "slice": _slice,
     "narrow": _narrow,
     "unfold": _unfold,
+    "as_strided": _as_strided,
     "repeat": _repeat,
     "tile": _repeat,
     "repeat_interleave": _repeat_interleave,
@@ -188,4 +217,5 @@ PARTS: dict[str, Part] = {
 
 # Views that never move data: what they read from can be passed on as a strided tensor.
 FREE = frozenset([*RESHAPES[:2], "squeeze", "unsqueeze", "transpose", "swapaxes", "swapdims", "t", "mT", "permute"])
-FREE |= frozenset(["alias", "detach", "select", "diagonal", "slice", "narrow", "unfold", "view_as", "unflatten"])
+FREE |= frozenset(["alias", "detach", "select", "diagonal", "slice", "narrow", "unfold", "as_strided", "view_as"])
+FREE |= frozenset(["unflatten"])

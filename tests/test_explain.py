@@ -68,7 +68,7 @@ def in_double(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     ("model", "reason", "line", "helps"),
     [
         (returned, "the attention weights are returned", "return torch.softmax", "output_attentions=False"),
-        (read_elsewhere, "the attention weights are also read by mean", "return torch.softmax", "Drop the other reader"),
+        (read_elsewhere, "the attention weights are also read by mean", "return w @ v + w.mean()", "Drop the other reader"),
         (dropped, "the scores are dropped at random", "F.dropout(", "model.eval()"),
         (other_dimension, "the softmax runs over another dimension", "-2) @ v", "the dimension of the keys"),
         (changed, "the weights are changed between", "F.layer_norm", "to the scores or to the result"),
@@ -162,7 +162,60 @@ def test_misses_are_grouped_by_reason(width: int) -> None:
     assert lines[4].startswith("    model.py:7  weights = change(weights, of_a") and lines[4].endswith("…")
     text = " ".join(" ".join(lines).split())
     assert text.count("Only the product with the values may read the weights.") == 1
-    assert "Nothing was replaced: 13 sites left as it was" in text and len(lines) < 20
+    assert "Nothing was replaced: 13 sites left as they were" in text and len(lines) < 20
+
+
+def test_nodes_lose_their_numbers() -> None:
+    assert show.unnumbered("also read by mul_7") == "also read by mul"
+    assert show.unnumbered("also read by copy__7") == show.unnumbered("also read by copy_") == "also read by copy_"
+    assert show.unnumbered("block_2d is read") == "block_2d is read"
+
+
+class Biased(nn.Module):
+    """Scores with a parameter by distance, and one by head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_distance = nn.Embedding(31, 3)
+        self.slopes = nn.Parameter(torch.rand(3))
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        place = torch.arange(16)
+        bias = self.by_distance(torch.sqrt((place - place[:, None] + 15).float()).long()).permute(2, 0, 1)
+        s = q @ k.mT + bias + self.slopes[:, None, None].exp() * place
+        return s.softmax(-1) @ v
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Biased()
+
+    def forward(self, *args: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.inner(*args)
+        return result
+
+
+def test_what_an_expression_loads_is_explained() -> None:
+    with torch.no_grad():
+        report = attngen.explain(Around().eval(), *inputs())
+    (site,) = report.sites
+    assert "[h, j - i]" in site.computes and "size" not in site.computes
+    table, slopes = (next(made for made in site.loads.values() if what in made) for what in ("table", "exp()"))
+    assert len(site.loads) == 2 and table == "a table of inner.by_distance.weight"
+    assert slopes.startswith(f"{Path(__file__).name}:{site.line - 1}  s = q @ k.mT")
+    lines = shown(report, 200)
+    assert sum("is a table of its by_distance.weight" in line for line in lines) == 1
+
+
+def rows_of_padding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    return weights(q, k).masked_fill(padding[:, None, :, None], 0.0) @ v
+
+
+def test_rows_that_are_zero_are_said_to_be() -> None:
+    with torch.no_grad():
+        (site,) = attngen.explain(rows_of_padding, *inputs(), torch.rand(2, 16) > 0.5).sites
+    assert site.computes.startswith("softmax(qk; zero where t0[b, i]), ") and site.loads == {"t0": "padding"}
 
 
 def test_many_places_and_many_reasons_are_counted_not_listed() -> None:

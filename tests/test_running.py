@@ -14,6 +14,8 @@ from test_weights import Call
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+import attngen
+
 BLOCK = 16
 LOWEST = torch.finfo(torch.float32).min
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -31,6 +33,11 @@ def causal(s: Tensor, keys: Tensor) -> Tensor:
 def window(s: Tensor, keys: Tensor) -> Tensor:
     """Later rows see nothing of the first blocks."""
     return s.masked_fill((keys > rows()) | (keys < rows() - 12), -math.inf)
+
+
+def filled(s: Tensor, keys: Tensor) -> Tensor:
+    """Some rows throughout."""
+    return s.masked_fill((keys > rows()) | (rows() % 5 == 0), -1e10)
 
 
 def nothing_at_all(s: Tensor, keys: Tensor) -> Tensor:
@@ -65,6 +72,31 @@ def running(
             out = out * again + p @ v[:, :, first : first + BLOCK]
             largest = new
         return out / at_end(sums)
+
+    return attend
+
+
+def in_place(how: str, read: bool = False, given: bool = False) -> Function:
+    """Sums that are added up ``how``, and ``read`` by another name afterwards, or in memory that the caller has, too."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        largest = torch.full_like(q[..., :1], -math.inf)
+        sums, out = torch.zeros_like(largest), v.mul_(0.0).sin_() if given else torch.zeros_like(v)
+        first = out[:, :, :1]
+        for kk, vv in zip(k.split(BLOCK, 2), (k if given else v).split(BLOCK, 2), strict=True):
+            s = scores(q, kk)
+            new = torch.maximum(largest, s.amax(-1, keepdim=True))
+            p, again = torch.exp(s - new), torch.exp(largest - new)
+            if how == "copied":
+                sums.copy_(sums * again + p.sum(-1, keepdim=True))
+                out.copy_(out * again + p @ vv)
+                largest.copy_(new)
+                continue
+            sums.mul_(again).add_(p.sum(-1, keepdim=True))
+            out = out.mul_(again).add_(p @ vv) if how == "added" else out * again + p @ vv
+            largest = new
+        out = out / sums if how == "copied" else out.div_(sums)
+        return out + first if read else out
 
     return attend
 
@@ -187,6 +219,9 @@ FOUND = {
     "causal": running(causal),
     "causal, from the lowest number": running(causal, LOWEST),
     "a window, from the lowest number": running(window, LOWEST),
+    "causal, from a number": running(causal, -1e10),
+    "causal, from a number above all scores": running(causal, 30.0),
+    "filled with the number that maxima begin with": running(filled, -1e10),
     "a window, guarded": running(window, guard=0.0),
     "rows of nothing": running(nothing_at_all, guard=0.0),
     "rows of nothing are zero": running(nothing_at_all, guard=0.0, at_end=lambda z: torch.where(z == 0, 1.0, z)),
@@ -194,6 +229,9 @@ FOUND = {
     "rows of nothing are zero by a number": running(nothing_at_all, guard=0.0, at_end=lambda z: z + 1e-10),
     "a loaded mask": running(loaded, guard=0.0),
     "a guard of no use": running(causal, at_end=lambda z: z.clamp(min=1e-6)),
+    "divided in place": in_place("divided"),
+    "added up in place": in_place("added"),
+    "copied in place": in_place("copied"),
     "normalised each time": normalised_each_time,
     "stacked": stacked(0.0),
     "stacked with a guard": stacked(1e-8),
@@ -218,7 +256,10 @@ def test_one_site_over_all_keys(name: str) -> None:
     assert analysis.hits[0][0].key.extent == LENGTH
 
 
-@pytest.mark.parametrize("name", [name for name in FOUND if "nothing" not in name and name != "a loaded mask"])
+NO_GRADIENT = ("a loaded mask", "copied in place")  # in eager
+
+
+@pytest.mark.parametrize("name", [name for name in FOUND if "nothing" not in name and name not in NO_GRADIENT])
 def test_replaced_with_its_gradient(name: str) -> None:
     assert_replaced_with_its_gradient(FOUND[name], inputs)
 
@@ -264,7 +305,9 @@ LEFT = {
     "rows of nothing": running(nothing_at_all),
     "rows of nothing, stacked": stacked(1e-8, causal),
     "a loaded mask": running(loaded),
-    "a maximum that may be above all scores": running(causal, 3.0),
+    "a guard, and a maximum that may be above all scores": running(causal, 3.0, at_end=lambda z: z + 1e-10),
+    "read by another name": in_place("added", read=True),
+    "in memory of the caller": in_place("added", given=True),
     "a sum that begins with one": running(causal, total=1.0),
     "a guard that is no small number": running(causal, at_end=lambda z: z + 0.5),
     "a least sum above one": running(causal, at_end=lambda z: z.clamp(min=1.5)),
@@ -283,6 +326,21 @@ def test_left_alone(name: str) -> None:
     run, analyses = watched(Call(LEFT[name]))
     torch.testing.assert_close(run(*tensors), LEFT[name](*tensors), equal_nan=True)
     assert all(site.key.extent < LENGTH for site, _ in analyses[0].hits)
+
+
+@pytest.mark.parametrize("start", [-1e10, 3.0, 60.0])
+def test_rows_far_below_the_number_that_maxima_begin_with(start: float) -> None:
+    """Nothing is left of their exponentials; of lower scores of other rows neither."""
+    tensors = [x.detach() for x in inputs()]
+    tensors[1].abs_()
+    tensors[0][0, 0, 5], tensors[0][0, 1, 7:] = -100.0, -1e11
+    function = running(window, start)
+    torch._dynamo.reset()
+    with attngen.record() as reports:
+        out = torch.compile(function, backend="attngen", options=EAGER)(*tensors)
+    assert [len(report.replaced) for report in reports] == [1]
+    torch.testing.assert_close(out, function(*tensors), equal_nan=True)
+    assert out.isnan().any() and not out.isnan().all()
 
 
 def test_numbers_as_low_as_masks_need_a_maximum() -> None:
