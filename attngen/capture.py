@@ -21,6 +21,10 @@ from attngen.options import Options
 from attngen.prepare import Use
 from attngen.report import Report
 
+_SPLIT = (
+    "torch.compile captured {count} graphs: attention that is split between two of them is not seen."
+    " TORCH_LOGS=graph_breaks shows where they end."
+)
 Look = Callable[[fx.GraphModule, Sequence[Any]], Report]
 
 
@@ -162,6 +166,8 @@ def _merged(reports: list[Report], stopped: Exception | None) -> Report:
         if isinstance(stopped, compat.DataDependentOutputException):
             reason = f"the model then decides by values, which only running it can tell ({reason})"
         reports = [*reports, Report("", (), (f"Tracing stopped after {graphs}: {reason}",), partial=True)]
+    elif len(reports) > 1 and not any(each.sites for each in reports):
+        reports = [*reports, Report("", (), (_SPLIT.format(count=len(reports)),))]
     return report.merge(reports)
 
 

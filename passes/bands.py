@@ -111,7 +111,7 @@ def _window(reader: Reader, access: Access, sides: Sides) -> _Window | None:
     """The first tensor that ``access`` is a view of, of which overlapping windows are read, one for each query."""
     for node, index in layers(reader, access):
         dims = [dim for dim, place in enumerate(index) if sides.key in place.free_symbols]
-        if len(dims) != 1 or not is_inside(node, index):
+        if len(dims) != 1 or index[dims[0]] == sides.key or not is_inside(node, index):
             continue
         parts = sp.Add.make_args(sp.expand(index[dims[0]]))
         start = sp.Add(*(part for part in parts if sides.key not in part.free_symbols))

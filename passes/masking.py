@@ -14,6 +14,7 @@ import torch
 from attngen.algebra import (
     BOOLEAN,
     COMPARISONS,
+    LOST,
     ONE,
     TRUE,
     Const,
@@ -99,7 +100,8 @@ def _conjuncts(condition: Expr) -> frozenset[Expr]:
 def _may_be_nan(score: Expr, fills: list[_Fill], site: Site) -> bool:
     """Some row may be -inf throughout: all of it masked, or by what is loaded."""
     dtype = dtype_of(site.dot.node)  # type: ignore[arg-type]
-    infinite = [fill.kept for fill in fills if math.isinf(fill.value) or _may_overflow(fill, dtype)]
+    overflow = _may_overflow(fills, dtype)
+    infinite = [fill.kept for fill in fills if math.isinf(fill.value) or (overflow and fill.highest > fill.value)]
     masked = bool(infinite) and not no_row_is_empty(op("and", *infinite), site.row, site.key)
     left = any(isinstance(n, Const) and math.isinf(n.value) for n in score.walk())
     return _loads_over_keys(score, site.key) or masked or left
@@ -147,9 +149,11 @@ class _Fill:
     kept: Expr
 
 
-def _may_overflow(fill: _Fill, dtype: torch.dtype) -> bool:
-    """Another fill is added to it, perhaps: twice the lowest number of 16 bits is -inf there."""
-    return dtype in HALF and fill.highest > fill.value and 2 * fill.value < torch.finfo(dtype).min
+def _may_overflow(fills: list[_Fill], dtype: torch.dtype) -> bool:
+    """All of them added up, and a score, may be -inf in 16 bits: in fp16 the lowest number less 16 is, and twice in any."""
+    limits = torch.finfo(dtype)
+    lowest = sum(fill.value for fill in fills if math.isfinite(fill.value)) - LOST
+    return dtype in HALF and lowest < limits.min * (1 + limits.eps / 4)
 
 
 def _unmask(score: Expr, dtype: torch.dtype, *, alone: bool = True) -> tuple[Expr, Expr, list[_Fill]]:

@@ -171,6 +171,8 @@ class _Band:
             return self._is_masked(yes, pairs.where(condition)) and self._is_masked(no, pairs.where(negate(condition)))
         if isinstance(expr, Op) and expr.name in ("add", "sub"):
             return any(self._is_masked(arg, pairs) for arg in expr.args[: 1 if expr.name == "sub" else 2])
+        if isinstance(expr, Op) and expr.name == "rounded":
+            return self._is_masked(expr.args[0], pairs)
         if isinstance(expr, Op) and expr.name in ("mul", "div"):
             value, by = expr.args
             return (number(by) or 0) > 0 and self._is_masked(value, pairs)

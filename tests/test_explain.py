@@ -227,6 +227,20 @@ def test_many_places_and_many_reasons_are_counted_not_listed() -> None:
     assert sum(line.startswith("  part") for line in lines) == 4
 
 
+def split_in_the_middle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    w = weights(q, k)
+    torch._dynamo.graph_break()
+    return w @ v
+
+
+def test_attention_between_two_graphs_is_not_nothing() -> None:
+    with torch.no_grad():
+        report = attngen.explain(split_in_the_middle, *inputs())
+        whole = attngen.explain(rows_of_padding, *inputs(), torch.rand(2, 16) > 0.5)
+    assert report.sites == () and any("captured 2 graphs" in note for note in report.notes)
+    assert not any("graphs" in note for note in whole.notes)
+
+
 def test_nothing_found_in_a_part_is_not_nothing_found() -> None:
     assert "in this model" in str(show.summary(Report("NVIDIA H200", ())))
     assert "that was looked at" in str(show.summary(Report("NVIDIA H200", (), partial=True)))

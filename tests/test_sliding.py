@@ -21,6 +21,7 @@ from attngen.index import Axis, floordiv, modulo
 from attngen.mask import derive
 from attngen.passes.grids import Pairs, is_inside
 from attngen.spec import KEY, ROW
+from attngen.verify import within_budget
 
 BATCH, HEADS, LENGTH, SIZE, SIDE = 2, 3, 32, 8, 4
 WIDTH = 2 * SIDE + 1
@@ -93,7 +94,7 @@ def scaled_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def padding_in_the_same_layout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The mask is laid out by a product with ones; rows of padding are set to zero."""
     padding = torch.arange(LENGTH) >= torch.tensor([[LENGTH], [19]])
-    fill = padding[:, None, :, None].float().expand(-1, HEADS, -1, -1).reshape(-1, LENGTH, 1) * -1e9
+    fill = padding[:, None, :, None].to(q.dtype).expand(-1, HEADS, -1, -1).reshape(-1, LENGTH, 1) * -1e9
     mask = as_band(torch.einsum("bcxd,bcyd->bcxy", chunks(torch.ones_like(fill)), chunks(fill)))
     s = masked(band_of(q, k))
     s += masked(mask)
@@ -128,6 +129,18 @@ def test_a_band_of_shared_keys(function: Function) -> None:
 @pytest.mark.parametrize("function", FOUND, ids=lambda f: f.__name__)
 def test_replaced_with_its_gradient(function: Function) -> None:
     assert_replaced_with_its_gradient(function, partial(inputs, grad=True))
+
+
+@pytest.mark.parametrize("function", [plain, padding_in_the_same_layout], ids=lambda f: f.__name__)
+def test_in_bfloat16(function: Function) -> None:
+    """Sums that are rounded are read as such; one number as low as masks does not make -inf of a score."""
+    args = [x.bfloat16() for x in inputs()]
+    torch._dynamo.reset()
+    with torch.no_grad(), attngen.record() as reports:
+        ours = torch.compile(function, backend="attngen", options=EAGER)(*args)
+    assert [site.status for report in reports for site in report.sites] == ["replaced"]
+    check = within_budget(ours, function(*(x.double() for x in args)), function(*args))
+    assert check.ok, str(check)
 
 
 def test_the_mask_is_the_window() -> None:
