@@ -116,11 +116,14 @@ def _block(call: Call, first: int, last: int) -> tuple[Tensor, Tensor]:
         total = total + torch.exp(sink - shift)
     if spec.gain != ONE:
         weights = weights * evaluate(spec.gain)
+    zero = total.isnan() if spec.empty == "never_nan" else None
+    if zero is not None:  # then the row adds nothing to the gradient of the values either
+        weights = torch.where(zero, 0.0, weights)
     values = weights @ call.values
-    safe = torch.where(total == 0, 1.0, total)
+    safe = torch.where(total == 0 if zero is None else (total == 0) | zero, 1.0, total)
     out = torch.where(total == 0, values if spec.empty != "nan" or no_keys else torch.nan, values / safe)
-    if spec.empty == "never_nan":
-        out = torch.where(total.isnan(), 0.0, out)
+    if zero is not None:
+        out = torch.where(zero, 0.0, out)
     return out, (shift + torch.log(total)).squeeze(-1)
 
 

@@ -154,6 +154,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
         "below": "" if floor is None else repr(floor),
         "highest": repr(lost.HIGHEST),
         "may_be_empty": plan.may_be_lost or spec.empty != "nan",
+        "empty": spec.empty,
         "dropped": dropped,
         "log2e": repr(LOG2E),
         "registers": [REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],

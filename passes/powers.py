@@ -96,6 +96,8 @@ def _added_up(parts: Sequence[tuple[int, Quotient]]) -> Quotient:
 
 def _of_sum(powers: Counter[Monomial]) -> Quotient:
     """A sum, less the exponential of maxima that all of its terms are multiples of."""
+    if not powers:  # all of them are masked
+        raise Other
     apart = [Counter({e: n for e, n in power if _is_of_a_row(e)}) for power in powers]
     common = reduce(lambda one, other: one & other, apart)
     rest = Counter({frozenset((Counter(dict(power)) - common).items()): count for power, count in powers.items()})

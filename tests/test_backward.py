@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from attngen.errors import VerificationFailed
 from attngen.evaluate import Evaluator
 from attngen.printer import Unprintable
 from attngen.spec import KEY, ROW, SCORE, Problem, Tile
-from attngen.verify import Check, run_interpreted
+from attngen.verify import Check, run_interpreted, sample_inputs
 from attngen.verify_bwd import Sample
 
 pytest.importorskip("triton")
@@ -270,6 +270,36 @@ def test_sums_in_integers_are_of_any_size(size: float) -> None:
     assert exact is not None and torch.equal(found.isfinite(), exact.isfinite()) and found.isfinite().any()
     kept = exact.isfinite()
     assert torch.allclose(found[kept].double(), exact[kept], rtol=1e-4, atol=1e-4 * size)
+
+
+def with_a_row_of_nan(rows: int) -> tuple[Sample, tuple[Tensor, ...]]:
+    """Weights that are never NaN, where a query is; and the gradients of eager."""
+    spec = replace(BY_NAME["rows_never_nan"].spec, lse=True)
+    inputs = [x.float().half() for x in sample_inputs(spec, Problem((1, 2), rows, rows))]
+    inputs[0][:, :, 5] = torch.nan
+    out, lse = blockwise.forward(spec, inputs)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    leaves = [x.double().requires_grad_() for x in inputs]
+    scores = (leaves[0] @ leaves[1].mT * 0.125).masked_fill(~torch.ones(rows, rows).tril(-1).bool(), -torch.inf)
+    (torch.softmax(scores, -1).nan_to_num() @ leaves[2]).backward(grad.double())
+    return Sample(spec, tuple(inputs), out, lse.float(), grad), tuple(x.grad for x in leaves if x.grad is not None)
+
+
+def right_where_a_row_is_nan(found: Sequence[Tensor], exact: tuple[Tensor, ...]) -> None:
+    dq, dk, dv = (x.double() for x in found)
+    torch.testing.assert_close(dv, exact[2], rtol=1e-2, atol=2e-2)
+    torch.testing.assert_close(dq[:, :, 6:], exact[0][:, :, 6:], rtol=1e-2, atol=2e-2)
+    assert dq[:, :, 5].isnan().all() and dk[:, :, :5].isnan().all() and exact[1].isnan().all()
+
+
+def test_a_row_of_nan_adds_nothing_to_the_gradient_of_the_values() -> None:
+    """Where it gives zero; those of its query and of the keys are NaN."""
+    at, exact = with_a_row_of_nan(40)
+    (results,) = run_interpreted([(backward(BY_NAME["rows_never_nan"]), at.arguments)])
+    assert isinstance(results, list | tuple)
+    right_where_a_row_is_nan(results[:3], exact)
+    by_block = blockwise.backward(at.spec, at.inputs, at.grad, at.needed)
+    right_where_a_row_is_nan([x for x in by_block if x is not None], exact)
 
 
 def test_keys_and_values_of_different_heads_are_summed_afterwards() -> None:

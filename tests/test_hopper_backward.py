@@ -29,6 +29,7 @@ from specs import (
     softcap,
     window,
 )
+from test_backward import right_where_a_row_is_nan, with_a_row_of_nan
 from test_hopper import instead, lost, swapped
 
 from attngen import barriers, blockwise, hopper_bwd, simulator, verify, verify_bwd
@@ -61,6 +62,13 @@ def sample(spec: AttentionSpec, problem: Problem) -> Sample:
 def verdicts(source: str, at: Sample) -> dict[str, Check]:
     again = {"again": exactly(at)} if backward_of(at.spec).redo else {}
     return verify_bwd.check(simulated(source).launch(*at.arguments, **again), at)
+
+
+def test_a_row_of_nan_adds_nothing_to_the_gradient_of_the_values() -> None:
+    at, exact = with_a_row_of_nan(150)
+    kernel = kernel_of(at.spec)
+    again = {"again": exactly(at)} if backward_of(at.spec).redo else {}
+    right_where_a_row_is_nan(simulated(kernel.source).launch(*at.arguments, **again)[:3], exact)
 
 
 def exactly(at: Sample) -> Callable[..., None]:

@@ -189,3 +189,15 @@ def test_left_alone(function: Function) -> None:
     torch._dynamo.reset()
     out = torch.compile(function, backend="attngen", options=EAGER)(*tensors)
     torch.testing.assert_close(out, function(*tensors), equal_nan=True)
+
+
+def test_a_sum_of_which_nothing_is_left() -> None:
+    """The only key is masked."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = scores(q, k[..., :1, :]).masked_fill(torch.arange(1) < 2, float("-inf")).exp()
+        return (weights / weights.sum(-1, keepdim=True)) @ v[..., :1, :]
+
+    compiled = torch.compile(function, backend="attngen", options={"inner": "eager", "strict": True})
+    given = inputs()
+    torch.testing.assert_close(compiled(*given), function(*given), equal_nan=True)
