@@ -173,7 +173,7 @@ class _Band:
             return any(self._is_masked(arg, pairs) for arg in expr.args[: 1 if expr.name == "sub" else 2])
         if isinstance(expr, Op) and expr.name in ("mul", "div"):
             value, by = expr.args
-            return (number(by) or 0) > 0 and self._is_masked(value, pairs)
+            return 0 < (number(by) or 0) < math.inf and self._is_masked(value, pairs)
         return number(expr) == -math.inf
 
     def _plain(self, expr: Expr, pairs: Pairs) -> Expr:

@@ -295,9 +295,15 @@ def features_beside_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "function",
     [
-        patches, halos, values_turned, values_of_the_next_line, changed_in_between, first_left_out, last_first,
+        patches,
+        halos,
+        values_turned,
+        values_of_the_next_line,
+        changed_in_between,
+        first_left_out,
+        last_first,
         features_beside_heads,
-    ],  # fmt: skip
+    ],
     ids=lambda f: f.__name__,
 )
 def test_other_windows_of_an_image(function: Function) -> None:
