@@ -12,7 +12,7 @@ from typing import Any
 from attngen.adjoint import SCORE_GRAD, WEIGHT_GRAD
 from attngen.algebra import ONE, Const, Expr, op
 from attngen.bounds import loop_bounds
-from attngen.gradient import DIAGONAL, HEAD, KEYS, ROWS, Target, adjoints, backward_of, mirrored
+from attngen.gradient import DIAGONAL, HEAD, KEYS, ROWS, Backward, Target, adjoints, backward_of, mirrored
 from attngen.gradient import mirrored_input as turned
 from attngen.layout import base_of, stride_of, used_dims
 from attngen.mask import derive
@@ -38,7 +38,7 @@ def holes(spec: AttentionSpec, tiles: tuple[Tile, Tile], l2_bytes: int) -> dict[
     return {
         "kernels": kernels,
         "helpers": {name: next(filter(None, (k["helpers"][name] for k in kernels)), "") for name in kernels[0]["helpers"]},
-        "exact": [target.source.name for target in plan.extras if target.shared],
+        "exact": _exact(plan),
         "diagonals": any(target.kind == DIAGONAL for target in plan.extras),
         "softmax": spec.softmax,
         "empty": spec.empty,
@@ -82,8 +82,8 @@ def _kernel(side: Side) -> dict[str, Any]:
     bounds = loop_bounds(printer, cover, side.tile.warps)
     targets = [target_of(side, printer, target) for target in side.plan.extras if _by_queries(target) == side.queries]
     exact = [target for target in targets if target.get("shared")]
-    for place, target in enumerate(exact):
-        target["largest"] = f"largest_ptr + {place}"
+    for target in exact:
+        target["largest"] = f"largest_ptr + {_exact(side.plan).index(target['name'])}"
     scaled = [f"scale = {scale!r}  # scores times this are in base 2"] if score["times"] else []
     return {
         "name": side.name,
@@ -108,7 +108,7 @@ def _kernel(side: Side) -> dict[str, Any]:
         "heads": heads_of(side),
         "order": order_of(cover),
         "wide": ".to(tl.int64)" if spec.wide else "",
-        "exact": bool(exact),
+        "exact": [f"need_{target['name']}" for target in exact],
         "helpers": helpers_of(printer, bounds),
         **_arguments(side),
     }
@@ -160,6 +160,11 @@ def _results(side: Side, printer: Printer) -> list[dict[str, Any]]:
     targets = [plan.query] if side.queries else [plan.keys, plan.values]
     places = [target.place if side.queries else turned(target.place) for target in targets]
     return [{"name": place.name, **address_of(side, printer, place)} for place in places]
+
+
+def _exact(plan: Backward) -> list[str]:
+    """What several programs add to, which may be asked to have the same bits each time."""
+    return [target.source.name for target in plan.extras if target.shared]
 
 
 def target_of(side: Side, printer: Printer, target: Target) -> dict[str, Any]:

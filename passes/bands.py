@@ -42,6 +42,8 @@ class _Digits:
         if place.free_symbols != {key} or not key.extent.is_Integer or not 1 < key.extent <= MOST_KEYS:
             return None
         places = [int(place.xreplace({key: sp.Integer(n)})) for n in range(int(key.extent))]
+        if places[0] != 0:
+            return None
         step = places[1]
         width = next((n for n, at in enumerate(places) if at != n * step), len(places))
         pitch = places[width] if width < len(places) else width * step

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from attngen import compat
-from attngen.algebra import Load
+from attngen.algebra import Int, Load
 from attngen.evaluate import Evaluator
 from attngen.index import Axis
 from attngen.passes.dropout import SEEDS, Seed, draws
@@ -90,8 +90,10 @@ class Writer:
         loads = [n.source for n in table.expr.walk() if isinstance(n, Load)]
         measured = [node for node, _ in sizes.values()]
         sources: list[fx.Node] = list(dict.fromkeys([like, *loads, *measured]))  # type: ignore[list-item]
-        graph = _traced_table(table, sources, sizes)
-        inner = dict(zip(graph.find_nodes(op="placeholder"), (self.value(s) for s in sources), strict=True))
+        numbers = _numbers(table, sizes)
+        graph = _traced_table(table, sources, sizes, numbers)
+        given = [*map(self.value, sources), *(self.number(number, like) for number in numbers)]
+        inner = dict(zip(graph.find_nodes(op="placeholder"), given, strict=True))
         self._lowered.tables[table] = self._inlined(graph, inner)
         return self._lowered.tables[table]
 
@@ -222,8 +224,16 @@ def _nodes_before(anchor: fx.Node) -> frozenset[fx.Node]:
     return frozenset(before)
 
 
-def _traced_table(table: Table, sources: Sequence[fx.Node], sizes: dict[sp.Symbol, tuple[fx.Node, int]]) -> fx.Graph:
-    """The ATen operators that compute ``table`` from the values of ``sources``, on the device of the first.
+def _numbers(table: Table, sizes: dict[sp.Symbol, tuple[fx.Node, int]]) -> list[Number]:
+    """What a table is computed of beside positions, data and ``sizes``."""
+    used = {symbol for n in table.expr.walk() if isinstance(n, Int) for symbol in n.value.free_symbols}
+    return [Number(symbol) for symbol in sorted(used - sizes.keys(), key=str) if not isinstance(symbol, Axis)]
+
+
+def _traced_table(
+    table: Table, sources: Sequence[fx.Node], sizes: dict[sp.Symbol, tuple[fx.Node, int]], numbers: Sequence[Number]
+) -> fx.Graph:
+    """The ATen operators that compute ``table`` from the values of ``sources`` and ``numbers``, on the device of the first.
 
     What it looks up is widened before, not after: an entry may be read for thousands of diagonals, whose gradients would
     add up in 16 bits.
@@ -231,15 +241,17 @@ def _traced_table(table: Table, sources: Sequence[fx.Node], sizes: dict[sp.Symbo
     inputs = values(sources)
 
     def body(*tensors: Tensor) -> Tensor:
-        known = dict(zip(sources, map(_widened, tensors), strict=True))
+        known = dict(zip(sources, map(_widened, tensors), strict=False))
         measured = {symbol: known[node].shape[dim] for symbol, (node, dim) in sizes.items()}
         positions = _positions(table, measured, tensors[0].device)
+        positions.update({number.symbol: x for number, x in zip(numbers, tensors[len(sources) :], strict=True)})
         evaluate = Evaluator(positions, known.__getitem__, dtype=torch.float32, device=tensors[0].device)
         shape = [positions[axis].numel() for axis in (*table.batch, table.diagonal)]  # type: ignore[union-attr]
         return torch.broadcast_to(evaluate(table.expr), shape)
 
     mode = next(v.fake_mode for v in inputs if isinstance(v, compat.FakeTensor))
     with mode, compat.enable_python_dispatcher(), compat.tracing(None):
+        inputs += [torch.empty([], dtype=torch.int64, device=inputs[0].device) for _ in numbers]
         traced = compat.make_fx(body, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
     return traced.graph
 

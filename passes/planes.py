@@ -23,7 +23,7 @@ def run(graph: fx.Graph) -> None:
     facts = effects.run(graph)
     fixed = frozenset(n for n in graph.nodes if is_tensor(n) and storage(n) not in facts.writes)
     for node, first in pairs:
-        source, dims = bind(first)["self"], sorted(bind(each)["dimension"] % len(shape_of(first)) for each in (node, first))
+        source, dims = bind(first)["self"], sorted(map(_along, (node, first)))
         sizes = [shape_of(source)[dim] for dim in dims]
         if source in fixed and dims[1] == dims[0] + 1 < len(shape_of(source)) and all(size.is_Integer for size in sizes):
             scribe = Scribe(first, facts.order, fixed)
@@ -35,3 +35,9 @@ def _windows_of_windows(node: fx.Node) -> fx.Node | None:
     """The first ``unfold`` of two."""
     below = bind(node)["self"] if op_name(node) == "unfold" else None
     return below if below is not None and op_name(below) == "unfold" and len(below.users) == 1 else None
+
+
+def _along(node: fx.Node) -> int:
+    """The dimension that an ``unfold`` takes windows along, counted from the first."""
+    args = bind(node)
+    return int(args["dimension"]) % len(shape_of(args["self"]))

@@ -319,7 +319,7 @@ def _move(value: torch.Tensor | Copied, node: fx.Node) -> None:
 def _tensor(record: Copied) -> torch.Tensor:
     kind, memory = record.kind, record.memory
     if record.tensor is None:
-        with compat.untraced(), torch.set_grad_enabled(kind.requires_grad):
+        with compat.untraced(), torch.enable_grad():
             if memory.tensor is None:
                 elements = memory.size // kind.dtype.itemsize
                 memory.tensor = torch.empty(elements, dtype=kind.dtype, device=kind.device)
@@ -327,7 +327,9 @@ def _tensor(record: Copied) -> torch.Tensor:
                     memory.tensor = memory.tensor.requires_grad_().clone()  # no leaf: it may be written in place
             if memory.tensor.dtype != kind.dtype:
                 raise CannotCopy
-            record.tensor = memory.tensor.as_strided(kind.shape, kind.strides, kind.offset)
+            # Where no gradient is to be cut off, they stay on: a view made without them may not be written with them.
+            with torch.set_grad_enabled(kind.requires_grad or not memory.tensor.requires_grad):
+                record.tensor = memory.tensor.as_strided(kind.shape, kind.strides, kind.offset)
             if record.tensor.requires_grad != kind.requires_grad:
                 raise CannotCopy
         compat.set_traced_node(record.tensor, record.node)

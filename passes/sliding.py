@@ -175,7 +175,7 @@ class _Band:
             return self._is_masked(expr.args[0], pairs)
         if isinstance(expr, Op) and expr.name in ("mul", "div"):
             value, by = expr.args
-            return (number(by) or 0) > 0 and self._is_masked(value, pairs)
+            return 0 < (number(by) or 0) < math.inf and self._is_masked(value, pairs)
         return number(expr) == -math.inf
 
     def _plain(self, expr: Expr, pairs: Pairs) -> Expr:

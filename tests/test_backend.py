@@ -359,7 +359,13 @@ def test_a_number_that_may_change_is_read() -> None:
         scores = (q @ k.transpose(-1, -2)).masked_fill((rows - columns + start) % 3 != 0, float("-inf"))
         return torch.softmax(scores, -1) @ v
 
-    for model, count in ((two, 2), (steep, 1), (dilated, 0)):
+    def by_diagonal(q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
+        """In a table."""
+        rows, columns = past + torch.arange(q.shape[-2]).unsqueeze(1), torch.arange(k.shape[-2])
+        bias = q[0, 0, 0, (columns - rows).clamp(-7, 0) + 7] - ((rows - columns).abs() / past).sin()
+        return torch.softmax(q @ k.transpose(-1, -2) + bias, -1) @ v
+
+    for model, count in ((two, 2), (steep, 1), (by_diagonal, 1), (dilated, 0)):
         compiled = torch.compile(model, backend="attngen", options=EAGER, dynamic=True)
         with attngen.record() as reports:
             for number in (4, 3, 2, 5):

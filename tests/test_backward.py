@@ -255,6 +255,26 @@ def test_kernels_that_add_up_in_integers_compile(tmp_path: Path) -> None:
         }  # fmt: skip
 
 
+def test_each_sum_in_integers_has_its_own_unit(tmp_path: Path) -> None:
+    """And takes no second run where nobody asks for it."""
+    score = plus(QK, plus(loaded("t0", H, DIAGONAL), op("mul", loaded("t1", H, ROW, KEY), Const(1e-6))))
+    extras = {**TABLE, "t1": (torch.float32, (H, ROW, KEY))}
+    case = Case("two", attention(dtype=torch.float32, score=score, extras=extras, mask=CAUSAL))
+    kernel = in_integers(case)
+    assert {target.source.name: target.kind for target in shared_of(case)} == {"t0": "diagonal", "t1": "pair"}
+    at = verify_bwd.sample(case.spec, case.problem(40))
+    ((*_, diagonals, pairs, _),) = run_interpreted([(kernel, at.arguments)])
+    for found, exact in zip((diagonals, pairs), verify_bwd.reference(at)[3:], strict=True):
+        assert exact is not None
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
+    (tmp_path / "two.py").write_text(kernel.source)
+    module, tensors = import_file(tmp_path / "two.py"), [at.grad, at.out, at.lse, *at.inputs]
+    for needed, runs in (((True, True), 2), ((False, True), 2), ((False, False), 1)):
+        calls = aot._recorded(module, lambda launch, needed=needed: launch(*tensors, *needed))
+        sums = calls["backward_sums"].all if any(needed) else []
+        assert len(calls["backward_queries"].all) == runs and len(sums) == sum(needed)
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e25, float("nan"), float("inf")])
 def test_sums_in_integers_are_of_any_size(size: float) -> None:
     """And where something is not finite, the entries that it belongs to are not, and the others are right."""

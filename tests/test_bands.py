@@ -213,7 +213,14 @@ def bias_of_the_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weighed(s.masked_fill(outside, -math.inf), squares(image(v)))
 
 
-IMAGES = (around, wide, dilated, bias_of_the_place)
+def counted_from_the_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dimensions of the image are; lines come last."""
+    k, v = (pad(image(x), (0, 0, 1, 1, 1, 1)) for x in (k, v))
+    k, v = k.unfold(-3, 3, 1).unfold(-3, 3, 1).flatten(-2), v.unfold(-2, 3, 1).unfold(-4, 3, 1).mT.flatten(-2)
+    return weighed(scored(image(q), k), v)
+
+
+IMAGES = (around, wide, dilated, bias_of_the_place, counted_from_the_last)
 
 
 @pytest.mark.parametrize("function", IMAGES, ids=lambda f: f.__name__)
@@ -265,6 +272,16 @@ def changed_in_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weighed(s, squares(image(v))) + padded[:, :, :1, :1]
 
 
+def first_left_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (squares(image(x))[..., 1:] for x in (k, v))
+    return weighed(scored(image(q), k), v)
+
+
+def last_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (squares(image(x)).flip(-1) for x in (k, v))
+    return weighed(scored(image(q), k), v)
+
+
 def features_beside_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """No dimension has the features alone: then each query reads its own keys, as it is written."""
     joined = (image(x).permute(0, 1, 4, 2, 3).reshape(BATCH, HEADS * SIZE, LINES, COLUMNS) for x in (k, v))
@@ -277,7 +294,16 @@ def features_beside_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "function",
-    [patches, halos, values_turned, values_of_the_next_line, changed_in_between, features_beside_heads],
+    [
+        patches,
+        halos,
+        values_turned,
+        values_of_the_next_line,
+        changed_in_between,
+        first_left_out,
+        last_first,
+        features_beside_heads,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_other_windows_of_an_image(function: Function) -> None:

@@ -166,6 +166,11 @@ def finite_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weighted(masked(band_of(q, k)).clamp(min=-9.0).softmax(-1), v)
 
 
+def divided_by_infinity(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What is masked is NaN."""
+    return weighted((masked(band_of(q, k)) / math.inf).softmax(-1), v)
+
+
 def values_one_step_on(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weighted(masked(band_of(q, k)).softmax(-1), v, shift=1)
 
@@ -215,7 +220,7 @@ def values_written_in_their_padding(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 LOOK_ALIKES = (
-    no_mask, half_a_mask, finite_mask, values_one_step_on, values_infinite_outside, offsets_in_reverse,
+    no_mask, half_a_mask, finite_mask, divided_by_infinity, values_one_step_on, values_infinite_outside, offsets_in_reverse,
     one_row_of_another_query, normalised_over_queries, weights_padded_with_ones, keys_zeroed_afterwards,
 )  # fmt: skip
 
