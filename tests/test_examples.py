@@ -32,8 +32,8 @@ EXPECTED = {
         "softmax(tanh(qk*0.0625/50)*50; causal)": 2,
     },
     "t5": {
-        "softmax(qk + t0[h, j + size_i - 1 - i]; padding)": 3,
-        "softmax(qk + t0[h, j + size_i - 1 - i]; causal)": 3,
+        "softmax(qk + t0[h, j - i]; padding)": 3,
+        "softmax(qk + t0[h, j - i]; causal)": 3,
         "softmax(qk; padding)": 3,
     },
 }
