@@ -6,8 +6,8 @@ Heads of 64 wait for what is done between the products. By clocks read in the ke
 cycles that a step of two warpgroups takes, products hold a warpgroup for 360 to 720, its maxima take 270 to 460 and its
 exponentials 780 to 980, where the special function unit needs 512. Tried, and none was faster: exponentials in halves or
 quarters whose sums and roundings come under the next ones (1 to 7 % slower with three warpgroups); no scaling of results by
-one (as fast; 4 to 7 % slower for heads of 128); four warpgroups of 64 keys (7 to 12 % slower); waiting for values after the
-exponentials (4 to 6 % slower); weights through shared memory (8 to 10 % slower).
+one (up to 3 % slower; 4 to 7 % for heads of 128); four warpgroups of 64 keys (3 to 13 % slower, as fast where causal);
+waiting for values after the exponentials (5 to 12 % slower); weights through shared memory (8 to 11 % slower).
 """
 
 from __future__ import annotations

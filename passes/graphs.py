@@ -109,14 +109,15 @@ class Writer:
 
     def number(self, number: Number, like: fx.Node) -> fx.Node:
         """A tensor of the number, on the device of the lowered node ``like``."""
-        known = self._lowered.tables.get(number)
+        device = like.meta["val"].device
+        known = self._lowered.tables.get((number, device))
         if known in self._before or known in self.written:
             return known  # type: ignore[return-value]
         if (given := number.given(like.graph)) is None:
             raise NotHere(f"nothing in the graph is the number {number.symbol} alone")
         made = self.call(torch.ops.aten.full.default, ([], self.value(given)))
-        made.kwargs = {"dtype": torch.int64, "device": like.meta["val"].device}
-        self._lowered.tables[number] = made
+        made.kwargs = {"dtype": torch.int64, "device": device}
+        self._lowered.tables[number, device] = made
         return made
 
     def take_back(self) -> None:

@@ -216,6 +216,5 @@ PARTS: dict[str, Part] = {
 }
 
 # Views that never move data: what they read from can be passed on as a strided tensor.
-FREE = frozenset([*RESHAPES[:2], "squeeze", "unsqueeze", "transpose", "swapaxes", "swapdims", "t", "mT", "permute"])
-FREE |= frozenset(["alias", "detach", "select", "diagonal", "slice", "narrow", "unfold", "as_strided", "view_as"])
-FREE |= frozenset(["unflatten"])
+FREE = frozenset([*RESHAPES[:2], "as_strided", "squeeze", "unsqueeze", "transpose", "swapaxes", "swapdims", "t", "mT"])
+FREE |= frozenset(["permute", "alias", "detach", "select", "diagonal", "slice", "narrow", "unfold", "unflatten", "view_as"])

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import attngen
 from attngen import runtime, verify
 from attngen.backend import attngen as attngen_backend
 from attngen.errors import BadOption, CannotTrace
 from attngen.options import Options, parse
+from attngen.passes.graphs import Writer
+from attngen.passes.specialise import Number
 from attngen.report import Report
 from attngen.spec import Problem
 
@@ -377,6 +379,33 @@ def test_a_number_that_may_change_is_read() -> None:
         (report,) = reports
         assert len(report.replaced) == count
         assert all(site.reason.startswith("it takes a number that may change") for site in report.missed)
+
+
+def test_a_number_is_read_on_the_device_of_each_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tensor of it for the sites of a device."""
+
+    def late(q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
+        rows, columns = (torch.arange(x.shape[-2], device=q.device) for x in (q, k))
+        scores = (q @ k.transpose(-1, -2)).masked_fill(columns > rows.unsqueeze(1) + past, float("-inf"))
+        return torch.softmax(scores, -1) @ v
+
+    def on_both(here: list[Tensor], there: list[Tensor], past: int) -> list[Tensor]:
+        return [late(*here, past), late(*there, past), late(*here, past)]
+
+    devices, write = {}, Writer.number
+
+    def watched(self: Writer, number: Number, like: fx.Node) -> fx.Node:
+        node = write(self, number, like)
+        devices[node] = node.kwargs["device"]
+        return node
+
+    monkeypatch.setattr(Writer, "number", watched)
+    here = list(qkv())
+    there = [x.to("meta") for x in here]
+    results = torch.compile(on_both, backend="attngen", options=EAGER, dynamic=True)(here, there, 3)
+    assert [x.device.type for x in results] == ["cpu", "meta", "cpu"]
+    assert sorted(map(str, devices.values())) == ["cpu", "meta"]
+    torch.testing.assert_close(results[0], late(*here, 3))
 
 
 def test_an_input_written_between_is_left_alone() -> None:
