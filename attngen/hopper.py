@@ -4,10 +4,14 @@ What the template cannot express is refused here with a reason; the portable fam
 
 Heads of 64 wait for what is done between the products. By clocks read in the kernel (H100, tiles of 128 x 128), of the 2,100
 cycles that a step of two warpgroups takes, products hold a warpgroup for 360 to 720, its maxima take 270 to 460 and its
-exponentials 780 to 980, where the special function unit needs 512. Tried, and none was faster: exponentials in halves or
-quarters whose sums and roundings come under the next ones (1 to 7 % slower with three warpgroups); no scaling of results by
-one (up to 3 % slower; 4 to 7 % for heads of 128); four warpgroups of 64 keys (3 to 13 % slower, as fast where causal);
-waiting for values after the exponentials (5 to 12 % slower); weights through shared memory (8 to 11 % slower).
+exponentials 780 to 980, where the special function unit needs 512. So exponentials are what warpgroups do in turn, behind a
+branch that the assembler moves nothing across: 2 to 11 % faster than turns of products, or none with three warpgroups (16,384
+tokens in sequences of 1,024 to 16,384, full and causal), and 4 to 19 % in 8 bits with heads of 128. Tried, and none was
+faster: exponentials in halves or quarters whose sums and roundings come under the next ones (1 to 7 % slower with three
+warpgroups); no scaling of results by one (up to 3 % slower; 4 to 7 % for heads of 128); four warpgroups of 64 keys (3 to 13 %
+slower, as fast where causal); waiting for values after the exponentials (5 to 12 % slower); weights through shared memory (8
+to 11 % slower); weights rounded by integers (1 to 7 % slower) or cut off (as fast); keys and values handed back by named
+barriers, for which warps need not meet (0 to 6 % slower).
 """
 
 from __future__ import annotations
@@ -35,8 +39,8 @@ from attngen.spec import FEATURE, HOPPER, KEY, ROW, AttentionSpec, Input, Tile
 
 MAX_SIDE = 256  # of a box that TMA copies, and of a product
 MAX_RANK = 5
-# Features of a head, twice as many in 8 bits: of more, products take so much longer than exponentials that turns do not pay.
-MOST_ALTERNATING = 128
+# Bytes of a head up to which exponentials take longer than the two products, and up to which turns pay at all.
+EXPONENTIALS_LONGER, MOST_ALTERNATING = 128, 256
 PAIRS = {torch.float16: "f16x2", torch.bfloat16: "bf16x2"}  # two of them in one word, as PTX has it
 PART = 32  # columns of a block that are masked together, where the mask is loaded
 _PLACES = Places(row="rows", key="cols", row_beside="", key_beside="", key_float="col_floats")
@@ -153,7 +157,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "groups": groups,
         "queries": queries_held(spec, tile),
         "overlap": groups == 2,
-        "alternate": groups == 2 and block_d * eighths["width"] <= 2 * MOST_ALTERNATING,
+        "in_turn": _in_turn(spec, groups, block_d * eighths["width"]),
         "halvings": (tile.keys // 8).bit_length() - 1,
         "programs": sms,
         "block_d": block_d,
@@ -190,6 +194,13 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "partitions": _partitions(groups),
         "bounds": {**lines_of(bounds, "tl" if found else "gl"), "words": 16 if bounds.has_gap else 8},
     }
+
+
+def _in_turn(spec: AttentionSpec, groups: int, row_bytes: int) -> str:
+    """What warpgroups do one after the other: what takes longer, the other under it."""
+    if spec.softmax and row_bytes <= EXPONENTIALS_LONGER:
+        return "exponentials"
+    return "products" if groups == 2 and row_bytes <= MOST_ALTERNATING else ""
 
 
 def _partitions(groups: int) -> dict[str, Any]:

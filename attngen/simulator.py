@@ -297,12 +297,12 @@ def _asm(text: str, constraints: str, args: Sequence[Any], dtype: Any, **_: Any)
         return block(low | high << 16)
     if "e4m3x2" in text:
         return block(sum(bytes_of(each) << 8 * place for place, each in enumerate(args)))
-    (value,) = args
+    value = args[0]
     if dtype == "float8e4nv":  # four numbers of one word, which it was joined with itself for
         return of_bytes(np.asarray(value) >> 8 * (np.arange(value.shape[-1]) % 4))
-    if text.startswith("bar."):
-        for action, name, threads in re.findall(r"bar\.(\w+) (\d+), (\d+);", text):
-            _here.named.setdefault(name, Turn()).meet(int(threads), action == "sync")
+    if found := re.search(r"bar\.(\w+) (\d+), (\d+);", text):
+        action, name, threads = found.groups()
+        _here.named.setdefault(name, Turn()).meet(int(threads), action == "sync")
     if text.startswith("mov.b32 {"):
         return tuple(of_bits(np.asarray(value) >> 16 * part, each) for part, each in enumerate(dtype))
     return block(np.tanh(value)) if text.startswith("tanh") else value

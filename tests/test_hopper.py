@@ -306,8 +306,6 @@ def hasty(text: str) -> str:
 
 DAMAGE = {
     "keys are handed back before their product": (hasty, "wrong"),
-    "a turn is not handed over": (instead("bar.arrive 15", "bar.arrive 13"), "stuck"),
-    "nobody has the first turn": (instead("if GROUP == 1:", "if GROUP == 2:"), "stuck"),
     "keys are not handed back": (lost("mbarrier.arrive(k_empty.index(next_stage), count=1)"), "stuck"),
     "values are not handed back": (lost("mbarrier.arrive(v_empty.index(stage), count=1)"), "stuck"),
     "queries are not handed back": (
@@ -364,6 +362,22 @@ def test_damage_is_noticed(name: str | None) -> None:
     damaged = damage(source)
     assert (damaged != source) == bool(name)
     assert outcome(damaged, spec, inputs) == expected
+
+
+TURNS = {
+    "a turn is not handed over": instead("arrive {TURNS + (GROUP + 1)", "arrive {TURNS - 1 - (GROUP + 1)"),
+    "nobody has the first turn": instead("if GROUP == GROUPS - 1:", "if GROUP == GROUPS:"),
+}
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("head_dim", [64, 128], ids=["exponentials", "products"])
+@pytest.mark.parametrize("name", TURNS)
+def test_turns_are_handed_over(name: str, head_dim: int) -> None:
+    spec = attention(mask=CAUSAL, head_dim=head_dim)
+    source = written(spec, PERSISTENT)
+    damaged = TURNS[name](source)
+    assert damaged != source and outcome(damaged, spec, sample_inputs(spec, Problem((1, 3), 390, 390))) == "stuck"
 
 
 @pytest.mark.usefixtures("impatient")
