@@ -65,9 +65,9 @@ def choose(
         return Miss(f"the head size {widest} is over the limit of {MAX_HEAD}")
     outright = hopper.unsuited(spec) or misaligned
     portable = () if spec.fp8 else TILES
-    candidates = (*portable, *HOPPER_TILES) if device.wgmma and not outright else portable
+    candidates = (*portable, *HOPPER_TILES) if device.hopper and not outright else portable
     if spec.fp8 and not candidates:
-        return Miss(outright or f"{device.label} has no warpgroups that multiply")
+        return Miss(outright or _without_hopper(device))
     if tile is not None and tile not in candidates and (not spec.fp8 if tile.family == PORTABLE else not outright):
         candidates = (*candidates, tile)
     predicted = dict(zip(candidates, costs(spec, problem, device, candidates), strict=True))
@@ -82,7 +82,7 @@ def choose(
     if len(refused) == len(candidates) and (least := _least_spilling(refused, predicted)) is not None:
         refused = tuple(each for each in refused if each is not least)
     ranked = _ranked(predicted, {r.tile for r in refused})
-    if outright and device.wgmma:
+    if outright and device.hopper:
         refused += (Refusal(HOPPER_TILES[0], f"and the like: {outright}"),)
     if not ranked:
         return Miss(f"no tile fits {device.label}: {refused[0].tile} {refused[0].reason}")
@@ -93,8 +93,8 @@ def choose(
 
 def refusal(tile: Tile, cost: Cost, problem: Problem, device: Device) -> str | None:
     """Why a kernel with that tile cannot run, or cannot run well, if so."""
-    if tile.family == HOPPER and not device.wgmma:
-        return f"{device.label} has no warpgroups that multiply"
+    if tile.family == HOPPER and not device.hopper:
+        return _without_hopper(device)
     if tile.family == HOPPER and tile not in HOPPER_TILES:
         return "is none of the tiles that the hopper family is made for"
     if cost.smem_bytes > device.smem_block:
@@ -105,6 +105,10 @@ def refusal(tile: Tile, cost: Cost, problem: Problem, device: Device) -> str | N
     if tile.rows > MIN_DOT and tile.rows >= 2 * problem.rows and not problem.dynamic:
         return f"at least half of its rows would be empty with queries of length {problem.rows}"
     return None
+
+
+def _without_hopper(device: Device) -> str:
+    return "only portable kernels are asked for" if device.wgmma else f"{device.label} has no warpgroups that multiply"
 
 
 def _least_spilling(refused: tuple[Refusal, ...], predicted: dict[Tile, Cost]) -> Refusal | None:

@@ -110,7 +110,7 @@ def _ranked(spec: AttentionSpec, problem: Problem, device: Device, deterministic
     if deterministic and any(target.shared for target in plan.extras):
         queries = {tile: 2 * seconds for tile, seconds in queries.items()}  # what is added to in no order takes two runs
     able = _Able(queries, keys, None)
-    if device.wgmma and not deterministic and hopper_bwd.unsuited(spec) is None:
+    if device.hopper and not deterministic and hopper_bwd.unsuited(spec) is None:
         otherwise = able.best(1)[0].tiles if able.queries and able.keys else ()
         left = lost.floor(spec) is not None
         seconds = hopper_seconds(backward_of(lost.without(spec)), problem, device, otherwise if left else ())

@@ -46,6 +46,7 @@ class Device:
     launch: float = 3e-6
     warp_size: int = 32
     calibrated: bool = False
+    gluon: bool = True  # whether kernels in Gluon may be planned for it
 
     @property
     def target(self) -> tuple[str, int | str, int]:
@@ -56,6 +57,11 @@ class Device:
     def wgmma(self) -> bool:
         """Whether products are issued by groups of four warps and read their operands from shared memory (Hopper)."""
         return self.backend == "cuda" and self.arch == 90
+
+    @property
+    def hopper(self) -> bool:
+        """Whether kernels of the hopper family may run there."""
+        return self.wgmma and self.gluon
 
 
 H200 = Device(

@@ -14,6 +14,7 @@ from attngen.errors import BadOption
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 CACHE = "tuned choices: use, skip, assert (there must be one) or refresh (tune again); also ATTNGEN_CACHE"
+FAMILIES = "kernels to choose from: all, or portable, those in plain Triton alone"
 FP8 = "inference in products of 8-bit numbers: off, block (a scale for each block of rows) or rotate (of rotated rows)"
 
 
@@ -34,6 +35,7 @@ class Options(BaseModel):
     verify: bool = Field(False, description="check each kernel against float64 before it is used")
     deterministic: bool = Field(False, description="gradients that are the same bits in every run")
     fp8: Literal["off", "block", "rotate"] = Field("off", description=FP8)
+    families: Literal["all", "portable"] = Field("all", description=FAMILIES)
     strict: bool = Field(False, description="raise instead of leaving a graph as it was (also ATTNGEN_STRICT=1)")
 
     @property

@@ -136,8 +136,9 @@ def notes() -> tuple[str, ...]:
 
 
 def planning_device(example_inputs: Sequence[Any], options: Options) -> Device:
-    """The card the inputs are on; for inputs elsewhere, the target that was asked for."""
-    return resolve(options.target) if card(example_inputs) is None else probe()
+    """The card the inputs are on, else the target that was asked for; it may run kernels of the families asked for."""
+    device = resolve(options.target) if card(example_inputs) is None else probe()
+    return replace(device, gluon=options.families == "all")
 
 
 def card(example_inputs: Sequence[Any]) -> torch.device | None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import zoo
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 import attngen
 from attngen import runtime, verify
@@ -22,7 +23,7 @@ from attngen.options import Options, parse
 from attngen.passes.graphs import Writer
 from attngen.passes.specialise import Number
 from attngen.report import Report
-from attngen.spec import Problem
+from attngen.spec import HOPPER, PORTABLE, Problem
 
 EAGER = {"inner": "eager", "strict": True}
 
@@ -84,6 +85,24 @@ def test_only_and_skip_select_by_path() -> None:
     torch._dynamo.reset()
     _, reports = run(model, options={**EAGER, "skip": "*.0.self_attn"}, **inputs)
     assert [s.status for s in reports[0].sites] == ["missed", "replaced"]
+
+
+def test_only_portable_kernels_where_they_are_asked_for() -> None:
+    q, k, v = (torch.randn(4, 16, 1024, 128, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    families = {}
+    for asked in ("all", "portable"):
+        torch._dynamo.reset()
+        options = {**EAGER, "families": asked, "target": "h100"}
+        _, (report,) = run(F.scaled_dot_product_attention, q, k, v, options=options)
+        families[asked] = {report.sites[0].family, *(tile["family"] for tile in report.sites[0].backward_tiles)}
+    assert families == {"all": {HOPPER}, "portable": {PORTABLE}}
+
+
+def test_products_of_8_bits_need_more_than_portable_kernels() -> None:
+    q, k, v = (torch.randn(1, 2, 1024, 64, dtype=torch.bfloat16) for _ in range(3))
+    options = {**EAGER, "families": "portable", "target": "h100", "fp8": "block"}
+    _, (report,) = run(F.scaled_dot_product_attention, q, k, v, options=options)
+    assert report.sites[0].family == PORTABLE and "only portable kernels" in report.sites[0].computes
 
 
 # ------------------------------------------------------------------------------------------------- ways of compiling

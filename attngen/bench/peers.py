@@ -69,17 +69,21 @@ def _compiled(backend: str, **given: Any) -> Callable[[Problem, Inputs], Run]:
     return prepare
 
 
-def _ours(problem: Problem, inputs: Inputs) -> Run:
+def _ours(**given: Any) -> Callable[[Problem, Inputs], Run]:
     """The first call says whether our kernel is in it: a time without it would be another compiler's."""
-    run = _compiled("attngen")(problem, inputs)
-    with attngen.record() as reports:
-        run()
-    sites = [site for report in reports for site in report.sites]
-    if not sites or any(site.status != "replaced" for site in sites):
-        raise NotSpelled("left alone: " + ("; ".join(site.reason for site in sites if site.reason) or "not found"))
-    if without := [site.backward for site in sites if inputs.leaves and not site.backward_tiles]:
-        raise NotSpelled(f"no kernel of ours for the gradient: {without[0] or 'nobody asks for it'}")
-    return run
+
+    def prepare(problem: Problem, inputs: Inputs) -> Run:
+        run = _compiled("attngen", **given)(problem, inputs)
+        with attngen.record() as reports:
+            run()
+        sites = [site for report in reports for site in report.sites]
+        if not sites or any(site.status != "replaced" for site in sites):
+            raise NotSpelled("left alone: " + ("; ".join(site.reason for site in sites if site.reason) or "not found"))
+        if without := [site.backward for site in sites if inputs.leaves and not site.backward_tiles]:
+            raise NotSpelled(f"no kernel of ours for the gradient: {without[0] or 'nobody asks for it'}")
+        return run
+
+    return prepare
 
 
 def _in_eighths(mode: str) -> Callable[[Problem, Inputs], Run]:
@@ -248,10 +252,12 @@ def _block_mask(problem: Problem, inputs: Inputs) -> object:
 # ------------------------------------------------------------------------------------------------------------- registry
 
 BOTH = ("cuda", "cpu")
+_PORTABLE = {"families": "portable"}
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
-        Peer(OURS, _ours, 'torch.compile(backend="attngen") of the plain spelling', BOTH),
+        Peer(OURS, _ours(), 'torch.compile(backend="attngen") of the plain spelling', BOTH),
+        Peer("attngen-portable", _ours(options=_PORTABLE), "ours, by kernels in plain Triton alone", BOTH, default=False),
         Peer("attngen-fp8", _in_eighths("block"), 'ours with options={"fp8": "block"}', BOTH, default=False, eighths=True),
         Peer("attngen-fp8-rotate", _in_eighths("rotate"), "the same, rotated", BOTH, default=False, eighths=True),
         Peer("eager", _eager, "the plain spelling as it is", BOTH),
