@@ -190,6 +190,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     "runs": ("tests/data/runs.json", runs),
     "coverage": ("tests/data/coverage.json", coverage),
     "models": ("examples/results/models.json", models),
+    "models_h100": ("examples/results/models_h100.json", models),
     "training": ("examples/results/training.json", training),
     "curves": ("examples/results/curves.json", curves),
     "dense": ("examples/results/dense.json", attention),

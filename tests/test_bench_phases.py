@@ -305,9 +305,9 @@ def test_tables_say_what_was_timed(phase: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_record_from_before_there_were_phases_is_of_the_forward() -> None:
-    values = json.loads((ROOT / "examples/results/dense.json").read_text())
+    values = json.loads((ROOT / "examples/results/dense_h200.json").read_text())
     assert "phase" not in values["results"][0]
-    (record,) = records.read([ROOT / "examples/results/dense.json"])
+    (record,) = records.read([ROOT / "examples/results/dense_h200.json"])
     assert {result.phase for result in record.results} == {FORWARD}
 
 
