@@ -341,15 +341,16 @@ def test_the_option_reaches_the_measuring_process(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("phase", [GRADIENT, BOTH])
-def test_the_command_on_a_gpu(phase: str, tmp_path: Path) -> None:
-    names = ["dense_d64_n1024_causal", "bias_trained_d64", "relative_trained_d64"]
-    sizes = ["--length", "512", "--batch", "2", "--rounds", "3", "--peers", "attngen,eager,inductor,flex"]
-    done = CliRunner().invoke(app, ["bench", *names, *sizes, "--phase", phase, "--json", str(tmp_path / "a.json")])
+@pytest.mark.parametrize(
+    ("name", "phase"), [("dense_d64_n1024_causal", BOTH), ("bias_trained_d64", GRADIENT), ("relative_trained_d64", BOTH)]
+)
+def test_the_command_on_a_gpu(name: str, phase: str, tmp_path: Path) -> None:
+    """A minute each: most of it is compilation."""
+    sizes = ["--length", "512", "--batch", "2", "--rounds", "3", "--peers", "attngen,eager,inductor"]
+    done = CliRunner().invoke(app, ["bench", name, *sizes, "--phase", phase, "--json", str(tmp_path / "a.json")])
     assert done.exit_code == 0, done.output
-    for result in json.loads((tmp_path / "a.json").read_text())["results"]:
-        rows = {row["peer"]: row for row in result["rows"]}
-        assert rows[peers.OURS]["status"] == TIMED, rows
-        if not result["problem"]["name"].startswith(names[2]):  # eager adds thousands up in 16 bits for each entry of a table
-            assert rows["eager"]["status"] == rows["inductor"]["status"] == TIMED, rows
-        assert "gradient" in rows[peers.OURS]["kernel"]
+    (result,) = json.loads((tmp_path / "a.json").read_text())["results"]
+    rows = {row["peer"]: row for row in result["rows"]}
+    assert rows[peers.OURS]["status"] == TIMED and "gradient" in rows[peers.OURS]["kernel"], rows
+    if "relative" not in name:  # there eager adds thousands up in 16 bits for each entry of a table
+        assert rows["eager"]["status"] == rows["inductor"]["status"] == TIMED, rows
