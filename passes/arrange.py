@@ -67,21 +67,21 @@ def pieces(reader: Reader, access: Access) -> list[Piece]:
 class Scribe:
     """Writes before ``point``, whose source line its nodes are given.
 
-    ``order``: the position of each node; ``fixed``: whether nobody writes to a node's memory.
+    ``order``: the position of each node; ``fixed``: whether nobody writes to a node's memory. ``made``: what it wrote.
     """
 
     def __init__(self, point: fx.Node, order: Mapping[fx.Node, int], fixed: Collection[fx.Node]) -> None:
         self._point, self._order, self._fixed = point, order, fixed
         self._moved: dict[fx.Node, fx.Node] = {}
-        self._made: set[fx.Node] = set()
+        self.made: list[fx.Node] = []
 
-    def call(self, target: Any, *args: Any) -> fx.Node:
+    def call(self, target: Any, *args: Any, **options: Any) -> fx.Node:
         with self._point.graph.inserting_before(self._point):
-            node = self._point.graph.call_function(target, args)
-        self._made.add(node)
+            node = self._point.graph.call_function(target, args, options)
+        self.made.append(node)
         values = fx.node.map_arg(args, lambda n: n.meta["val"])  # type: ignore[return-value]
         with self._point.meta["val"].fake_mode:
-            value = target(*values)
+            value = target(*values, **options)
         node.meta = {**self._point.meta, "val": value}
         node.meta.pop(MEMORY, None)
         if op_name(node) in VIEWS and MEMORY in args[0].meta:
@@ -123,13 +123,17 @@ class Scribe:
                 node = self.call(torch.ops.aten.unsqueeze.default, node, dim)
         return node
 
+    def is_before(self, node: fx.Node) -> bool:
+        """``node`` comes before what is written here."""
+        return self._order[node] < self._order[self._point]
+
     def here(self, node: fx.Node) -> fx.Node:
         """``node``, or if it comes later and is but a view, a copy of it."""
-        if node in self._made:
+        if node in self.made:
             return node
         if node not in self._order or node not in self._fixed:
             raise NotYet
-        if self._order[node] < self._order[self._point]:
+        if self.is_before(node):
             return node
         if op_name(node) not in VIEWS:
             raise NotYet

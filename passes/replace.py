@@ -34,13 +34,15 @@ _CHECK = torch.ops.aten._assert_tensor_metadata.default
 class Placed:
     """A site that can be replaced. ``anchor`` is the captured node that computes it, alone or among other things.
 
-    ``copied``: the backward keeps the result, which somebody may write to; what is passed on is a copy of it.
+    ``copied``: the backward keeps the result, which somebody may write to; what is passed on is a copy of it. ``detached``:
+    no gradients go through it.
     """
 
     site: Site
     specialised: Specialised
     anchor: fx.Node
     copied: bool
+    detached: bool = False
 
 
 def place(
@@ -59,12 +61,14 @@ def place(
                 return disturbed
     if training and (rewritten := effects.written_after(inputs, site.output, facts)) is not None:
         return rewritten
-    if training and (cut := effects.cut_between(_differentiable(inputs, lowered), site, facts)) is not None:
+    differentiable = _differentiable(inputs, lowered) if training else []
+    detached = bool(differentiable) and effects.passes_nothing_on(differentiable, site, facts)
+    if not detached and (cut := effects.cut_between(differentiable, site, facts)) is not None:
         return cut
     fate = effects.fate(site.output)
     if fate.writer is not None and fate.by_layout and not site.output.meta["val"].is_contiguous():
         return Miss("the result is written in place, and shares memory in its own layout only", fate.writer.name, depth=8)
-    return Placed(site, specialised, anchor, copied=training and (fate.returned or fate.writer is not None))
+    return Placed(site, specialised, anchor, training and (fate.returned or fate.writer is not None), detached)
 
 
 def _differentiable(nodes: list[fx.Node], lowered: Lowered) -> list[fx.Node]:
@@ -128,7 +132,8 @@ def run(terms: Sequence[Placed], lowered: Lowered, targets: Sequence[Any]) -> Mi
 
 def _call(placed: Placed, target: Any, writer: Writer) -> fx.Node:
     call = writer.call(target, tuple(_arguments(placed, writer)))
-    return writer.call(operator.getitem, (call, 0)) if placed.specialised.spec.lse else call
+    call = writer.call(operator.getitem, (call, 0)) if placed.specialised.spec.lse else call
+    return writer.call(torch.ops.aten.detach.default, (call,)) if placed.detached else call
 
 
 def _arguments(placed: Placed, writer: Writer) -> list[fx.Node]:
