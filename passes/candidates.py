@@ -50,7 +50,7 @@ class Marks:
         """The mark of ``node``; nodes come in program order."""
         name, inputs = op_name(node), node.all_input_nodes
         before = self.highest(inputs)
-        passes = name in _ELEMENTWISE or node.target in (operator.getitem, updated) or _is_pointwise(node)
+        passes = name in _ELEMENTWISE or _keeps_all(node) or node.target in (operator.getitem, updated) or _is_pointwise(node)
         contracts = is_product(node) and (not is_sum(node) or before < 2)
         if is_total(node) and before:
             self.level[node] = 3
@@ -94,7 +94,17 @@ def _is_batched(node: fx.Node) -> bool:
 
 def is_product(node: fx.Node) -> bool:
     """A contraction; among sums, only those of products."""
-    return is_contraction(node) and (not is_sum(node) or any(op_name(n) == "mul" for n in node.all_input_nodes))
+    if not is_contraction(node) or _keeps_all(node):
+        return False
+    return not is_sum(node) or any(op_name(n) == "mul" for n in node.all_input_nodes)
+
+
+def _keeps_all(node: fx.Node) -> bool:
+    """An einsum that sums over nothing: two masks for a mask of pairs, or weights and a gate."""
+    if op_name(node) != "einsum":
+        return False
+    letters, arrow, kept = str(bind(node)["equation"]).partition("->")
+    return bool(arrow) and {c for c in letters if c.isalpha()} <= set(kept)
 
 
 def is_sum(node: fx.Node) -> bool:

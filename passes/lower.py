@@ -19,7 +19,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from attngen import compat
-from attngen.passes import features, joins, merges, planes, totals, versions
+from attngen.passes import arrange, features, joins, merges, planes, totals, versions
 from attngen.passes.repeats import CannotCopy, Repeats, materialised, traced_node
 
 
@@ -74,6 +74,8 @@ def run(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Lowered:
             origins.setdefault(node, []).append(captured)
         if node.target is torch.ops.aten.detach_.default:  # a literal tensor is copied, then detached in place
             origins.setdefault(node.all_input_nodes[0], []).append(captured)
+    for node in filter(lambda n: arrange.COPY in n.meta, lowered.graph.nodes):
+        origins.setdefault(node, []).extend(origins.get(node.meta[arrange.COPY], []))
     made = {node: [m for n in new for m in summed.get(n, [moved.get(n, n)])] for node, new in record.emitted.items()}
     emitted = {node: [n for n in new if n in kept] for node, new in made.items()}
     placeholders = lowered.graph.find_nodes(op="placeholder")
