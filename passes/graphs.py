@@ -120,6 +120,22 @@ class Writer:
         self._lowered.tables[number, device] = made
         return made
 
+    def kept(self, node: fx.Node, write: fx.Node) -> fx.Node:
+        """A copy of the lowered ``node`` from before the lowered ``write`` to it."""
+        if (known := self._lowered.tables.get((node, write))) in self._before:
+            return known  # type: ignore[return-value]
+        point = self._lowered.parent(write)
+        before = frozenset() if point is None else _nodes_before(point)
+        source = next((origin for origin in self._lowered.origins.get(node, ()) if origin in before), None)
+        if source is None or point not in self._before:
+            raise NotHere(f"{node.name} is written in place inside the call that makes it")
+        with self._anchor.graph.inserting_before(point):
+            copy = self._anchor.graph.call_function(torch.ops.aten.clone.default, (source,))
+        self.written.append(copy)
+        self._before |= {copy}
+        self._lowered.tables[node, write] = copy
+        return copy
+
     def take_back(self) -> None:
         for node in reversed(self.written):
             self._anchor.graph.erase_node(node)

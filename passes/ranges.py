@@ -11,10 +11,11 @@ import math
 from collections import Counter
 from collections.abc import Callable
 
+import sympy as sp
 from torch import fx
 
 from attngen.algebra import Access, Dot, Expr, Int, Op, Reduce, number, terms
-from attngen.index import never_negative
+from attngen.index import Axis, never_negative
 from attngen.passes.candidates import is_total
 from attngen.passes.semantics import Reader
 
@@ -62,7 +63,7 @@ def _range(expr: Expr, reader: Reader, known: _Known) -> Range:
     if expr in known:
         return known[expr]
     if isinstance(expr, Int):
-        return _POSITIVE if never_negative(expr.value) else ANY
+        return _of_places(expr.value)
     if isinstance(expr, Dot):
         return _of_product(expr, reader)
     if isinstance(expr, Reduce):
@@ -78,6 +79,18 @@ def _range(expr: Expr, reader: Reader, known: _Known) -> Range:
         return _POSITIVE
     rule = _RULES.get(expr.name)
     return ANY if rule is None else rule(*(_range(arg, reader, known) for arg in expr.args))
+
+
+def _of_places(value: sp.Expr) -> Range:
+    """A sum of positions, each along an axis of known length."""
+    low = high = 0.0
+    for part, factor in value.as_coefficients_dict().items():
+        length = part.extent - 1 if isinstance(part, Axis) else sp.Integer(1) if part == 1 else None
+        if length is None or not length.is_Integer:
+            return _POSITIVE if never_negative(value) else ANY
+        ends = float(factor) * (1.0 if part == 1 else 0.0), float(factor * length)
+        low, high = low + min(ends), high + max(ends)
+    return low, high
 
 
 def _of_product(dot: Dot, reader: Reader) -> Range:
@@ -182,6 +195,10 @@ def _magnitude(x: Range) -> Range:
     return (0.0 if x[0] <= 0 <= x[1] else min(map(abs, x))), max(map(abs, x))
 
 
+def _cosine(x: Range) -> Range:
+    return (0.0 if -math.pi / 2 <= x[0] and x[1] <= math.pi / 2 else -1.0), 1.0
+
+
 _RULES: dict[str, Callable[..., Range]] = {
     "add": lambda a, b: (a[0] + b[0], a[1] + b[1]),
     "sub": lambda a, b: (a[0] - b[1], a[1] - b[0]),
@@ -201,5 +218,7 @@ _RULES: dict[str, Callable[..., Range]] = {
     "sigmoid": _within(0.0, 1.0),
     "tanh": _within(-1.0, 1.0),
     "erf": _within(-1.0, 1.0),
+    "sin": _within(-1.0, 1.0),
+    "cos": _cosine,
     "float": lambda a: a,
 }

@@ -17,12 +17,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from attngen.algebra import Expr, Op, terms
 from attngen.compat import size_expr
+from attngen.index import numbered
+from attngen.normaliser import quotient
 from attngen.passes import effects
 from attngen.passes.arrange import NotYet, Scribe
 from attngen.passes.candidates import Marks
 from attngen.passes.memory import storage
-from attngen.passes.semantics import bind, dtype_of, is_tensor, op_name, shape_of
+from attngen.passes.semantics import Reader, TooMuch, bind, dtype_of, is_tensor, op_name, shape_of
 
 _ATEN = torch.ops.aten
 _COLUMNS = 8  # of ones, all the same: sixteen bytes in 16 bits, as kernels on Hopper read them
@@ -52,9 +55,11 @@ def run(graph: fx.Graph) -> _Made:
         return {}
     facts = effects.run(graph)
     fixed = frozenset(n for n in graph.nodes if is_tensor(n) and storage(n) not in facts.writes) - facts.cut
+    reader = Reader(graph, facts.stale, level=marks.level_of)
     made: _Made = {}
     for each in sums:
-        if each.node in fixed and each.node in facts.live:
+        powers = marks.level_of(each.source) == 2 and _normalises(each, reader)
+        if each.node in fixed and each.node in facts.live and not powers:
             scribe = Scribe(each.node, facts.order, fixed)
             try:
                 product = _product(each, scribe)
@@ -71,9 +76,25 @@ def _sum(node: fx.Node, marks: Marks) -> _Sum | None:
     """``node`` as a sum of what may be weights, and are no exponentials."""
     row = _SUMS.get(op_name(node))
     inputs = [n for n in node.all_input_nodes if is_tensor(n)]
-    if row is None or len(inputs) != 1 or marks.level_of(inputs[0]) != 1 or not _are_pairs(inputs[0], marks):
+    if row is None or len(inputs) != 1 or marks.level_of(inputs[0]) not in (1, 2) or not _are_pairs(inputs[0], marks):
         return None
     return row(node) if dtype_of(node).is_floating_point else None
+
+
+def _normalises(each: _Sum, reader: Reader) -> bool:
+    """It adds up exponentials of scores, times anything: the sum of a softmax. A function of an exponential is none."""
+    index = tuple(numbered(f"o{d}", size) for d, size in enumerate(shape_of(each.source)))
+    try:
+        return _is_power(reader.at(each.source, index))
+    except (TooMuch, RecursionError):
+        return True
+
+
+def _is_power(weight: Expr) -> bool:
+    factors, _, _ = quotient(weight)
+    parts = [part for factor in factors for part in terms(factor)]
+    powers = any(isinstance(part, Op) and part.name in ("exp", "exp2", "pow") and part.scored for part in parts)
+    return powers or (len(parts) > len(factors) and any(map(_is_power, parts)))
 
 
 def _are_pairs(node: fx.Node, marks: Marks) -> bool:
@@ -140,7 +161,8 @@ def _over_count(scribe: Scribe, total: fx.Node, size: int | fx.Node) -> fx.Node:
 
 def _norm(node: fx.Node) -> _Sum | None:
     """The sum of magnitudes; other norms are roots, whose gradient at zero is another one than that of a norm."""
-    found = _plain(node) if bind(node)["ord"] == 1 else None
+    args = bind(node)
+    found = _plain(node) if args.get("ord", args.get("p")) == 1 else None
     return found and replace(found, dtype=torch.float32, before=lambda scribe, x: scribe.call(_ATEN.abs.default, x))
 
 
@@ -157,6 +179,6 @@ def _einsum(node: fx.Node) -> _Sum | None:
 _SUMS: dict[str, Callable[[fx.Node], _Sum | None]] = {
     "sum": _plain,
     "mean": _mean,
-    "linalg_vector_norm": _norm,
+    **dict.fromkeys(("norm", "linalg_norm", "linalg_vector_norm"), _norm),
     "einsum": _einsum,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -24,6 +25,11 @@ def decay() -> Tensor:
     return 0.9 ** (torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)).abs().float()
 
 
+def cosines() -> Tensor:
+    """cosFormer: positions less than a quarter of a turn apart."""
+    return torch.cos(math.pi / 2 * (torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)) / LENGTH)
+
+
 Weights = Callable[[Tensor, Tensor], Tensor]
 Averaged = Callable[[Tensor, Tensor], Tensor]
 
@@ -37,6 +43,8 @@ WEIGHTS: dict[str, Weights] = {
     "squares": lambda q, k: scores(q, k) ** 2,
     "magnitudes, decayed": lambda q, k: scores(q, k).abs() * decay().to(q.dtype),
     "softplus": lambda q, k: F.softplus(scores(q, k)),
+    "softplus by hand": lambda q, k: torch.log(1 + torch.exp(scores(q, k))),
+    "cosines": lambda q, k: F.relu(q) @ F.relu(k).mT * cosines().to(q.dtype),
     "series": lambda q, k: (lambda s: (1 + s + s**2 / 2).tril())(scores(q, k)),
 }
 
@@ -59,6 +67,10 @@ def by_mean(w: Tensor, v: Tensor) -> Tensor:
 
 def by_norm(w: Tensor, v: Tensor) -> Tensor:
     return F.normalize(w, p=1, dim=-1) @ v
+
+
+def by_linalg_norm(w: Tensor, v: Tensor) -> Tensor:
+    return (w @ v) / torch.linalg.norm(w, ord=1, dim=-1, keepdim=True).clamp(min=1e-6)
 
 
 def by_einsum(w: Tensor, v: Tensor) -> Tensor:
@@ -84,7 +96,7 @@ def retention(w: Tensor, v: Tensor) -> Tensor:
     return w / w.detach().abs().sum(-1, keepdim=True).clamp(min=1, max=5e4) @ v
 
 
-WAYS = (first, last, clamped, by_mean, by_norm, by_einsum, in_float32, by_squares, over_queries, retention)
+WAYS = (first, last, clamped, by_mean, by_norm, by_linalg_norm, by_einsum, in_float32, by_squares, over_queries, retention)
 CASES = [(name, first) for name in WEIGHTS]
 CASES += [(name, way) for name in ("squared relu", "features, causal") for way in WAYS[1:]]
 
