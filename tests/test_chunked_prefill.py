@@ -121,10 +121,11 @@ def test_chunks_over_a_static_cache_share_one_graph() -> None:
     assert set(masks(graphs[0])) == {"causal(loaded positions)"}
 
 
-@pytest.mark.parametrize("how", ["eager", "sdpa"])
+@pytest.mark.parametrize(("name", "how"), [("llama", "eager"), ("llama", "sdpa"), ("mistral", "eager"), ("gpt2", "sdpa")])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_llama_reads_its_prompt_in_chunks(kind: str, how: str) -> None:
-    module, _ = zoo.llama(how)
+def test_models_read_a_prompt_in_chunks_and_go_on(kind: str, name: str, how: str) -> None:
+    """Mistral's cache is no longer than its window. A static cache counts up how much it holds as soon as masks are made."""
+    module, _ = zoo.build(name, how)
 
     def cache() -> Any:
         config = module.config
@@ -136,9 +137,8 @@ def test_a_llama_reads_its_prompt_in_chunks(kind: str, how: str) -> None:
         torch._dynamo.reset()
         compiled, held, outs = torch.compile(module, backend="attngen", options=EAGER), cache(), []
         with attngen.record() as reports:
-            for first in (0, 4, 8):
-                places = torch.arange(first, first + 4)
-                part = tokens[:, first : first + 4]
+            for first, end in ((0, 4), (4, 8), (8, 11), (11, 12)):
+                places, part = torch.arange(first, end), tokens[:, first:end]
                 given = {"position_ids": places[None].expand(part.shape[0], -1), "cache_position": places}
                 outs.append(compiled(input_ids=part, past_key_values=held, use_cache=True, **given).last_hidden_state)
     torch.testing.assert_close(torch.cat(outs, 1), expected, rtol=1e-4, atol=1e-5)
