@@ -6,6 +6,7 @@ below it. Tables are traced from their expression, so what the graph gets is ord
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -203,10 +204,11 @@ def opened(call: fx.Node, lowered: Lowered) -> None:
     for node, copy in copies.items():
         lowered.origins.setdefault(node, []).insert(0, copy)
         lowered.emitted[copy] = [node]
-    for result in [call, *call.users]:
+    parts = [user for user in call.users if user.target is operator.getitem]  # of a call that gives several
+    for result in [call, *parts]:
         if result in held:
             result.replace_all_uses_with(writer.value(held[result]), propagate_meta=False)
-    for result in [*call.users, call]:
+    for result in [*parts, call]:
         if not result.users:
             result.graph.erase_node(result)
 

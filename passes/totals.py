@@ -59,13 +59,17 @@ def run(graph: fx.Graph) -> _Made:
     made: _Made = {}
     for each in sums:
         powers = marks.level_of(each.source) == 2 and _normalises(each, reader)
-        if each.node in fixed and each.node in facts.live and not powers:
+        if each.node in facts.live - facts.cut and not powers:
             scribe = Scribe(each.node, facts.order, fixed)
             try:
                 product = _product(each, scribe)
             except NotYet:
                 continue
-            product.meta = {**each.node.meta, "val": product.meta["val"]}
+            if each.node in fixed:
+                product.meta = {**each.node.meta, "val": product.meta["val"]}
+            else:  # who writes to the sum knows its memory
+                product = scribe.call(_ATEN.clone.default, product)
+                product.meta = dict(each.node.meta)
             each.node.replace_all_uses_with(product)
             made[each.node] = scribe.made
             graph.erase_node(each.node)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from analysis import watched
 from test_weights import LENGTH, Call, features, inputs, scores
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 import attngen
-from attngen import advice
+from attngen import advice, pipeline, verify_bwd
+from attngen.emit import BackwardKernel, Kernel, emit, emit_backward
 from attngen.normaliser import OWN_SUM
+from attngen.options import Options
 from attngen.passes.detect import EITHER_SIGN
-from attngen.verify import within_budget
+from attngen.spec import Problem, Tile
+from attngen.verify import Check, verify_all_interpreted, within_budget
 
 EAGER = {"inner": "eager"}
 
@@ -96,7 +100,20 @@ def retention(w: Tensor, v: Tensor) -> Tensor:
     return w / w.detach().abs().sum(-1, keepdim=True).clamp(min=1, max=5e4) @ v
 
 
+def in_place(w: Tensor, v: Tensor) -> Tensor:
+    w = w * 1.0
+    w /= w.sum(-1, keepdim=True) + 1e-6
+    return w @ v
+
+
+def sum_in_place(w: Tensor, v: Tensor) -> Tensor:
+    total = w.sum(-1, keepdim=True)
+    total.clamp_(min=1e-3)
+    return w @ v / total
+
+
 WAYS = (first, last, clamped, by_mean, by_norm, by_linalg_norm, by_einsum, in_float32, by_squares, over_queries, retention)
+WAYS += (in_place, sum_in_place)
 CASES = [(name, first) for name in WEIGHTS]
 CASES += [(name, way) for name in ("squared relu", "features, causal") for way in WAYS[1:]]
 
@@ -150,6 +167,47 @@ def test_gradients_in_float32(name: str, way: Averaged) -> None:
         out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way is not in_place], ids=lambda f: f.__name__)
+def test_no_product_is_left(way: Averaged) -> None:
+    """What is written in place, and not read, whoever compiles the rest of the graph takes out."""
+    graphs = []
+
+    def backend(gm: fx.GraphModule, given: list[Tensor]) -> fx.GraphModule:
+        pipeline.optimize(gm, given, Options())
+        graphs.append(gm.graph)
+        return gm
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(averaged("squared relu", way), backend=backend)(*inputs())
+    products = [node for graph in graphs for node in graph.nodes if "matmul" in node.name or "einsum" in node.name]
+    assert graphs and not products
+
+
+INTERPRETED = [("squared relu", clamped), ("features, causal", last), ("magnitudes, decayed", retention)]
+
+
+def test_kernels_in_the_interpreter() -> None:
+    """Of the sums and of what loads them, forward and backward, over several tiles."""
+    pytest.importorskip("triton")
+    specs = []
+    for name, way in INTERPRETED:
+        run, analyses = watched(Call(averaged(name, way)))
+        run(*inputs())
+        specs += [replace(special.spec, lse=True) for _, special in analyses[0].hits]
+    problem = Problem((1, 2), 40, 40)
+    kernels = [emit(spec, Tile(16, 32, 4, 1)) for spec in specs]
+    found = verify_all_interpreted([(kernel, problem) for kernel in kernels if isinstance(kernel, Kernel)])
+    assert len(found) == 2 * len(INTERPRETED)
+    assert all(isinstance(verdict, Check) and verdict.ok for verdict in found), [str(verdict) for verdict in found]
+    backwards = [emit_backward(spec, (Tile(32, 16, 4, 1), Tile(16, 32, 4, 1))) for spec in specs]
+    jobs = [(kernel, problem) for kernel in backwards if isinstance(kernel, BackwardKernel)]
+    gradients = verify_bwd.verify_all_interpreted(jobs)
+    assert len(gradients) == 2 * len(INTERPRETED)
+    for each in gradients:
+        assert isinstance(each, dict) and all(verdict.ok for verdict in each.values()), str(each)
 
 
 def test_lengths_may_change() -> None:
