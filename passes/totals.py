@@ -82,7 +82,8 @@ def _sum(node: fx.Node, marks: Marks) -> _Sum | None:
     inputs = [n for n in node.all_input_nodes if is_tensor(n)]
     if row is None or len(inputs) != 1 or marks.level_of(inputs[0]) not in (1, 2) or not _are_pairs(inputs[0], marks):
         return None
-    return row(node) if dtype_of(node).is_floating_point else None
+    found = row(node) if dtype_of(node).is_floating_point else None
+    return found if found is not None and shape_of(found.source)[found.dim] != 1 else None
 
 
 def _normalises(each: _Sum, reader: Reader) -> bool:
@@ -102,9 +103,10 @@ def _is_power(weight: Expr) -> bool:
 
 
 def _are_pairs(node: fx.Node, marks: Marks) -> bool:
-    """One number for each pair of row and key; not their products with features, which are more."""
-    below = [n for n in node.all_input_nodes if n in marks.pairs]
-    return node in marks.pairs and (op_name(node) != "mul" or any(shape_of(n) == shape_of(node) for n in below))
+    """One number for each pair of row and key; not their products with features, or with pairs of other rows, which are
+    more: added up, these are matrix products."""
+    below = [n for n in node.all_input_nodes if marks.level_of(n)]
+    return node in marks.pairs and (op_name(node) != "mul" or all(shape_of(n) == shape_of(node) for n in below))
 
 
 def _product(each: _Sum, scribe: Scribe) -> fx.Node:
