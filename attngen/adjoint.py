@@ -30,9 +30,15 @@ def _mul(*factors: Expr) -> Expr:
 
 
 def _larger(grad: Expr, mine: Expr, other: Expr) -> Expr:
-    """The share of the one that is chosen, if ``mine`` is the larger; equal ones share evenly."""
+    """The share of the one that is chosen, if ``mine`` is the larger; equal ones share evenly, but a limit takes nothing."""
+    if number(other) is not None:
+        return op("where", op("lt", mine, other), _ZERO, grad)
     tie = op("where", op("eq", mine, other), _mul(grad, Const(0.5)), _ZERO)
     return op("where", op("gt", mine, other), grad, tie)
+
+
+def _smaller(grad: Expr, mine: Expr, other: Expr) -> Expr:
+    return op("where", op("gt", mine, other), _ZERO, grad) if number(other) is not None else _larger(grad, other, mine)
 
 
 def _absolute(grad: Expr, _: Expr, x: Expr) -> tuple[Expr]:
@@ -59,8 +65,9 @@ _RULES: dict[str, Rule] = {
     "div": _quotient,
     "neg": lambda g, y, a: (op("neg", g),),
     "abs": _absolute,
+    "relu": lambda g, y, a: (op("where", op("le", a, _ZERO), _ZERO, g),),
     "max": lambda g, y, a, b: (_larger(g, a, b), _larger(g, b, a)),
-    "min": lambda g, y, a, b: (_larger(g, b, a), _larger(g, a, b)),
+    "min": lambda g, y, a, b: (_smaller(g, a, b), _smaller(g, b, a)),
     "exp": lambda g, y, a: (_mul(g, y),),
     "exp2": lambda g, y, a: (_mul(g, y, Const(math.log(2))),),
     "log": lambda g, y, a: (op("div", g, a),),

@@ -38,8 +38,12 @@ ADVICE = {
         "If this is not meant, give softmax the dimension of the keys, over which the values are summed."
     ),
     "the product with the values has something added": "Add it to the product in a statement of its own.",
+    "the weights are divided by their sum, but may be of either sign": (
+        "Divide by the sum of their magnitudes, w.abs().sum(-1, keepdim=True), as retention does."
+    ),
     "the weights are divided by their sum, but are no exponentials": (
-        "If they are a plain product of features and no mask is in between, multiply in the other order:"
+        "Relu, sigmoid, powers, products of positive features may be divided so."
+        " If they are a plain product of features and no mask is in between, multiply in the other order:"
         " f(q) @ (f(k).mT @ v) / (f(q) @ f(k).sum(-2, keepdim=True).mT) has no weights for each pair."
     ),
     "the weights are made of": (

@@ -222,6 +222,17 @@ def number(expr: Expr) -> float | None:
     return None
 
 
+def limited(expr: Expr) -> tuple[Expr, float] | None:
+    """What is kept from a number on, or up to one, and that number: where it is equal to it, all of a gradient is its own."""
+    if not isinstance(expr, Op) or expr.kind != "float":
+        return None
+    if expr.name == "relu":
+        return expr.args[0], 0.0
+    values = [number(arg) for arg in expr.args]
+    found = [(arg, limit) for arg, limit in zip(expr.args, reversed(values), strict=True) if limit is not None]
+    return found[0] if expr.name in ("min", "max") and len(found) == 1 else None
+
+
 # ---------------------------------------------------------------------------------------------- folding constructors
 
 _FOLD: dict[str, Callable[..., float]] = {
@@ -231,6 +242,7 @@ _FOLD: dict[str, Callable[..., float]] = {
     "div": lambda a, b: a / b,
     "neg": lambda a: -a,
     "abs": abs,
+    "relu": lambda a: max(a, 0.0),
     "min": min,
     "max": max,
     "exp": math.exp,

@@ -14,7 +14,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from attngen.algebra import LOST, Const, Dot, Expr, Int, Load, Op, Reduce
+from attngen.algebra import LOST, Const, Dot, Expr, Int, Load, Op, Reduce, limited
 from attngen.compat import FloorDiv
 from attngen.philox import random
 
@@ -28,6 +28,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "mod": torch.remainder,
     "neg": torch.neg,
     "abs": torch.abs,
+    "relu": torch.relu,
     "min": torch.minimum,
     "max": torch.maximum,
     "pow": torch.pow,
@@ -121,6 +122,8 @@ class Evaluator:
             values = torch.broadcast_to(values, (int(expr.axis.extent), *values.shape[1:]))
             return values.sum(0) if expr.name == "sum" else values.amax(0)
         assert isinstance(expr, Op), expr
+        if expr.name in ("min", "max") and (limit := limited(expr)) is not None:
+            return self(limit[0]).clamp(**{"max" if expr.name == "min" else "min": limit[1]})
         args = [self(arg) for arg in expr.args]
         if expr.name == "float":
             return args[0].to(self._dtype)

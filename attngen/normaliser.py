@@ -21,7 +21,7 @@ from attngen.renormaliser import as_one_power, is_mask, normalised_once, raised,
 
 MAX_COLUMNS = 4  # of extra logits (sinks) joined to the scores
 _EMPTY = ("nan", "zero", "never_nan")  # what is made of a row that is NaN, the strongest last
-OWN_SUM = "the weights are divided by their sum, but are no exponentials"
+OWN_SUM = "the weights are divided by their sum, but are no exponentials"  # nor free of them: see passes.totals
 NOTHING = -746.0  # its exponential is zero, in float64 too
 MAX_SUMMANDS = 4  # of weights: the values are read once for each
 
@@ -136,7 +136,8 @@ def _adds_up(factor: Expr, key: Axis) -> bool:
 def _over_own_sum(moving: list[Expr], below: list[Expr], key: Axis) -> bool:
     """What differs from key to key is divided by its sum over the keys, perhaps with something added to that."""
     sums = [each for divisor in below for each in terms(divisor)]
-    bodies = [substitute(e.body, {e.axis: key}) for e in sums if isinstance(e, Reduce) and e.axis.extent == key.extent]
+    sums = [e for e in sums if isinstance(e, Reduce) and e.name == "sum" and e.axis.extent == key.extent]
+    bodies = [substitute(e.body, {e.axis: key}) for e in sums if isinstance(e, Reduce)]
     factors = [quotient(body)[0] for body in bodies]
     return any(Counter(f for f in above if key in f.axes) == Counter(moving) for above in factors) and bool(moving)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import sympy as sp
 
-from attngen.algebra import COMPARISONS, Const, Expr, Int, Load, Op, number
+from attngen.algebra import COMPARISONS, Const, Expr, Int, Load, Op, limited, number
 from attngen.compat import FloorDiv
 from attngen.index import Axis, never_negative
 from attngen.spec import FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input
@@ -127,6 +127,8 @@ class Printer:
         if isinstance(expr, Load):
             return self._load(expr, masked)
         assert isinstance(expr, Op), expr
+        if (limit := limited(expr)) is not None:
+            return self._limited(expr, *limit, masked)
         if len(_factors(expr)) > 1:
             return self._product(expr, masked, top)
         return self._operation(expr, masked)
@@ -155,6 +157,11 @@ class Printer:
             self.uses_rounded = True
             args.append("tl.float16" if number(expr.args[1]) == HALF_LIMIT else "tl.bfloat16")
         return f"{_CALLS[expr.name]}({', '.join(map(bare, args))})"
+
+    def _limited(self, expr: Op, value: Expr, limit: float, masked: bool) -> str:
+        """Kept from a number on, or up to one; NaN stays, which an instruction for the maximum would lose."""
+        text, bound = bare(self._show(value, masked)), _literal(limit)
+        return f"tl.where({text} {'>' if expr.name == 'min' else '<'} {bound}, {bound}, {text})"
 
     def _random(self, expr: Op, args: list[str]) -> str:
         """Bits for a whole block at once, where its rows and columns are what is counted."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from attngen import blockwise, boxes, compat, fp8, processes
-from attngen.algebra import ONE, TRUE
+from attngen.algebra import ONE, TRUE, Load, Op
 from attngen.emit import BackwardKernel, Kernel
 from attngen.errors import AttngenError, Unavailable, VerificationFailed
 from attngen.index import Axis, span
@@ -140,9 +140,10 @@ def sample_inputs(
 ) -> list[Tensor]:
     """Random tensors for each input of ``spec``; on the meta device, their shapes and strides alone.
 
-    Operands lie in memory the way the output does (heads beside features in a ``[B, N, H, D]`` layout).
+    Operands lie in memory the way the output does (heads beside features in a ``[B, N, H, D]`` layout). What scores are
+    divided by is one or more, as sums of weights are: beside a few results divided by next to nothing others would not count.
     """
-    sizes = extents(spec, problem)
+    sizes, divisors = extents(spec, problem), _divisors(spec)
     generator = torch.Generator("cpu").manual_seed(seed)
     samples = []
     for source in spec.inputs:
@@ -152,8 +153,15 @@ def sample_inputs(
             values = torch.empty(stored, dtype=source.dtype, device="meta")
         else:
             values = _random(source, stored, order, problem, generator).to(device)
+            values = values.abs() + 1 if source.name in divisors else values
         samples.append(values.permute([order.index(d) for d in range(len(order))]))
     return samples
+
+
+def _divisors(spec: AttentionSpec) -> set[str]:
+    """The inputs that something is divided by."""
+    divisors = [n.args[1] for e in (spec.score, spec.gain) for n in e.walk() if isinstance(n, Op) and n.name == "div"]
+    return {str(n.source) for divisor in divisors for n in divisor.walk() if isinstance(n, Load) and n.kind == "float"}
 
 
 def samples_for(kernel: Kernel, problem: Problem, *, seed: int = 0, device: torch.device | str = "cpu") -> list[Tensor]:

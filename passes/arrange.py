@@ -11,10 +11,13 @@ from torch import fx
 
 from attngen.algebra import Access
 from attngen.index import Axis
+from attngen.passes.dropout import draws
 from attngen.passes.memory import MEMORY
-from attngen.passes.semantics import Index, Reader, dtype_of, op_name, shape_of
+from attngen.passes.semantics import Index, Reader, dtype_of, is_tensor, op_name, shape_of
 from attngen.passes.views import VIEWS
 
+COPY = "attngen_copy"  # the key of ``node.meta`` that holds the node which a copy is of
+_MOST = 16  # nodes that are moved to one place
 END = 2**63 - 1  # of a slice that has none
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -67,21 +70,21 @@ def pieces(reader: Reader, access: Access) -> list[Piece]:
 class Scribe:
     """Writes before ``point``, whose source line its nodes are given.
 
-    ``order``: the position of each node; ``fixed``: whether nobody writes to a node's memory.
+    ``order``: the position of each node; ``fixed``: whether nobody writes to a node's memory. ``made``: what it wrote.
     """
 
     def __init__(self, point: fx.Node, order: Mapping[fx.Node, int], fixed: Collection[fx.Node]) -> None:
         self._point, self._order, self._fixed = point, order, fixed
         self._moved: dict[fx.Node, fx.Node] = {}
-        self._made: set[fx.Node] = set()
+        self.made: list[fx.Node] = []
 
-    def call(self, target: Any, *args: Any) -> fx.Node:
+    def call(self, target: Any, *args: Any, **options: Any) -> fx.Node:
         with self._point.graph.inserting_before(self._point):
-            node = self._point.graph.call_function(target, args)
-        self._made.add(node)
+            node = self._point.graph.call_function(target, args, options)
+        self.made.append(node)
         values = fx.node.map_arg(args, lambda n: n.meta["val"])  # type: ignore[return-value]
         with self._point.meta["val"].fake_mode:
-            value = target(*values)
+            value = target(*values, **options)
         node.meta = {**self._point.meta, "val": value}
         node.meta.pop(MEMORY, None)
         if op_name(node) in VIEWS and MEMORY in args[0].meta:
@@ -123,17 +126,28 @@ class Scribe:
                 node = self.call(torch.ops.aten.unsqueeze.default, node, dim)
         return node
 
+    def is_before(self, node: fx.Node) -> bool:
+        """``node`` comes before what is written here."""
+        return self._order[node] < self._order[self._point]
+
     def here(self, node: fx.Node) -> fx.Node:
-        """``node``, or if it comes later and is but a view, a copy of it."""
-        if node in self._made:
+        """``node``, or if it comes later and could have come before, a copy of it: where the graph runs, that is ``node``."""
+        if node in self.made:
             return node
         if node not in self._order or node not in self._fixed:
             raise NotYet
-        if self._order[node] < self._order[self._point]:
+        if self.is_before(node):
             return node
-        if op_name(node) not in VIEWS:
-            raise NotYet
         if node not in self._moved:
-            args = fx.node.map_arg(node.args, self.here)
-            self._moved[node] = self.call(node.target, *args)
+            if not _may_come_before(node) or len(self._moved) == _MOST:
+                raise NotYet
+            args, options = fx.node.map_arg((node.args, node.kwargs), self.here)  # type: ignore[misc]
+            self._moved[node] = self.call(node.target, *args, **options)
+            self._moved[node].meta[COPY] = node
         return self._moved[node]
+
+
+def _may_come_before(node: fx.Node) -> bool:
+    """It only computes a tensor of what it is given."""
+    target = node.target
+    return is_tensor(node) and isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable and not draws(node)

@@ -41,18 +41,20 @@ class Marks:
         return self.level.get(node, 0)
 
     def settle(self, output: fx.Node) -> None:
-        """``output`` is a proved attention: to what follows, it is a product like any other."""
+        """``output`` is a proved attention: to what follows, it is a product like any other, if it is no sum of weights."""
         self.settled.add(output)
-        if output in self.level:
+        if output in self.level and not is_total(output):
             self.level[output] = 1
 
     def add(self, node: fx.Node) -> None:
         """The mark of ``node``; nodes come in program order."""
         name, inputs = op_name(node), node.all_input_nodes
         before = self.highest(inputs)
-        passes = name in _ELEMENTWISE or node.target in (operator.getitem, updated) or _is_pointwise(node)
+        passes = name in _ELEMENTWISE or _keeps_all(node) or node.target in (operator.getitem, updated) or _is_pointwise(node)
         contracts = is_product(node) and (not is_sum(node) or before < 2)
-        if node in self.settled or contracts:
+        if is_total(node) and before:
+            self.level[node] = 3
+        elif node in self.settled or contracts:
             self.level[node] = 1
         elif before and (name in SOFTMAX or name == "logsumexp"):
             self.level[node] = 3
@@ -92,12 +94,27 @@ def _is_batched(node: fx.Node) -> bool:
 
 def is_product(node: fx.Node) -> bool:
     """A contraction; among sums, only those of products."""
-    return is_contraction(node) and (not is_sum(node) or any(op_name(n) == "mul" for n in node.all_input_nodes))
+    if not is_contraction(node) or _keeps_all(node):
+        return False
+    return not is_sum(node) or any(op_name(n) == "mul" for n in node.all_input_nodes)
+
+
+def _keeps_all(node: fx.Node) -> bool:
+    """An einsum that sums over nothing: two masks for a mask of pairs, or weights and a gate."""
+    if op_name(node) != "einsum":
+        return False
+    letters, arrow, kept = str(bind(node)["equation"]).partition("->")
+    return bool(arrow) and {c for c in letters if c.isalpha()} <= set(kept)
 
 
 def is_sum(node: fx.Node) -> bool:
     """Of the elements of one tensor, ``einsum`` being a way to write it."""
     return op_name(node) == "sum" or (op_name(node) == "einsum" and len(node.args[1]) == 1)  # type: ignore[arg-type]
+
+
+def is_total(node: fx.Node) -> bool:
+    """A sum of weights, written as their product with a column of ones; see ``passes.totals``."""
+    return op_name(node) == "matmul" and op_name(node.args[1]) == "ones"  # type: ignore[arg-type]
 
 
 def is_pointwise_convolution(node: fx.Node) -> bool:

@@ -21,8 +21,8 @@ from attngen.algebra import Access, Dot, Expr, Load, op, transform
 from attngen.errors import Miss
 from attngen.index import Axis
 from attngen.normaliser import OWN_SUM, Normalised, quotient, softmax, summands, unnormalised
-from attngen.passes import bands, dropout, effects, heads, ordinary, results, sliding
-from attngen.passes.candidates import Marks, divided, is_candidate, is_product, weighs_pairs
+from attngen.passes import bands, dropout, effects, heads, ordinary, ranges, results, sliding
+from attngen.passes.candidates import Marks, divided, is_candidate, is_product, is_total, weighs_pairs
 from attngen.passes.decompose import Decomposer
 from attngen.passes.lower import Lowered
 from attngen.passes.operands import NOT_WHOLE, Operand, peel
@@ -70,7 +70,7 @@ Terms = tuple[Site, ...]  # attentions over the same values, whose sum the outpu
 
 
 def run(lowered: Lowered) -> list[Terms | Miss]:
-    """What is proved and every near miss of the graph, in program order."""
+    """What is proved and every near miss of the graph, in the order of the results: what is loaded is replaced before."""
     facts = effects.run(lowered.graph)
     marks = Marks()
     decompose = Decomposer()
@@ -88,6 +88,7 @@ def run(lowered: Lowered) -> list[Terms | Miss]:
                 continue
             marks.settle(proof[0].output)
         found.append((node, proof, near))
+    found.sort(key=lambda each: facts.order[each[0] if isinstance(each[1], Miss) else each[1][0].output])
     proofs = _undisturbed([proof for _, proof, _ in found], facts)
     inside = frozenset[fx.Node]().union(*(each[0].interior for each in proofs if not isinstance(each, Miss)))
     return [proof for proof, (node, _, near) in zip(proofs, found, strict=True) if _is_told(proof, near, node in inside)]
@@ -95,14 +96,17 @@ def run(lowered: Lowered) -> list[Terms | Miss]:
 
 def _is_told(proof: Terms | Miss, near: bool, inside: bool) -> bool:
     """What is not near is an ordinary product, no miss; nor is a sum of weights ``inside`` an attention."""
-    return not isinstance(proof, Miss) or (near and not inside) or proof.reason == OWN_SUM
+    return not isinstance(proof, Miss) or (near and not inside) or proof.reason in _BY_SUM
 
 
 def _undisturbed(found: list[Terms | Miss], facts: effects.Effects) -> list[Terms | Miss]:
-    """Without the sites that somebody looks into. Those that are left may look into each other: they go together."""
+    """Without the sites that somebody looks into. Those that are left may look into each other: they go together. Sums of
+    weights that nothing else is made of are sums like any others."""
     while True:
         sites = [each[0] for each in found if not isinstance(each, Miss)]  # terms of one sum share their interior
-        disturbed = {site.output: miss for site in sites if (miss := effects.undisturbed(site, sites, facts)) is not None}
+        weighed = {site.dot.node for site in sites if not is_total(site.end)}
+        disturbed = {site.output: Miss(_ADDED_UP) for site in sites if site.dot.node not in weighed}
+        disturbed |= {site.output: miss for site in sites if (miss := effects.undisturbed(site, sites, facts)) is not None}
         found = [each if isinstance(each, Miss) else disturbed.get(each[0].output, each) for each in found]
         if len(sites) == sum(not isinstance(each, Miss) for each in found):
             return found
@@ -112,6 +116,9 @@ def _undisturbed(found: list[Terms | Miss], facts: effects.Effects) -> list[Term
 
 _DROPOUT = "the attention weights are dropped at random"
 _DROPPED_SCORES = "the scores are dropped at random"
+EITHER_SIGN = "the weights are divided by their sum, but may be of either sign: it may be next to nothing beside them"
+_ADDED_UP = "scores are added up, and no values with them"
+_BY_SUM = (OWN_SUM, EITHER_SIGN)
 _TOO_MUCH = "more is computed between the two products than a proof follows"
 _OF_PARTS = "the scores are put together from parts of one product"
 _IN_PLACE = "the scores are put together in place, piece by piece"
@@ -134,8 +141,8 @@ def _prove(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: D
 def _proof(node: fx.Node, lowered: Lowered, facts: effects.Effects, decompose: Decomposer, marks: Marks) -> Terms | Miss:
     reader = Reader(lowered.graph, facts.stale, decompose, lambda n, since: facts.overwritten(n, since, node), marks.level_of)
     misses: list[Miss] = []
-    for end in filter(None, (divided(node), node)):
-        if any(miss.reason == OWN_SUM for miss in misses):  # the weights are read by that sum
+    for end in (node,) if is_total(node) else filter(None, (divided(node), node)):
+        if any(miss.reason in _BY_SUM for miss in misses):  # the weights are read by that sum
             break
         for output, axes in results.run(end, lowered, reader, facts):
             proof = _prove_output(reader, end, output, axes, lowered.parameters)
@@ -202,6 +209,8 @@ def _prove_sides(reader: Reader, sides: Sides, outside: Expr) -> Terms | Miss:
     sides = sliding.without_zeros(reader, sides)
     weights, key, node = sides.weights, sides.key, sides.node.name
     weight = op("mul", reader.at(weights.source, _plain(weights)), outside)  # type: ignore[arg-type]
+    if ranges.cancels(reader, weight):
+        return Miss(EITHER_SIGN, node, depth=7)
     if (plain := unnormalised(weight)) is not None:
         proof = _prove_normalised(reader, sides, outside, plain)
         return replace(proof, depth=0) if isinstance(proof, Miss) else (proof,)
@@ -277,7 +286,7 @@ def _prove_pairs(reader: Reader, sides: Sides, normalised: Normalised, dot: Dot)
     score, gain = (
         transform(e, lambda part: _scaled(dot, q, k) if part == dot else None) for e in (normalised.score, normalised.gain)
     )
-    interior = effects.between(dot.node, sides.node)  # type: ignore[arg-type]
+    interior = effects.between(dot.node, sides.node, without=is_total)  # type: ignore[arg-type]
     if any(operand.node in interior for operand in operands):
         return Miss(_FROM_SCORES, sides.node.name, depth=5)
     if dropout.seeds(score, *normalised.sinks):

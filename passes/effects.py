@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -135,7 +135,8 @@ def undisturbed(site: Site, sites: Sequence[Site], facts: Effects) -> Miss | Non
             if user in facts.live and not any(_goes_with(each, node, user) for each in (site, *others)):
                 blamed = "" if user.op == "output" else user.name
                 return Miss(_read_elsewhere(node, user), node.name, depth=6, blamed=blamed)
-        outside = [w for w in facts.writes.get(storage(node), ()) if w not in site.interior] if _is_tensor(node) else []
+        inside = frozenset[fx.Node]().union(site.interior, *(each.interior for each in others))
+        outside = [w for w in facts.writes.get(storage(node), ()) if w not in inside] if _is_tensor(node) else []
         if outside:
             return Miss("a value between the two products is written in place", outside[0].name, depth=6)
     return None
@@ -207,6 +208,21 @@ def cut_between(inputs: list[fx.Node], site: Site, facts: Effects) -> Miss | Non
     return None
 
 
+def passes_nothing_on(inputs: Sequence[fx.Node], site: Site, facts: Effects) -> bool:
+    """No gradients go from the result to ``inputs``: on each way something is detached."""
+    if not facts.cut:
+        return False
+    stack, seen, wanted = [site.output], {site.output}, set(inputs)
+    while stack:
+        node = stack.pop()
+        if node in wanted:
+            return False
+        if node not in facts.cut:
+            stack += [n for n in node.all_input_nodes if n not in seen]
+            seen.update(node.all_input_nodes)
+    return True
+
+
 def ancestors(node: fx.Node) -> Iterator[fx.Node]:
     """``node`` and all that it is computed from."""
     stack, seen = [node], {node}
@@ -218,13 +234,13 @@ def ancestors(node: fx.Node) -> Iterator[fx.Node]:
         stack.extend(above)
 
 
-def between(start: fx.Node, end: fx.Node) -> frozenset[fx.Node]:
-    """The nodes on a path from ``start`` to ``end``, with the first and without the last."""
+def between(start: fx.Node, end: fx.Node, without: Callable[[fx.Node], bool] = lambda node: False) -> frozenset[fx.Node]:
+    """The nodes on a path from ``start`` to ``end`` on which none is ``without``, with the first and without the last."""
     below = {start}
     current = start
     while current is not end:
         current = current.next
-        if any(n in below for n in current.all_input_nodes):
+        if any(n in below for n in current.all_input_nodes) and (current is end or not without(current)):
             below.add(current)
     inside: set[fx.Node] = set()
     stack = [n for n in end.all_input_nodes if n in below]

@@ -6,6 +6,7 @@ below it. Tables are traced from their expression, so what the graph gets is ord
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,6 +121,22 @@ class Writer:
         self._lowered.tables[number, device] = made
         return made
 
+    def kept(self, node: fx.Node, write: fx.Node) -> fx.Node:
+        """A copy of the lowered ``node`` from before the lowered ``write`` to it."""
+        if (known := self._lowered.tables.get((node, write))) in self._before:
+            return known  # type: ignore[return-value]
+        point = self._lowered.parent(write)
+        before = frozenset() if point is None else _nodes_before(point)
+        source = next((origin for origin in self._lowered.origins.get(node, ()) if origin in before), None)
+        if source is None or point not in self._before:
+            raise NotHere(f"{node.name} is written in place inside the call that makes it")
+        with self._anchor.graph.inserting_before(point):
+            copy = self._anchor.graph.call_function(torch.ops.aten.clone.default, (source,))
+        self.written.append(copy)
+        self._before |= {copy}
+        self._lowered.tables[node, write] = copy
+        return copy
+
     def take_back(self) -> None:
         for node in reversed(self.written):
             self._anchor.graph.erase_node(node)
@@ -187,10 +204,11 @@ def opened(call: fx.Node, lowered: Lowered) -> None:
     for node, copy in copies.items():
         lowered.origins.setdefault(node, []).insert(0, copy)
         lowered.emitted[copy] = [node]
-    for result in [call, *call.users]:
+    parts = [user for user in call.users if user.target is operator.getitem]  # of a call that gives several
+    for result in [call, *parts]:
         if result in held:
             result.replace_all_uses_with(writer.value(held[result]), propagate_meta=False)
-    for result in [*call.users, call]:
+    for result in [*parts, call]:
         if not result.users:
             result.graph.erase_node(result)
 

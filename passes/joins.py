@@ -7,6 +7,12 @@ Either half is a law of its own, whatever lies in between: products of one tenso
 all of them, and products of neighbouring parts of one tensor, added up, are its product with what they met, joined. So masks
 and biases of each piece stay where they are, in front of the ``cat``. This changes the graph that is analysed, never the one
 that runs; there, keys and values are joined where the attention is replaced.
+
+BigBird's blocks are pieces, too: those that a table lists are gathered by the graph and joined with the neighbours and with
+the first and the last block, so a kernel visits what is listed and nothing else (``tests/test_big_bird.py``). The table does
+not become a mask over the keys, as where they lie: a block that it lists twice, or lists beside a neighbour, counts twice
+in the softmax, and whether it does is data. Joined, keys and values of blocks of n rows take ``d / n`` of what scores and
+weights would, and these are made and read several times.
 """
 
 from __future__ import annotations
@@ -148,7 +154,7 @@ class _Joining:
         inner, shared = named[0].axis, named[0].shared
         along = [axis for axis in shared.axes if axis is not inner]
         batch = [axis for axis in along if any(axis in each.own.axes for each in named)]
-        if 2 * _count([*batch, inner]) > _count(along):
+        if _count([*batch, inner]) > _count(along):
             return
         scribe = Scribe(first, self._facts.order, self._fixed)
         try:
@@ -177,7 +183,7 @@ class _Joining:
             return
         shared, out = products[0].shared, products[0].axes
         features = [axis for axis in out if axis in (a for each in products for a in each.own.axes)]
-        if 2 * _count(features) > _count([axis for axis in shared.axes if axis is not _KEY]):
+        if _count(features) > _count([axis for axis in shared.axes if axis is not _KEY]):
             self._found.refused.update(dict.fromkeys((each.node for each in products), TOO_LARGE))
             return
         scribe = Scribe(end, self._facts.order, self._fixed)

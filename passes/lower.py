@@ -19,7 +19,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from attngen import compat
-from attngen.passes import features, joins, merges, planes, versions
+from attngen.passes import arrange, features, joins, merges, planes, totals, versions
 from attngen.passes.repeats import CannotCopy, Repeats, materialised, traced_node
 
 
@@ -63,7 +63,9 @@ def run(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Lowered:
     features.run(lowered.graph)
     merged = merges.run(lowered.graph)
     joined = joins.run(lowered.graph)
+    summed = totals.run(lowered.graph)
     moved = {**joined.moved, **{node: joined.moved.get(new, new) for node, new in merged.items()}}
+    moved |= {node: made[-1] for node, made in summed.items()}
     kept = set(lowered.graph.nodes)
     origins: dict[fx.Node, list[fx.Node]] = {}
     for captured, node in record.values.items():
@@ -72,7 +74,9 @@ def run(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Lowered:
             origins.setdefault(node, []).append(captured)
         if node.target is torch.ops.aten.detach_.default:  # a literal tensor is copied, then detached in place
             origins.setdefault(node.all_input_nodes[0], []).append(captured)
-    made = {node: [moved.get(n, n) for n in new] for node, new in record.emitted.items()}
+    for node in filter(lambda n: arrange.COPY in n.meta, lowered.graph.nodes):
+        origins.setdefault(node, []).extend(origins.get(node.meta[arrange.COPY], []))
+    made = {node: [m for n in new for m in summed.get(n, [moved.get(n, n)])] for node, new in record.emitted.items()}
     emitted = {node: [n for n in new if n in kept] for node, new in made.items()}
     placeholders = lowered.graph.find_nodes(op="placeholder")
     weights = (n for n, x in zip(placeholders, tree_leaves(inputs), strict=True) if isinstance(x, torch.nn.Parameter))

@@ -7,7 +7,9 @@ left is still something (the mean of the values, usually), and the spec says how
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -35,6 +37,7 @@ from attngen.mask import no_row_is_empty
 from attngen.passes.candidates import SOFTMAX
 from attngen.passes.detect import Site
 from attngen.passes.dropout import is_random
+from attngen.passes.ranges import may_divide_by_zero
 from attngen.passes.rounding import HALF, drowns, is_rounded, opened, quick, without_idle
 from attngen.passes.semantics import dtype_of, op_name
 
@@ -42,7 +45,8 @@ NEGLIGIBLE = 104.0  # exp(-104) is zero in float32
 MASKING = -1e3  # a score set to less than this is masked; rows where that could show are computed again
 
 # Operations that cost no more than the load they replace.
-CHEAP = frozenset(["float", "add", "sub", "mul", "neg", "min", "max", "abs", "where", "and", "or", "not", "drown", "rounded"])
+CHEAP = frozenset(["float", "add", "sub", "mul", "neg", "min", "max", "relu", "abs", "where", "and", "or", "not"])
+CHEAP |= {"drown", "rounded"}
 CHEAP |= frozenset(COMPARISONS)
 
 
@@ -59,7 +63,7 @@ class Split:
 def split(site: Site) -> Split | Miss:
     """Take the mask out of the score: ``where(c, x, -big)`` and ``x + where(c, y, -big)`` in any nesting of sums."""
     if not site.softmax:
-        return Split(*_without_zeros(without_idle(site.score)))
+        return Split(*_without_zeros(without_idle(site.score), partial(may_divide_by_zero, site.reader)))
     dtype, name = dtype_of(site.dot.node), site.output.name  # type: ignore[arg-type]
     whole_score = without_idle(site.score, site.row, site.key)
     score, mask, fills = _unmask(whole_score, dtype)
@@ -116,14 +120,15 @@ def _loads_over_keys(score: Expr, key: Axis) -> bool:
     return any(_loads_over_keys(arg, key) for arg in score.args[score.name == "where" :])
 
 
-def _without_zeros(weight: Expr) -> tuple[Expr, Expr]:
-    """A weight that no sum normalises, where it is not zero; and the mask that says where."""
-    if isinstance(weight, Op) and weight.name in ("mul", "div"):
+def _without_zeros(weight: Expr, may_be_nan: Callable[[Expr], bool] = lambda factor: False) -> tuple[Expr, Expr]:
+    """A weight that no sum normalises, where it is not zero; and the mask that says where. Times what ``may_be_nan``, or be
+    infinite, it may be other than zero everywhere."""
+    if isinstance(weight, Op) and weight.name in ("mul", "div") and not may_be_nan(weight):
         left, kept = _without_zeros(weight.args[0])
         right, also = _without_zeros(weight.args[1]) if weight.name == "mul" else (weight.args[1], TRUE)
         return op(weight.name, left, right), op("and", kept, also)
     if (chosen := _chosen(weight, 0.0)) is not None:
-        inner, mask = _without_zeros(chosen[1])
+        inner, mask = _without_zeros(chosen[1], may_be_nan)
         return inner, op("and", chosen[0], mask)
     if isinstance(weight, Op) and weight.name == "exp" and (chosen := _chosen(weight.args[0], -math.inf)) is not None:
         inner, mask = _without_zeros(op("exp", chosen[1]))

@@ -34,7 +34,7 @@ from attngen.guards import LOST
 from attngen.index import Axis, numbered
 from attngen.mask import no_row_is_empty
 
-_FINITE = frozenset(["float", "add", "sub", "mul", "neg", "min", "max", "abs", "where"])
+_FINITE = frozenset(["float", "add", "sub", "mul", "neg", "min", "max", "relu", "abs", "where"])
 LOWEST = torch.finfo(torch.float32).min  # no score is less, but -inf
 
 

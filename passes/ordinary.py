@@ -12,6 +12,8 @@ from torch import fx
 
 from attngen.errors import Miss
 from attngen.normaliser import quotient
+from attngen.passes import ranges
+from attngen.passes.candidates import is_total
 from attngen.passes.semantics import op_name
 from attngen.passes.views import VIEWS
 
@@ -27,8 +29,13 @@ def run(site: Site, parameters: frozenset[fx.Node]) -> Miss | None:
 
 
 def _is_product_of_three(site: Site) -> bool:
-    """Nothing but a factor is done to the weights: the order in which to multiply is the model's choice."""
+    """Nothing but a factor is done to the weights: the order in which to multiply is the model's choice.
+
+    Unless they are divided by what they add up to, or are added up for that: these are weights of an average.
+    """
     factors, below, _ = quotient(site.score)
+    if is_total(site.end) or any(ranges.totals(divisor) for divisor in below):
+        return False
     return all(f == site.dot or site.key not in f.axes for f in (*factors, *below))
 
 

@@ -11,9 +11,12 @@ from torch import fx
 from attngen.algebra import (
     COMPARISONS,
     Const,
+    Dot,
     Expr,
+    Reduce,
     integer,
     negate,
+    number,
     op,
     to_bool,
     to_float,
@@ -50,6 +53,7 @@ def _plain(name: str, *names: str) -> Row:
     return row
 
 
+_LARGEST = 1e3  # a limit that scores may be equal to: beyond that it is one of masks
 # Operators whose result is one of their arguments, element by element.
 _CHOICES = frozenset(["where", "masked_fill", "index_put", "maximum", "minimum", "max", "min", "clamp"])
 _CHOICES |= frozenset(["clamp_min", "clamp_max", "to", "_to_copy", "type_as", "copy"])
@@ -174,6 +178,22 @@ def _clamp(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
     return value
 
 
+def _larger(name: str) -> Row:
+    """Of two tensors, which share a gradient where they are equal; a limit that is a number takes nothing of it."""
+
+    def row(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+        left, right = (reader.operand(value, index) for value in (args["self"], args["other"]))
+        result = op(name, left, right)
+        limit, value = (left, right) if number(left) is not None else (right, left)
+        nodes = value.walk() if result.kind == "float" and abs(number(limit) or 0.0) < _LARGEST else []
+        if number(limit) is None or not any(isinstance(n, Dot) for n in nodes) or any(isinstance(n, Reduce) for n in nodes):
+            return result
+        mean = op("mul", op("add", value, limit), Const(0.5))
+        return where(op("eq", value, limit), mean, result)
+
+    return row
+
+
 def _unary(build: Callable[[Expr], Expr]) -> Row:
     def row(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
         return build(to_float(reader.operand(args["self"], index)))
@@ -235,13 +255,14 @@ POINTWISE: dict[str, Row] = {
     "floor_divide": _floor_divide,
     "remainder": _remainder,
     "pow": _plain("pow", "self", "exponent"),
-    "maximum": _plain("max", "self", "other"),
-    "minimum": _plain("min", "self", "other"),
-    "max": _plain("max", "self", "other"),
-    "min": _plain("min", "self", "other"),
+    "maximum": _larger("max"),
+    "minimum": _larger("min"),
+    "max": _larger("max"),
+    "min": _larger("min"),
     "neg": _kept_kind("neg"),
     "abs": _kept_kind("abs"),
-    "relu": _unary(lambda x: op("max", x, Const(0.0))),
+    "relu": _unary(lambda x: op("relu", x)),
+    "relu6": _unary(lambda x: op("min", op("relu", x), Const(6.0))),
     "clamp": _clamp,
     "clamp_min": _clamp,
     "clamp_max": _clamp,

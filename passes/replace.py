@@ -21,6 +21,7 @@ from attngen.passes.detect import Site
 from attngen.passes.dropout import Seed
 from attngen.passes.graphs import NotHere, Writer, is_pure, opened, sizes_of
 from attngen.passes.lower import Lowered
+from attngen.passes.memory import storage
 from attngen.passes.semantics import dtype_of
 from attngen.passes.specialise import Number, Specialised, Table
 from attngen.passes.strides import memory_order
@@ -34,13 +35,16 @@ _CHECK = torch.ops.aten._assert_tensor_metadata.default
 class Placed:
     """A site that can be replaced. ``anchor`` is the captured node that computes it, alone or among other things.
 
-    ``copied``: the backward keeps the result, which somebody may write to; what is passed on is a copy of it.
+    ``copied``: the backward keeps the result, which somebody may write to; what is passed on is a copy of it. ``detached``:
+    no gradients go through it. ``kept``: what is loaded, but is written to by then; each with that write.
     """
 
     site: Site
     specialised: Specialised
     anchor: fx.Node
     copied: bool
+    detached: bool = False
+    kept: tuple[tuple[fx.Node, fx.Node], ...] = ()
 
 
 def place(
@@ -53,18 +57,36 @@ def place(
     inputs = [site.query.node, site.keys.node, site.values.node]
     for binding in specialised.bindings:
         inputs += [binding] if isinstance(binding, fx.Node) else _sources(binding)
+    loaded = [binding for binding in specialised.bindings if isinstance(binding, fx.Node)]
+    kept = {node: write for node in loaded if (write := _write(node, site, facts, training=training)) is not None}
     for node in inputs:
-        for since in site.reader.readers.get(node, [node]):
+        for since in site.reader.readers.get(node, [node]) if node not in kept else ():
             if (disturbed := effects.written_between([node], since, site.output, facts)) is not None:
                 return disturbed
-    if training and (rewritten := effects.written_after(inputs, site.output, facts)) is not None:
+    read_later = [node for node in inputs if node not in kept]
+    if training and (rewritten := effects.written_after(read_later, site.output, facts)) is not None:
         return rewritten
-    if training and (cut := effects.cut_between(_differentiable(inputs, lowered), site, facts)) is not None:
+    differentiable = _differentiable(inputs, lowered) if training else []
+    detached = bool(differentiable) and effects.passes_nothing_on(differentiable, site, facts)
+    if not detached and (cut := effects.cut_between(differentiable, site, facts)) is not None:
         return cut
     fate = effects.fate(site.output)
     if fate.writer is not None and fate.by_layout and not site.output.meta["val"].is_contiguous():
         return Miss("the result is written in place, and shares memory in its own layout only", fate.writer.name, depth=8)
-    return Placed(site, specialised, anchor, copied=training and (fate.returned or fate.writer is not None))
+    copied = training and (fate.returned or fate.writer is not None)
+    return Placed(site, specialised, anchor, copied, detached, tuple(kept.items()))
+
+
+def _write(node: fx.Node, site: Site, facts: effects.Effects, *, training: bool) -> fx.Node | None:
+    """The first write to what scores and masks load, after it is read; only up to the result, if no backward needs it.
+
+    A copy is made before: it is small, as the length of a cache is, which counts up once the mask is made. Memory that is
+    written in pieces is left as it is.
+    """
+    if node in site.reader.readers:
+        return None
+    last = len(facts.order) if training else facts.order[site.output]
+    return next((w for w in facts.writes.get(storage(node), ()) if facts.order[node] < facts.order[w] <= last), None)
 
 
 def _differentiable(nodes: list[fx.Node], lowered: Lowered) -> list[fx.Node]:
@@ -128,7 +150,8 @@ def run(terms: Sequence[Placed], lowered: Lowered, targets: Sequence[Any]) -> Mi
 
 def _call(placed: Placed, target: Any, writer: Writer) -> fx.Node:
     call = writer.call(target, tuple(_arguments(placed, writer)))
-    return writer.call(operator.getitem, (call, 0)) if placed.specialised.spec.lse else call
+    call = writer.call(operator.getitem, (call, 0)) if placed.specialised.spec.lse else call
+    return writer.call(torch.ops.aten.detach.default, (call,)) if placed.detached else call
 
 
 def _arguments(placed: Placed, writer: Writer) -> list[fx.Node]:
@@ -139,6 +162,7 @@ def _arguments(placed: Placed, writer: Writer) -> list[fx.Node]:
         arguments.append(writer.cast(node, operand.node.meta["val"], operand.dtype))
     sizes = sizes_of([site.query.node, site.keys.node, site.values.node])
     spec = placed.specialised.spec
+    kept = dict(placed.kept)
     for source, binding in zip(spec.extras, placed.specialised.bindings, strict=True):
         if isinstance(binding, Table):
             arguments.append(writer.table(binding, sizes, like=site.query.node))
@@ -146,10 +170,10 @@ def _arguments(placed: Placed, writer: Writer) -> list[fx.Node]:
             arguments.append(writer.seed(binding, like=site.query.node))
         elif isinstance(binding, Number):
             arguments.append(writer.number(binding, like=site.query.node))
-        elif spec.lse and source.dtype.is_floating_point and _is_only_compared(spec, source.name):
-            arguments.append(writer.call(torch.ops.aten.detach.default, (writer.value(binding),)))
         else:
-            arguments.append(writer.value(binding))
+            value = writer.kept(binding, kept[binding]) if binding in kept else writer.value(binding)
+            cut = spec.lse and source.dtype.is_floating_point and _is_only_compared(spec, source.name)
+            arguments.append(writer.call(torch.ops.aten.detach.default, (value,)) if cut else value)
     return arguments
 
 

@@ -15,7 +15,8 @@ from attngen.algebra import LOST, Const, Dot, Expr, Load, Op, Reduce, number, op
 from attngen.index import Axis
 
 HALF = (torch.float16, torch.bfloat16)
-LINEAR = frozenset(["add", "sub", "mul", "div", "neg", "min", "max", "where", "rounded"])  # a fill shows in what they give
+# A fill shows in what they give.
+LINEAR = frozenset(["add", "sub", "mul", "div", "neg", "min", "max", "relu", "where", "rounded"])
 
 
 def in_half(sign: str, left: Expr, right: Expr, dtype: torch.dtype) -> Expr:

@@ -137,6 +137,9 @@ PROGRAMS: dict[str, Expr] = {
     "abs": op("abs", X),
     "max": op("max", X, Y),
     "min": op("min", X, Y),
+    "relu": op("relu", X),
+    "at least": op("max", X, Const(0.0)),
+    "at most": op("min", X, Const(0.0)),
     "exp": op("exp", X),
     "exp2": op("exp2", X),
     "log": op("log", op("abs", X)),
@@ -161,6 +164,8 @@ def test_derivatives_are_those_of_torch(name: str) -> None:
     leaves = {of: torch.randn(64, generator=generator, dtype=torch.float64).requires_grad_() for of in ("x", "y")}
     grad = torch.randn(64, generator=generator, dtype=torch.float64)
     leaves["x"].data[:4] = leaves["y"].data[:4]  # ties
+    if name in ("relu", "at least", "at most"):
+        leaves["x"].data[4:6] = 0.0
 
     def evaluated(expr: Expr) -> torch.Tensor:
         positions = {KEY: torch.arange(64), ROW: torch.zeros((), dtype=torch.int64)}

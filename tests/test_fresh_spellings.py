@@ -280,18 +280,12 @@ def three_in_one_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhid,bhjd,bhje->bhie", q, k, v)
 
 
-def over_the_sum_of_magnitudes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    w = scores(q, k)
-    return w / w.detach().abs().sum(-1, keepdim=True).clamp(min=1) @ v
-
-
 @pytest.mark.parametrize(
     "function",
     [
         mask_of_data_changed_after_it_is_added, mask_of_data_read_at_two_times, filled_at_listed_places, added_up_by_truth,
         powers_over_another_sum, exponentials_masked_in_the_sum_alone, logarithm_in_the_sum_alone,
         powers_of_a_negative_number, few_keys_for_each_query, three_in_one_einsum,
-        over_the_sum_of_magnitudes,
     ],
     ids=lambda f: f.__name__,
 )  # fmt: skip

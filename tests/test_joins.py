@@ -252,10 +252,10 @@ def test_left_alone(function: Function) -> None:
 
 
 def test_pieces_as_large_as_the_weights_say_so() -> None:
-    """BigBird with blocks no longer than its heads are wide: joined, keys and values would take what the weights take."""
+    """Blocks shorter than heads are wide: joined, keys and values would take more than scores and weights take."""
 
     def short_blocks(q: Tensor, k: Tensor, v: Tensor, gk: Tensor, gv: Tensor) -> Tensor:
-        return global_and_local(q[:, :, :15], k, v, gk, gv)
+        return global_and_local(q[:, :, : SIZE - 1], k, v, gk, gv)
 
     report = attngen.explain(short_blocks, *blocked())
     assert [site.reason for site in report.sites] == [TOO_LARGE] * 2

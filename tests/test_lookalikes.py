@@ -101,9 +101,9 @@ def both_ways(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return both.softmax(-1) @ torch.cat([v, v], -2)
 
 
-def mean_added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def softmax_added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = scores(q, k)
-    return (s + s.mean(-1, keepdim=True)).softmax(-1) @ v
+    return (s + s.softmax(-1)).softmax(-1) @ v
 
 
 def wrong_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ MISSED: dict[str, tuple[Function, str]] = {
     "softmax twice": (lambda q, k, v: weights(q, k).softmax(-1) @ v, ""),
     "symmetrised": (symmetrised, "more than pointwise arithmetic"),
     "both ways": (both_ways, "whole dimensions"),
-    "mean of the scores added": (mean_added, "more than pointwise arithmetic"),
+    "softmax of the scores added": (softmax_added, ""),
     "maximum over queries": (wrong_maximum, "more than pointwise arithmetic"),
     "sum over queries": (wrong_sum, OTHER_DIM),
     "softmax plus one after a shift": (shifted_plus_one, "more than pointwise arithmetic"),
