@@ -22,6 +22,7 @@ from attngen.renormaliser import as_one_power, is_mask, normalised_once, raised,
 MAX_COLUMNS = 4  # of extra logits (sinks) joined to the scores
 _EMPTY = ("nan", "zero", "never_nan")  # what is made of a row that is NaN, the strongest last
 OWN_SUM = "the weights are divided by their sum, but are no exponentials"  # nor free of them: see passes.totals
+MASKING = -1e3  # a score set to less than this is masked; rows where that could show are computed again
 NOTHING = -746.0  # its exponential is zero, in float64 too
 MAX_SUMMANDS = 4  # of weights: the values are read once for each
 
@@ -32,6 +33,7 @@ class Normalised:
 
     ``late_sink``: a sink came in as a factor of the whole row, so that a row without keys is NaN all the same.
     ``lifted``: the model takes the row's maximum off first, so that the exponentials of a row of low scores are not all zero.
+    ``early``: it does so before it adds a number that masks, which rounds what is left of a score.
     ``again``: it masks weights and divides by what is left of their sum, nothing if there were others of higher scores.
     ``by_log``: it takes the logarithm of the sum off, where the exponent of a row of low scores loses it to rounding.
     """
@@ -43,6 +45,7 @@ class Normalised:
     gain: Expr = ONE
     late_sink: bool = False
     lifted: bool = True
+    early: bool = False
     by_log: bool = False
     again: bool = False
 
@@ -79,7 +82,8 @@ def softmax(weight: Expr, key: Axis) -> Normalised | str:
         if isinstance(found, Normalised):
             lifted = found.score != power.args[0]  # type: ignore[attr-defined]
             by_log = not lifted and _takes_log_off(weight, divisor)
-            found = replace(found, lifted=lifted, by_log=by_log, again=again)
+            early = lifted and _is_early(power.args[0], found.score)  # type: ignore[attr-defined]
+            found = replace(found, lifted=lifted, early=early, by_log=by_log, again=again)
             as_it_stands = not found.sinks and not lifted
             late = _late_sink(above, power, key) if as_it_stands else None
             if late is not None:
@@ -276,6 +280,18 @@ def _without_common_shift(score: Expr, sinks: list[Expr], key: Axis) -> tuple[Ex
         if all(shift in terms(e) for e in everywhere):
             score, *sinks = (_without(e, shift) for e in everywhere)
     return score, sinks
+
+
+def _is_early(exponent: Expr, score: Expr) -> bool:
+    """A maximum that was taken off the ``exponent``, which leaves ``score``, is one of scores without their mask."""
+    dropped = Counter(terms(exponent)) - Counter(terms(score))
+    return _masks(score) and any(not _masks(shift) for shift in dropped)
+
+
+def _masks(expr: Expr) -> bool:
+    """A finite number as low as masks are is in it."""
+    numbers = (number(node) for node in expr.walk())
+    return any(value is not None and -math.inf < value <= MASKING for value in numbers)
 
 
 def _without(expr: Expr, term: Expr) -> Expr:

@@ -59,6 +59,7 @@ class Site:
     gain: Expr
     late_sink: bool
     lifted: bool
+    early: bool
     by_log: bool
     again: bool
     dtype: torch.dtype
@@ -297,7 +298,7 @@ def _prove_pairs(reader: Reader, sides: Sides, normalised: Normalised, dot: Dot)
     return Site(
         sides.output, sides.node, axes, batch, row, key, dot.axis, feature, q, k, v, dot, score,
         normalised.sinks, normalised.empty, normalised.softmax, gain, normalised.late_sink,
-        normalised.lifted, normalised.by_log, normalised.again, dtype_of(sides.output), reader, interior,
+        normalised.lifted, normalised.early, normalised.by_log, normalised.again, dtype_of(sides.output), reader, interior,
     )  # fmt: skip
 
 

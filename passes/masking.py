@@ -34,6 +34,7 @@ from attngen.algebra import (
 from attngen.errors import Miss
 from attngen.index import Axis
 from attngen.mask import no_row_is_empty
+from attngen.normaliser import MASKING
 from attngen.passes.candidates import SOFTMAX
 from attngen.passes.detect import Site
 from attngen.passes.dropout import is_random
@@ -42,7 +43,6 @@ from attngen.passes.rounding import HALF, drowns, is_rounded, opened, quick, wit
 from attngen.passes.semantics import dtype_of, op_name
 
 NEGLIGIBLE = 104.0  # exp(-104) is zero in float32
-MASKING = -1e3  # a score set to less than this is masked; rows where that could show are computed again
 
 # Operations that cost no more than the load they replace.
 CHEAP = frozenset(["float", "add", "sub", "mul", "neg", "min", "max", "relu", "abs", "where", "and", "or", "not"])
@@ -82,6 +82,8 @@ def split(site: Site) -> Split | Miss:
     lifted = site.lifted or _by_library(site)
     if finite and not certain and site.by_log and not lifted:
         return Miss("exp(s - logsumexp(s)) of rows that may be masked throughout: what comes out is rounding", name, depth=7)
+    if finite and not certain and site.early:
+        return Miss("the maximum comes off before a mask is added, and rows may be masked throughout", name, depth=7)
     if finite and not certain and site.again:
         return Miss("weights of rows that may be masked throughout are masked and normalised again", name, depth=7)
     if finite and not certain and lifted:  # else nothing is left of such a row: zero over zero, as under -inf

@@ -19,6 +19,7 @@ from torch import fx
 
 from attngen.algebra import BOOLEAN, ONE, Access, Dot, Expr, Op, number, op, terms
 from attngen.index import Axis, numbered
+from attngen.normaliser import MASKING
 from attngen.passes import effects
 from attngen.passes.arrange import NotYet, Piece, Scribe, is_plain, pieces
 from attngen.passes.candidates import Marks, divided, is_sum
@@ -29,7 +30,6 @@ from attngen.passes.semantics import Reader, TooMuch, bind, dtype_of, is_tensor,
 
 _KEY = Axis("merged", 2)  # along which pieces are joined, however many they are
 _MOST = 16  # pieces
-MASKING = -1e3  # a score this low is masked
 
 
 def run(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
