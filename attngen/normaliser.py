@@ -139,9 +139,8 @@ def _adds_up(factor: Expr, key: Axis) -> bool:
 
 def _over_own_sum(moving: list[Expr], below: list[Expr], key: Axis) -> bool:
     """What differs from key to key is divided by its sum over the keys, perhaps with something added to that."""
-    sums = [each for divisor in below for each in terms(divisor)]
-    sums = [e for e in sums if isinstance(e, Reduce) and e.name == "sum" and e.axis.extent == key.extent]
-    bodies = [substitute(e.body, {e.axis: key}) for e in sums if isinstance(e, Reduce)]
+    sums = [each for divisor in below for each in terms(divisor) if isinstance(each, Reduce) and each.name == "sum"]
+    bodies = [substitute(each.body, {each.axis: key}) for each in sums if each.axis.extent == key.extent]
     factors = [quotient(body)[0] for body in bodies]
     return any(Counter(f for f in above if key in f.axes) == Counter(moving) for above in factors) and bool(moving)
 

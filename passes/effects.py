@@ -135,9 +135,8 @@ def undisturbed(site: Site, sites: Sequence[Site], facts: Effects) -> Miss | Non
             if user in facts.live and not any(_goes_with(each, node, user) for each in (site, *others)):
                 blamed = "" if user.op == "output" else user.name
                 return Miss(_read_elsewhere(node, user), node.name, depth=6, blamed=blamed)
-        inside = frozenset[fx.Node]().union(site.interior, *(each.interior for each in others))
-        outside = [w for w in facts.writes.get(storage(node), ()) if w not in inside] if _is_tensor(node) else []
-        if outside:
+        writes = facts.writes.get(storage(node), ()) if _is_tensor(node) else ()
+        if outside := [w for w in writes if not any(w in each.interior for each in (site, *others))]:
             return Miss("a value between the two products is written in place", outside[0].name, depth=6)
     return None
 

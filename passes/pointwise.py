@@ -23,6 +23,7 @@ from attngen.algebra import (
     to_int,
     where,
 )
+from attngen.normaliser import MASKING
 from attngen.passes.rounding import HALF, in_half, in_type
 from attngen.passes.semantics import (
     NARROW,
@@ -53,7 +54,6 @@ def _plain(name: str, *names: str) -> Row:
     return row
 
 
-_LARGEST = 1e3  # a limit that scores may be equal to: beyond that it is one of masks
 # Operators whose result is one of their arguments, element by element.
 _CHOICES = frozenset(["where", "masked_fill", "index_put", "maximum", "minimum", "max", "min", "clamp"])
 _CHOICES |= frozenset(["clamp_min", "clamp_max", "to", "_to_copy", "type_as", "copy"])
@@ -179,13 +179,14 @@ def _clamp(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
 
 
 def _larger(name: str) -> Row:
-    """Of two tensors, which share a gradient where they are equal; a limit that is a number takes nothing of it."""
+    """Of two tensors, which share a gradient where they are equal; a limit that is a number takes nothing of it. Scores are
+    equal to no limit as low as those of masks."""
 
     def row(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
         left, right = (reader.operand(value, index) for value in (args["self"], args["other"]))
         result = op(name, left, right)
         limit, value = (left, right) if number(left) is not None else (right, left)
-        nodes = value.walk() if result.kind == "float" and abs(number(limit) or 0.0) < _LARGEST else []
+        nodes = value.walk() if result.kind == "float" and abs(number(limit) or 0.0) < -MASKING else []
         if number(limit) is None or not any(isinstance(n, Dot) for n in nodes) or any(isinstance(n, Reduce) for n in nodes):
             return result
         mean = op("mul", op("add", value, limit), Const(0.5))

@@ -133,14 +133,16 @@ def analyse_graph(gm: fx.GraphModule, inputs: Any = ()) -> Analysis:
     return Analysis(lowered, found)
 
 
-def assert_replaced_with_its_gradient(function: Callable[..., Tensor], inputs: Callable[[], list[Tensor]]) -> None:
-    """Compiled, ``function`` has one site, which is replaced; its result and its gradients are eager's."""
+def assert_replaced_with_its_gradient(
+    function: Callable[..., Tensor], inputs: Callable[[], list[Tensor]], count: int = 1
+) -> None:
+    """Compiled, ``function`` has ``count`` sites, all replaced; its result and its gradients are eager's."""
     ours, theirs = inputs(), inputs()
     torch._dynamo.reset()
     compiled = torch.compile(function, backend="attngen", options={"inner": "eager"})
     with attngen.record() as reports:
         out = compiled(*ours)
-    assert [site.status for report in reports for site in report.sites] == ["replaced"]
+    assert [site.status for report in reports for site in report.sites] == ["replaced"] * count
     expected = function(*theirs)
     torch.testing.assert_close(out, expected)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))

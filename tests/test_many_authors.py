@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from analysis import assert_replaced_with_its_gradient
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -204,18 +205,7 @@ FOUND: dict[Function, tuple[int, Callable[[], list[Tensor]]]] = {
 @pytest.mark.parametrize("function", FOUND, ids=lambda f: f.__name__)
 def test_found_with_its_gradient(function: Function) -> None:
     count, inputs = FOUND[function]
-    ours, theirs = ([x.requires_grad_() for x in inputs()] for _ in range(2))
-    torch._dynamo.reset()
-    with attngen.record() as reports:
-        out = torch.compile(function, backend="attngen", options={"inner": "eager"})(*ours)
-    assert [site.status for report in reports for site in report.sites] == ["replaced"] * count
-    expected = function(*theirs)
-    torch.testing.assert_close(out, expected)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
-    out.backward(grad)
-    expected.backward(grad)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    assert_replaced_with_its_gradient(function, lambda: [x.requires_grad_() for x in inputs()], count)
 
 
 # ------------------------------------------------------------------------------------------------------------ left alone

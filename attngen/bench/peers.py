@@ -21,6 +21,7 @@ from attngen.bench.problems import Problem
 from attngen.bench.spelling import Inputs, spelled
 from attngen.bench.terms import NotSpelled
 from attngen.errors import BadOption
+from attngen.report import SiteReport
 
 Run = Callable[[], Tensor]
 OURS = "attngen"
@@ -69,14 +70,19 @@ def _compiled(backend: str, **given: Any) -> Callable[[Problem, Inputs], Run]:
     return prepare
 
 
+def _sites_of(run: Run) -> list[SiteReport]:
+    """What the first call compiles."""
+    with attngen.record() as reports:
+        run()
+    return [site for report in reports for site in report.sites]
+
+
 def _ours(**given: Any) -> Callable[[Problem, Inputs], Run]:
     """The first call says whether our kernel is in it: a time without it would be another compiler's."""
 
     def prepare(problem: Problem, inputs: Inputs) -> Run:
         run = _compiled("attngen", **given)(problem, inputs)
-        with attngen.record() as reports:
-            run()
-        sites = [site for report in reports for site in report.sites]
+        sites = _sites_of(run)
         if not sites or any(site.status != "replaced" for site in sites):
             raise NotSpelled("left alone: " + ("; ".join(site.reason for site in sites if site.reason) or "not found"))
         if without := [site.backward for site in sites if inputs.leaves and not site.backward_tiles]:
@@ -91,9 +97,7 @@ def _in_eighths(mode: str) -> Callable[[Problem, Inputs], Run]:
 
     def prepare(problem: Problem, inputs: Inputs) -> Run:
         run = _compiled("attngen", options={"fp8": mode})(problem, inputs)
-        with attngen.record() as reports:
-            run()
-        sites = [site for report in reports for site in report.sites]
+        sites = _sites_of(run)
         if not sites or any(f"fp8 ({mode})" not in site.computes for site in sites):
             raise NotSpelled("left in 16 bits: " + "; ".join(site.reason or site.computes for site in sites))
         return run
