@@ -9,7 +9,7 @@ from itertools import islice, product
 
 import numpy as np
 
-from attngen import boxes, formulas_bwd, formulas_hopper_bwd, hopper_bwd, lost
+from attngen import boxes, formulas_bwd, formulas_hopper, formulas_hopper_bwd, hopper_bwd, lost
 from attngen import formulas as f
 from attngen.cost import Values, of_device, of_gain, of_spec, of_tiles
 from attngen.device import Device
@@ -79,17 +79,18 @@ class _Able:
 
     queries: Seconds
     keys: Seconds
-    one: BackwardPlan | None
+    ones: tuple[BackwardPlan, ...] = ()
 
     def best(self, count: int) -> list[BackwardPlan]:
         """Of each family; the hopper family goes last where both are as fast."""
         few = product(islice(self.queries, count), islice(self.keys, count))
         pairs = sorted((self._pair(*tiles) for tiles in few), key=lambda plan: plan.seconds)
-        return [*pairs[:count], *([self.one] if self.one else [])]
+        return [*pairs[:count], *self.ones[:count]]
 
     def of(self, tiles: tuple[Tile, ...] | None) -> BackwardPlan | None:
-        if self.one is not None and tiles == self.one.tiles:
-            return self.one
+        for one in self.ones:
+            if tiles == one.tiles:
+                return one
         able = tiles is not None and len(tiles) == 2 and tiles[0] in self.queries and tiles[1] in self.keys
         return self._pair(*tiles) if able and tiles is not None else None
 
@@ -109,13 +110,15 @@ def _ranked(spec: AttentionSpec, problem: Problem, device: Device, deterministic
     queries, keys = (_fitting(times_of(*side, device), device, limit) for side, limit in sides)
     if deterministic and any(target.shared for target in plan.extras):
         queries = {tile: 2 * seconds for tile, seconds in queries.items()}  # what is added to in no order takes two runs
-    able = _Able(queries, keys, None)
+    able = _Able(queries, keys)
     if device.hopper and not deterministic and hopper_bwd.unsuited(spec) is None:
         otherwise = able.best(1)[0].tiles if able.queries and able.keys else ()
         left = lost.floor(spec) is not None
-        seconds = hopper_seconds(backward_of(lost.without(spec)), problem, device, otherwise if left else ())
         if otherwise or not left:
-            able = replace(able, one=BackwardPlan((hopper_bwd.tile_of(spec),), seconds, otherwise))
+            tiles = hopper_bwd.tiles_of(spec)
+            times = hopper_seconds(backward_of(lost.without(spec)), problem, device, tiles, otherwise if left else ())
+            ones = [BackwardPlan((tile,), seconds, otherwise) for tile, seconds in zip(tiles, times, strict=True)]
+            able = replace(able, ones=tuple(sorted(ones, key=lambda plan: plan.seconds)))
     return able if able.best(1) else Miss(f"no tile of a backward kernel fits {device.label}")
 
 
@@ -147,24 +150,28 @@ def _values(spec: AttentionSpec, problem: Problem, members: int, device: Device,
     return {**at, formulas_bwd.members: members, f.heads: problem.heads / members}
 
 
-def hopper_seconds(plan: Backward, problem: Problem, device: Device, behind: tuple[Tile, ...] = ()) -> float:
-    """What the kernels of the hopper family are predicted to take, with portable ones of these tiles that stand by behind."""
+def hopper_seconds(
+    plan: Backward, problem: Problem, device: Device, tiles: Sequence[Tile], behind: tuple[Tile, ...] = ()
+) -> list[float]:
+    """What the kernels of the hopper family are predicted to take with each of ``tiles``, and portable ones behind them."""
     sides = sides_of(plan, problem)
     _, (spec, turned, members, _) = sides
     width = hopper_bwd.padded(plan.spec)
-    at = _values(spec, turned, members, device, [hopper_bwd.tile_of(plan.spec)])
+    at = _values(spec, turned, members, device, tiles)
     values = 2 * plan.spec.value_dim * plan.spec.out_dtype.itemsize  # of the result and its gradient
     row = values + 8 * width + plan.spec.head_dim * plan.spec.query.dtype.itemsize  # and of the sums, twice
     at |= {f.d_pad: width, f.e_pad: width, formulas_hopper_bwd.row_bytes: problem.heads * problem.rows * row, **of_gain(spec)}
     by_tma = boxes.planes(plan.spec)
     at |= {f.plane_width: sum(x.dtype.itemsize for x in by_tma), f.lookups: at[f.pair_loads] - len(by_tma)}
-    standby = sum(s.heads / n * -(-s.rows // tile.rows) for tile, (_, s, n, _) in zip(behind, sides, strict=False))
+    standby = sum(s.heads / n * -(-s.rows // each.rows) for each, (_, s, n, _) in zip(behind, sides, strict=False))
+    at[formulas_hopper.persistent] = np.array([1.0 * tile.persistent for tile in tiles])
     at |= {formulas_hopper_bwd.behind: len(behind), formulas_hopper_bwd.standby: standby}
     if hopper_bwd.masks_everything(plan.spec):
         at[f.masked] = 1.0
     for formula in formulas_hopper_bwd.FORMULAS:
         at[formula.symbol] = evaluate(formula.expression, at)
-    return float(np.ravel(at[f.seconds])[0])
+    seconds: list[float] = np.broadcast_to(at[f.seconds], len(tiles)).tolist()
+    return seconds
 
 
 def _fitting(times: Times, device: Device, limit: int) -> Seconds:

@@ -138,13 +138,13 @@ def emitted_backward(
     spec: AttentionSpec, problem: Problem, plan: BackwardPlan, device: Device, where: str
 ) -> BackwardKernel | None:  # fmt: skip
     """The kernels of a plan for gradients, if there can be such kernels."""
-    key = (spec.text, plan.tiles, device.l2_bytes)
+    key = (spec.text, plan.tiles, device.l2_bytes, device.sms)
     if key not in _BACKWARDS:
         lines = (
             f"Predicted for {device.name}: {plan.seconds * 1e3:.3f} ms at {_sizes(problem)}.",
             f"First needed by {where}.",
         )
-        kernel = emit_backward(spec, plan.tiles, notes=lines, l2_bytes=device.l2_bytes)
+        kernel = emit_backward(spec, plan.tiles, notes=lines, l2_bytes=device.l2_bytes, sms=device.sms)
         if isinstance(kernel, BackwardKernel) and plan.otherwise:
             other = emit_backward(spec, plan.otherwise, l2_bytes=device.l2_bytes)
             kernel = replace(kernel, otherwise=other if isinstance(other, BackwardKernel) else None)
@@ -153,4 +153,4 @@ def emitted_backward(
     return None if isinstance(kernel, Miss) else kernel
 
 
-_BACKWARDS: dict[tuple[str, Any, int], BackwardKernel | Miss] = {}
+_BACKWARDS: dict[tuple[str, Any, int, int], BackwardKernel | Miss] = {}

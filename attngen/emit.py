@@ -130,13 +130,14 @@ class BackwardKernel:
 
 
 def emit_backward(
-    spec: AttentionSpec, tiles: tuple[Tile, ...], *, notes: tuple[str, ...] = (), l2_bytes: int = 50 << 20
+    spec: AttentionSpec, tiles: tuple[Tile, ...], *, notes: tuple[str, ...] = (), l2_bytes: int = 50 << 20, sms: int = 132
 ) -> BackwardKernel | Miss:
-    """The module that computes the gradients of ``spec``, or a ``Miss`` if the template cannot express them."""
+    """The module that computes the gradients of ``spec``, or a ``Miss`` if the template cannot express them. What the device
+    tells is as in ``emit``."""
     family = tiles[0].family
     try:
         if family == HOPPER:
-            holes = hopper_bwd.holes(spec, tiles[0], l2_bytes)
+            holes = hopper_bwd.holes(spec, tiles[0], l2_bytes, sms)
         else:
             holes = portable_bwd.holes(spec, (tiles[0], tiles[1]), l2_bytes)
     except Unprintable as problem:

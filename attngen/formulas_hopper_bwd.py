@@ -9,7 +9,8 @@ together with an earlier run (16,384 tokens, heads of 64 and 128, full and causa
 tests/data/hopper_bwd_h100.json: off by at most 8 %), both on an H100 (torch 2.11, Triton 3.6, bf16). Those of
 what is loaded for pairs are from an H200, 4 x 16 heads of 128 and of 64, 4,096 tokens: 2.77 and 1.75 ms with a bias in bf16,
 3.6 and 3.02 ms with a table of distances, where what loads neither took 0.91 of the prediction (1.24 ms causal, 1.35 ms with
-a prefix of 1,024). That of programs that stand by is assumed.
+a prefix of 1,024). Those of programs that stay are from an H100, too, beside programs of one tile in the same run
+(tests/data/hopper_bwd_h100.json: off by at most 7 %). That of programs that stand by is assumed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sympy as sp
 from attngen import formulas as f
 from attngen.formulas import Formula
 from attngen.formulas_bwd import FILL, members
-from attngen.formulas_hopper import DROP_INSTRUCTIONS, drops
+from attngen.formulas_hopper import DROP_INSTRUCTIONS, drops, persistent, t_first
 
 EXPOSED = 0.377  # of what the warpgroups compute, what does not overlap with products
 SOFTMAX_INSTRUCTIONS = 15  # per pair: shift and scale, difference, product, conversions, both exchanged in shared memory
@@ -27,6 +28,8 @@ SCORE_SHARE = 0.234  # of the operations of a score program, for its value and i
 MASK_INSTRUCTIONS = 0.35  # per pair of a masked block, besides the mask itself
 STEP_CYCLES = 25.6  # of each step, besides: barriers
 START_CYCLES = 9190  # of each program: its barriers, first loads, first product, results
+TURN_CYCLES = 7500  # of each tile of a program that stays: its first product and weights, results
+STAY_CYCLES = 102  # of each of its steps with heads of 128: it reads its place again while products saturate shared memory
 
 LOOKUP_CYCLES = 0.36  # per pair, and load of it by two warpgroups: addresses, words one by one
 PLANE = 1.6  # memory latencies of a step that TMA copies something per pair for: its one buffer is free when it has been read
@@ -68,11 +71,17 @@ FORMULAS = (
         "one step",
         sp.Max(f.t_mma, t_soft)
         + EXPOSED * sp.Min(f.t_mma, t_soft)
-        + STEP_CYCLES / f.clock
+        + (STEP_CYCLES + STAY_CYCLES * persistent * (f.d_pad / 64 - 1)) / f.clock
         + PLANE * f.latency * sp.Min(1, f.plane_width),
     ),
     FILL,
-    Formula(f.t_start, "s", "start and end of a program", START_CYCLES / f.clock + f.t_fill),
+    Formula(t_first, "s", "start and end of a program", START_CYCLES / f.clock + f.t_fill),
+    Formula(
+        f.t_start,
+        "s",
+        "start and end of a tile; one that stays has loaded the next ahead",
+        (1 - persistent) * t_first + persistent * TURN_CYCLES / f.clock,
+    ),
     Formula(f.t_program, "s", "an average program", members * f.live * f.t_step + f.t_start),
     Formula(f.t_last, "s", "the program that starts last", members * f.last * f.t_step + f.t_start),
     f.grid_of(members * f.most * f.t_step + f.t_start),
@@ -88,5 +97,10 @@ FORMULAS = (
         "portable kernels behind these, which have nothing to do",
         behind * f.launch + STANDBY * f.latency * standby / f.sms,
     ),
-    Formula(f.seconds, "s", "all kernels", 3 * f.launch + t_rows + f.t_grid + t_behind),
+    Formula(
+        f.seconds,
+        "s",
+        "all kernels, and the start of programs that stay",
+        3 * f.launch + t_rows + f.t_grid + t_first - f.t_start + t_behind,
+    ),
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -83,9 +84,16 @@ def _width(features: int) -> int:
     return max(boxes.NARROWEST, 1 << (features - 1).bit_length())
 
 
-def tile_of(spec: AttentionSpec) -> Tile:
-    """The one tile that there is for heads of this size."""
-    return Tile(HELD, STEPS[padded(spec)], 8, STAGES, HOPPER)
+def tiles_of(spec: AttentionSpec) -> tuple[Tile, Tile]:
+    """The one tile that there is for heads of this size: of a program for each tile of keys, and of programs that stay."""
+    plain = Tile(HELD, STEPS[padded(spec)], 8, STAGES, HOPPER)
+    return plain, replace(plain, persistent=True)
+
+
+def keys_held(spec: AttentionSpec, tile: Tile) -> int:
+    """Tiles of keys in shared memory: a program that stays loads the next one early, if there is room."""
+    another = HELD * padded(spec) * 2
+    return 2 if tile.persistent and _bytes(spec) + another <= SHARED else 1
 
 
 def _bytes(spec: AttentionSpec) -> int:
@@ -99,7 +107,7 @@ def _bytes(spec: AttentionSpec) -> int:
     return held + added + 4 * STAGES * queries * words + RESERVED
 
 
-def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
+def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str, Any]:
     """What fills the template. Raises ``Unprintable``."""
     if (reason := unsuited(spec)) is not None:
         raise Unprintable(reason)
@@ -130,6 +138,8 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int) -> dict[str, Any]:
     kind = DTYPES[spec.query.dtype]
     return {
         "tile": tile,
+        "programs": sms,
+        "keys_held": keys_held(spec, tile),
         "block": padded(spec),
         "head_dim": spec.head_dim,
         "value_dim": spec.value_dim,
@@ -303,5 +313,5 @@ def _arguments(side: Side, extras: list[Input]) -> dict[str, Any]:
         "extras_call": [*(x.name for x in extras), *map(called_with, strides)],
         "sizes": sizes,
         "sizes_call": [*outer, "size_j", "size_i", *sources],
-        "unspecialised": json.dumps([*sizes, "heads_per_group"]),
+        "unspecialised": json.dumps([*sizes, "heads", "heads_per_group"]),
     }

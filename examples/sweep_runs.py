@@ -58,7 +58,7 @@ def planned(site: Site, device: Device, configurations: Sequence[Configuration] 
 
 def _job(site: Site, device: Device, tiles: Configuration, layouts: tuple[Layout, ...]) -> Job | str:
     if site.phase == "backward":
-        kernel = emit_backward(site.spec, tiles, l2_bytes=device.l2_bytes)
+        kernel = emit_backward(site.spec, tiles, l2_bytes=device.l2_bytes, sms=device.sms)
     else:
         kernel = emit(site.spec, tiles[0], l2_bytes=device.l2_bytes, sms=device.sms)
     if not isinstance(kernel, Miss) and kernel.leaves_rows:

@@ -6,7 +6,7 @@ a tile is 64 x 64 or larger; 16 queries where 64 would leave multiprocessors idl
 stages. Backward, portable: for each of both kernels 32 to 128 rows and steps, 2 or 3 stages, 8 warps where a tile is 64 x 128
 or larger. Times of both kernels add up: measured is every tile of one beside the same tile of the other, FlexAttention's if
 it can run, and the pairs that the model ranks first. FlexAttention's own tile is always among those of a forward, and in a
-backward the hopper family's one.
+backward those of the hopper family.
 """
 
 from __future__ import annotations

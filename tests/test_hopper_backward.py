@@ -48,9 +48,9 @@ BF16 = torch.bfloat16
 SUITED = tuple(case for case in CASES if hopper_bwd.unsuited(case.spec) is None)
 
 
-def kernel_of(spec: AttentionSpec) -> BackwardKernel:
+def kernel_of(spec: AttentionSpec, *, stays: bool = True) -> BackwardKernel:
     spec = replace(spec, lse=True)
-    kernel = emit_backward(spec, (hopper_bwd.tile_of(spec),))
+    kernel = emit_backward(spec, (hopper_bwd.tiles_of(spec)[stays],))
     assert isinstance(kernel, BackwardKernel), kernel
     return kernel
 
@@ -59,9 +59,10 @@ def sample(spec: AttentionSpec, problem: Problem) -> Sample:
     return replace(verify_bwd.sample(replace(spec, lse=True), problem), extras=False)
 
 
-def verdicts(source: str, at: Sample) -> dict[str, Check]:
+def verdicts(source: str, at: Sample, programs: int = 3) -> dict[str, Check]:
+    """Programs that stay are ``programs``: as one runs after the other here, the first gets most tiles."""
     again = {"again": exactly(at)} if backward_of(at.spec).redo else {}
-    return verify_bwd.check(simulated(source).launch(*at.arguments, **again), at)
+    return verify_bwd.check(simulated(source, programs).launch(*at.arguments, **again), at)
 
 
 def test_a_row_of_nan_adds_nothing_to_the_gradient_of_the_values() -> None:
@@ -85,9 +86,9 @@ def exactly(at: Sample) -> Callable[..., None]:
     return again
 
 
-def right(spec: AttentionSpec, problem: Problem) -> None:
+def right(spec: AttentionSpec, problem: Problem, *, stays: bool = True) -> None:
     at = sample(spec, problem)
-    found = verdicts(kernel_of(spec).source, at)
+    found = verdicts(kernel_of(spec, stays=stays).source, at)
     assert {"q", "k", "v"} == found.keys()
     assert all(verdict.ok for verdict in found.values()), {of: str(verdict) for of, verdict in found.items()}
 
@@ -199,10 +200,18 @@ def test_every_suited_case_is_among_them() -> None:
 # ------------------------------------------------------------------------------------------------------ lengths and heads
 
 
+@pytest.mark.parametrize("stays", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("rows", "keys"), [(5, 300), (260, 3), (129, 130)])
-def test_lengths_that_fill_no_block(head_dim: int, rows: int, keys: int) -> None:
-    right(attention(dtype=BF16, head_dim=head_dim), Problem((1, 2), rows, keys))
+def test_lengths_that_fill_no_block(head_dim: int, rows: int, keys: int, stays: bool) -> None:
+    right(attention(dtype=BF16, head_dim=head_dim), Problem((1, 2), rows, keys), stays=stays)
+
+
+@pytest.mark.parametrize("name", ["causal_bf16", "grouped", "documents", "bias", "softcap_window"])
+def test_a_program_for_each_tile(name: str) -> None:
+    case = BY_NAME[name]
+    assert "PROGRAMS" not in kernel_of(case.spec, stays=False).source
+    right(case.spec, case.problem(304), stays=False)
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -388,7 +397,7 @@ def test_what_is_refused_says_why() -> None:
     }.items():
         spec = BY_NAME[name].spec
         assert reason in str(hopper_bwd.unsuited(spec)), name
-        refused = emit_backward(replace(spec, lse=True), (replace(hopper_bwd.tile_of(BY_NAME["causal"].spec)),))
+        refused = emit_backward(replace(spec, lse=True), hopper_bwd.tiles_of(BY_NAME["causal"].spec)[:1])
         assert isinstance(refused, Miss) and reason in refused.reason
 
 
@@ -412,30 +421,59 @@ def test_gradients_that_must_be_the_same_are_left_to_others() -> None:
 
 # ----------------------------------------------------------------------------------------------------------------- damage
 
+
+def with_one_tile_of_keys(text: str) -> str:
+    return text.replace("KEYS = gl.constexpr(2)", "KEYS = gl.constexpr(1)")
+
+
+def keys_unguarded(text: str) -> str:
+    return lost("mbarrier.wait(k_empty.index(held), ((turn // KEYS) & 1) ^ 1)")(with_one_tile_of_keys(text))
+
+
 # Gradients that are handed back before their product would go unnoticed: the next ones are loaded after queries that wait.
 DAMAGE = {
+    "one tile of keys in memory": (with_one_tile_of_keys, "right"),
     "queries are not handed back": (lost("mbarrier.arrive(q_empty.index(stage), count=1)"), "stuck"),
     "gradients are not handed back": (lost("mbarrier.arrive(grad_empty.index(stage), count=1)"), "stuck"),
+    "keys are not handed back": (lost("mbarrier.arrive(k_empty.index(turn % KEYS), count=1)"), "stuck"),
+    "values are not handed back": (lost("mbarrier.arrive(v_empty, count=1, pred=turn > 0)"), "stuck"),
+    "tiles are not handed back": (lost("mbarrier.arrive(record_empty.index(turn & 1), count=1)"), "stuck"),
     "sums are not handed on": (lost("mbarrier.arrive(dq_full, count=1)"), "stuck"),
     "sums are not handed back": (lost("mbarrier.arrive(dq_empty, count=1)"), "stuck"),
-    "one warpgroup is enough": (instead("mbarrier.init(ds_full, count=2)", "mbarrier.init(ds_full, count=1)"), "stuck"),
+    "one warpgroup is enough": (
+        instead("mbarrier.init(ds_full, count=2)", "mbarrier.init(ds_full, count=1)"),
+        "wrong or stuck",
+    ),
     "too few bytes are expected": (instead("BLOCK_J * BLOCK_D * 2 + BLOCK_J * 8", "BLOCK_J * BLOCK_D * 2"), "stuck"),
-    "the other's gradients are not waited for": (lost("mbarrier.wait(ds_full, step & 1)"), "wrong or stuck"),
-    "one buffer for the exchange": (instead("slot = (step & 1) * 2", "slot = 0"), "wrong or stuck"),
+    "the other's gradients are not waited for": (lost("mbarrier.wait(ds_full, beat & 1)"), "wrong or stuck"),
+    "one buffer for the exchange": (instead("slot = (beat & 1) * 2", "slot = 0"), "wrong or stuck"),
     "the exchange is not fenced": (
-        instead("store(ds)\n        fence_async_shared()", "store(ds)"),
+        instead("store(ds)\n            fence_async_shared()", "store(ds)"),
         "stuck",
     ),
-    "sums are overwritten before they are added": (lost("mbarrier.wait(dq_empty, (step & 1) ^ 1)"), "wrong or stuck"),
+    "sums are overwritten before they are added": (lost("mbarrier.wait(dq_empty, (beat & 1) ^ 1)"), "wrong or stuck"),
     "queries are handed back before their product": (swapped("dk, dq = warpgroup_mma_wait(0", "arrive(q_empty"), "wrong"),
-    "keys are overwritten while the other reads them": (lost("mbarrier.wait(keys_read, 0)"), "wrong"),
-    "sums are written before they are complete": (instead("tma.store_wait(0)\n        mbarrier", "mbarrier"), "stuck"),
+    "keys are overwritten while they are read": (keys_unguarded, "wrong or stuck"),
+    "values are overwritten before results have left": (
+        lost("tma.store_wait(0)  # until the results of the last tile have left"),
+        "wrong or stuck",
+    ),
+    "results are overwritten before they have left": (instead("tma.store_wait(0)\n        leave_dk", "leave_dk"), "wrong"),
+    "sums are written before they are complete": (
+        instead("tma.store_wait(0)\n            mbarrier", "mbarrier"),
+        "stuck",
+    ),
+}
+
+DAMAGE_OF_ONE = {  # of the programs that have one tile each
+    **{name: DAMAGE[name] for name in DAMAGE if name.startswith(("sums are not", "queries are not", "the exchange"))},
+    "keys are overwritten while the other reads them": (lost("mbarrier.wait(k_empty.index(0), 0)"), "wrong"),
 }
 
 
 def outcome(source: str, at: Sample) -> str:
     try:
-        found = verdicts(source, at)
+        found = verdicts(source, at, programs=1)
     except (Broken, AssertionError):
         return "stuck"
     return "right" if all(verdict.ok for verdict in found.values()) else "wrong"
@@ -462,13 +500,21 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulator._tma, "store_wait", slow_store)
 
 
+def noticed(damage: Callable[[str], str], expected: str, problem: Problem, *, stays: bool) -> None:
+    spec = attention(dtype=BF16, head_dim=128, lse=True)
+    source = kernel_of(spec, stays=stays).source
+    damaged = damage(source)
+    assert (damaged != source) == (damage is not str)
+    assert outcome(damaged, sample(spec, problem)) in expected
+
+
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("name", [None, *DAMAGE], ids=str)
 def test_damage_is_noticed(name: str | None) -> None:
-    spec = attention(dtype=BF16, head_dim=128, lse=True)
-    at = sample(spec, Problem((1, 1), 400, 200))
-    source = kernel_of(spec).source
-    damage, expected = DAMAGE[name] if name else (str, "right")
-    damaged = damage(source)
-    assert (damaged != source) == bool(name)
-    assert outcome(damaged, at) in expected
+    noticed(*(DAMAGE[name] if name else (str, "right")), Problem((1, 1), 200, 300), stays=True)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("name", [None, *DAMAGE_OF_ONE], ids=str)
+def test_damage_to_a_program_for_each_tile_is_noticed(name: str | None) -> None:
+    noticed(*(DAMAGE_OF_ONE[name] if name else (str, "right")), Problem((1, 1), 400, 200), stays=False)

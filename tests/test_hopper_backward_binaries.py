@@ -31,18 +31,26 @@ EVERYWHERE = {
     (64, "causal"), (128, "full"), (128, "grouped"), (128, "softcap"), (64, "bias"), (128, "table"), (64, "dropped"),
     (128, "dropped"),
 }  # fmt: skip
-# Bytes, most of them by the oldest Triton alone: what is kept aside until the loop is over, and at most two registers within.
-SPILLS = {"softcap": WORTH_IT, "alibi": 8, "bias": 16, "table": 24, "prefix": 32, "dropped": 8}
+# Bytes, most of them by one Triton alone: what is kept aside until the loop is over, and few registers within.
+SPILLS = {"softcap": WORTH_IT, "alibi": 8, "bias": 16, "table": 32, "prefix": 32, "dropped": 8}
+# Of programs that stay, which keep aside addresses of the last step and of results, too; windows of wide heads by Triton 3.6.
+SPILLS_STAYING = SPILLS | {
+    "alibi": 24, "table": 56, "dropped": 24, "grouped": 32, "window": WORTH_IT, "sinks": WORTH_IT,
+}  # fmt: skip
 ABLE = [(d, name) for d in (64, 96, 128) for name, spec in BY_HEAD[d].items() if hopper_bwd.unsuited(spec) is None]
 PROGRAMS = [
-    pytest.param(*each, id=f"d{each[0]}-{each[1]}", marks=() if each in EVERYWHERE else (pytest.mark.gpu,))
-    for each in ABLE
+    *(
+        pytest.param(*each, True, id=f"d{each[0]}-{each[1]}", marks=() if each in EVERYWHERE else (pytest.mark.gpu,))
+        for each in ABLE
+    ),
+    pytest.param(64, "causal", False, id="d64-causal-plain"),
+    pytest.param(128, "full", False, id="d128-full-plain"),
 ]
 
 
-def compiled(head_dim: int, name: str, folder: Path) -> tuple[Binary, str]:
+def compiled(head_dim: int, name: str, stays: bool, folder: Path) -> tuple[Binary, str]:
     """What came out, and the complaints of the assembler."""
-    kernel = kernel_of(BY_HEAD[head_dim][name])
+    kernel = kernel_of(BY_HEAD[head_dim][name], stays=stays)
     path = folder / f"{kernel.name}.py"
     path.write_text(kernel.source)
     at = replace(verify_bwd.sample(kernel.spec, square(64)))
@@ -57,10 +65,10 @@ def test_what_is_compiled_everywhere_is_among_them() -> None:
     assert set(ABLE) >= EVERYWHERE
 
 
-@pytest.mark.parametrize(("head_dim", "name"), PROGRAMS)
-def test_program_compiles_as_it_should(head_dim: int, name: str, tmp_path: Path) -> None:
-    binary, complaints = compiled(head_dim, name, tmp_path)
-    assert binary.spills <= SPILLS.get(name, 0)
+@pytest.mark.parametrize(("head_dim", "name", "stays"), PROGRAMS)
+def test_program_compiles_as_it_should(head_dim: int, name: str, stays: bool, tmp_path: Path) -> None:
+    binary, complaints = compiled(head_dim, name, stays, tmp_path)
+    assert binary.spills <= (SPILLS_STAYING if stays else SPILLS).get(name, 0)
     assert binary.hgmma and not any(code in complaints for code in COMPLAINTS)
     products = re.search(r"entry function 'backward_keys'.*?Used (\d+) registers", complaints, re.DOTALL)
     assert products, "the kernel of the products was not compiled"

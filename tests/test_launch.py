@@ -80,7 +80,7 @@ def kernel_of(name: str) -> Kernel:
 def gradients_of(name: str) -> BackwardKernel:
     case, on_hopper = GRADIENTS[name]
     spec = replace(BY_NAME[case].spec, lse=True)
-    tiles = (hopper_bwd.tile_of(spec),) if on_hopper else (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+    tiles = hopper_bwd.tiles_of(spec)[1:] if on_hopper else (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
     kernel = emit_backward(spec, tiles)
     assert isinstance(kernel, BackwardKernel), kernel
     return kernel

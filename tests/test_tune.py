@@ -343,7 +343,7 @@ def test_rows_that_a_candidate_leaves_to_others_are_for_a_portable_one() -> None
     inputs = tuple(map(layout_of, verify.sample_inputs(spec, problem)))
     device = attngen.device.DEVICES["h200"]  # type: ignore[attr-defined]
     question = wanted(phase=BACKWARD, spec=spec, problem=problem, device=device, inputs=inputs)
-    tiles = (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)), (hopper_bwd.tile_of(spec),)
+    tiles = (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)), hopper_bwd.tiles_of(spec)[1:]
     launched: list[Any] = []
     machine = worker.Machine("cpu", lambda kernel: launched.append(kernel) or len, Clock("cpu"))  # type: ignore[func-returns-value]
     task = Task(question, tiles, rounds=1)

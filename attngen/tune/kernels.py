@@ -20,7 +20,7 @@ def kernel_of(task: Task, tiles: tuple[Tile, ...]) -> Kernel | BackwardKernel | 
     if task.wanted.phase == FORWARD:
         kernel = emit(spec, tiles[0], l2_bytes=device.l2_bytes, sms=device.sms)
     else:
-        kernel = emit_backward(spec, tiles, l2_bytes=device.l2_bytes)
+        kernel = emit_backward(spec, tiles, l2_bytes=device.l2_bytes, sms=device.sms)
     portable = next((each for each in task.candidates if each[0].family == PORTABLE), None)
     if isinstance(kernel, Miss) or not kernel.leaves_rows or portable is None:
         return kernel
