@@ -94,10 +94,11 @@ def test_portable_gradients(name: str, tmp_path: Path) -> None:
     checked(portable(spec), sampled(spec, Problem((2, 8), *SIZES["ragged"])), tmp_path)
 
 
+@pytest.mark.parametrize("stays", [False, True])
 @pytest.mark.parametrize("case", SUITED, ids=lambda case: case.name)
 @pytest.mark.usefixtures("wgmma")
-def test_every_suited_case(case: Case, tmp_path: Path) -> None:
-    checked(kernel_of(case.spec), sampled(case.spec, case.problem(504)), tmp_path)
+def test_every_suited_case(case: Case, stays: bool, tmp_path: Path) -> None:
+    checked(kernel_of(case.spec, stays=stays), sampled(case.spec, case.problem(504)), tmp_path)
 
 
 @pytest.mark.parametrize("rows", [504, 2000])

@@ -38,13 +38,11 @@ SPILLS_STAYING = SPILLS | {
     "alibi": 24, "table": 56, "dropped": 24, "grouped": 32, "window": WORTH_IT, "sinks": WORTH_IT,
 }  # fmt: skip
 ABLE = [(d, name) for d in (64, 96, 128) for name, spec in BY_HEAD[d].items() if hopper_bwd.unsuited(spec) is None]
+PLAIN = {(64, "causal"), (128, "full"), (128, "table")}  # compiled everywhere as a program for each tile, too
 PROGRAMS = [
-    *(
-        pytest.param(*each, True, id=f"d{each[0]}-{each[1]}", marks=() if each in EVERYWHERE else (pytest.mark.gpu,))
-        for each in ABLE
-    ),
-    pytest.param(64, "causal", False, id="d64-causal-plain"),
-    pytest.param(128, "full", False, id="d128-full-plain"),
+    pytest.param(*each, stays, id=f"d{each[0]}-{each[1]}-{way}", marks=() if each in always else (pytest.mark.gpu,))
+    for stays, way, always in ((True, "stays", EVERYWHERE), (False, "plain", PLAIN))
+    for each in ABLE
 ]
 
 
