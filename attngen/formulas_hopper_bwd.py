@@ -10,7 +10,8 @@ tests/data/hopper_bwd_h100.json: off by at most 8 %), both on an H100 (torch 2.1
 what is loaded for pairs are from an H200, 4 x 16 heads of 128 and of 64, 4,096 tokens: 2.77 and 1.75 ms with a bias in bf16,
 3.6 and 3.02 ms with a table of distances, where what loads neither took 0.91 of the prediction (1.24 ms causal, 1.35 ms with
 a prefix of 1,024). Those of programs that stay are from an H100, too, beside programs of one tile in the same run
-(tests/data/hopper_bwd_h100.json: off by at most 7 %). That of programs that stand by is assumed.
+(tests/data/hopper_bwd_h100.json: off by at most 7 %). What sums take of the L2 cache is from heads of 256 on an H200, whose
+steps wait for it (tests/data/hopper_bwd_h200.json: off by at most 7 %). That of programs that stand by is assumed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ EXPOSED = 0.377  # of what the warpgroups compute, what does not overlap with pr
 SOFTMAX_INSTRUCTIONS = 15  # per pair: shift and scale, difference, product, conversions, both exchanged in shared memory
 SCORE_SHARE = 0.234  # of the operations of a score program, for its value and its derivative each
 MASK_INSTRUCTIONS = 0.35  # per pair of a masked block, besides the mask itself
+ADDED = 1.22  # times the bytes of sums, what adding to them in the L2 cache takes of its bandwidth
 STEP_CYCLES = 25.6  # of each step, besides: barriers
 START_CYCLES = 9190  # of each program: its barriers, first loads, first product, results
 TURN_CYCLES = 7500  # of each tile of a program that stays: its first product and weights, results
@@ -37,7 +39,7 @@ STANDBY = 3  # memory latencies of a program that stands by: it finds a flag tha
 
 row_bytes = sp.Symbol("row_bytes", positive=True)
 behind, standby = sp.symbols("behind standby", nonnegative=True)  # portable kernels that stand by, and their programs
-t_soft, t_rows, t_behind = sp.symbols("t_soft t_rows t_behind", nonnegative=True)
+t_soft, t_l2, t_rows, t_behind = sp.symbols("t_soft t_l2 t_rows t_behind", nonnegative=True)
 _pairs = f.rows * f.keys
 
 FORMULAS = (
@@ -66,11 +68,16 @@ FORMULAS = (
     ),
     Formula(t_soft, "s", "what the warpgroups compute between products", f.t_exp + f.t_alu + f.t_wait),
     Formula(
+        t_l2,
+        "s",
+        "queries, gradients and sums of one step, from the L2 cache and to it",
+        f.keys * ((f.d + f.e) * f.kv_width + 4 * ADDED * f.d_pad) * f.sms / f.l2_bandwidth,
+    ),
+    Formula(
         f.t_step,
         "s",
         "one step",
-        sp.Max(f.t_mma, t_soft)
-        + EXPOSED * sp.Min(f.t_mma, t_soft)
+        sp.Max(sp.Max(f.t_mma, t_soft) + EXPOSED * sp.Min(f.t_mma, t_soft), t_l2)
         + (STEP_CYCLES + STAY_CYCLES * persistent * (f.d_pad / 64 - 1)) / f.clock
         + PLANE * f.latency * sp.Min(1, f.plane_width),
     ),

@@ -18,7 +18,7 @@ from attngen import boxes, hopper, lost, pairs_bwd
 from attngen.adjoint import SCORE_GRAD
 from attngen.algebra import ONE, Const, Expr, Load
 from attngen.bounds import loop_bounds
-from attngen.boxes import PLANE_DTYPES, planes
+from attngen.boxes import PLANE_DTYPES, WARPGROUP_ROWS, planes
 from attngen.dropped import dropped_of, holes_of
 from attngen.finder import data_of, finder
 from attngen.gluon import DTYPES, PLACES, box_dims, gluon
@@ -32,8 +32,9 @@ from attngen.sides import Side, called_with, heads_of, launch_of, leading, mirro
 from attngen.spec import FEATURE, HOPPER, INNER, KEY, ROW, SCORE, AttentionSpec, Input, Tile
 from attngen.words import columns_of, written
 
-HELD = 128  # keys of a program: two warpgroups of 64
-STEPS = {64: 128, 128: 64}  # queries of a step, by the width of a head
+HELD = {64: 128, 128: 128, 256: 64}  # keys of a program, by the width of a head; two warpgroups have 64 each, or share 64
+STEPS = {64: 128, 128: 64, 256: 64}  # queries of a step
+WIDE = 256  # from here on one warpgroup makes the gradient of the keys, and the other that of the values
 STAGES = 2
 SHARED = 232448  # bytes of a block, on sm_90
 RESERVED = 768  # of them, for barriers, and to begin where buffers may
@@ -53,6 +54,8 @@ def unsuited(spec: AttentionSpec) -> str | None:
         return "nothing normalises its weights"
     if padded(spec) not in STEPS or _width(spec.value_dim) != padded(spec):
         return f"heads of {spec.head_dim}, {spec.value_dim} for values, are no pair of one width up to {max(STEPS)}"
+    if padded(spec) == WIDE and (planes(spec) or dropped_of(spec.gain) is not None):
+        return "heads of that size leave no room for what is added to each pair, or for dropout"
     if _bytes(spec) > SHARED:
         return "what is added to each pair takes too much shared memory"
     plan = backward_of(spec)
@@ -84,24 +87,30 @@ def _width(features: int) -> int:
     return max(boxes.NARROWEST, 1 << (features - 1).bit_length())
 
 
-def tiles_of(spec: AttentionSpec) -> tuple[Tile, Tile]:
-    """The one tile that there is for heads of this size: of a program for each tile of keys, and of programs that stay."""
-    plain = Tile(HELD, STEPS[padded(spec)], 8, STAGES, HOPPER)
-    return plain, replace(plain, persistent=True)
+def tiles_of(spec: AttentionSpec) -> tuple[Tile, ...]:
+    """The one tile that there is for heads of this size: of a program for each tile of keys, and of programs that stay, which
+    wide heads leave no room for."""
+    plain = Tile(HELD[padded(spec)], STEPS[padded(spec)], 8, STAGES, HOPPER)
+    return (plain,) if padded(spec) == WIDE else (plain, replace(plain, persistent=True))
 
 
 def keys_held(spec: AttentionSpec, tile: Tile) -> int:
     """Tiles of keys in shared memory: a program that stays loads the next one early, if there is room."""
-    another = HELD * padded(spec) * 2
+    another = tile.rows * padded(spec) * 2
     return 2 if tile.persistent and _bytes(spec) + another <= SHARED else 1
 
 
+def _grads(spec: AttentionSpec) -> int:
+    """Blocks of gradients of results in shared memory."""
+    return 1 if padded(spec) == WIDE else STAGES
+
+
 def _bytes(spec: AttentionSpec) -> int:
-    """Shared memory of the kernel of the products: keys, values, queries and gradients, the gradients of scores twice, sums,
-    what is added to scores, and what is known of each query."""
-    width, queries = padded(spec), STEPS[padded(spec)]
-    held = 2 * width * 2 * (HELD + STAGES * queries) + 2 * 2 * HELD * queries + 2 * 64 * 64 * 4
-    added = sum(HELD * queries * plane.dtype.itemsize for plane in planes(spec))
+    """Shared memory of the kernel of the products: keys, values, queries and gradients, the gradients of scores twice (of
+    wide heads the weights, too), sums, what is added to scores, and what is known of each query."""
+    width, queries, keys = padded(spec), STEPS[padded(spec)], HELD[padded(spec)]
+    held = 2 * width * (2 * keys + (STAGES + _grads(spec)) * queries) + 2 * 2 * max(HELD.values()) * queries + 2 * 64 * 64 * 4
+    added = sum(keys * queries * plane.dtype.itemsize for plane in planes(spec))
     turned = mirrored_spec(spec)
     words = 2 + sum(column.words for column in columns_of(turned, *_programs(turned)))
     return held + added + 4 * STAGES * queries * words + RESERVED
@@ -140,6 +149,8 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "tile": tile,
         "programs": sms,
         "keys_held": keys_held(spec, tile),
+        "wide": padded(spec) == WIDE,
+        "grads": _grads(spec),
         "block": padded(spec),
         "head_dim": spec.head_dim,
         "value_dim": spec.value_dim,
@@ -167,7 +178,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "empty": spec.empty,
         "dropped": dropped,
         "log2e": repr(LOG2E),
-        "registers": [REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
+        "registers": [REGISTERS, *[OTHER_REGISTERS] * (1 if padded(spec) == WIDE else 2)],
         "limit": LIMIT,
         "l2_share": l2_bytes * L2_SHARE.numerator // L2_SHARE.denominator,
         "step_bytes": 2 * (spec.head_dim + spec.value_dim) + 4 * padded(spec),  # queries, gradients and sums
@@ -257,14 +268,14 @@ def _boxes(spec: AttentionSpec, tile: Tile) -> dict[str, Any]:
     printer = Printer(spec)
     grad = Input("grad", spec.output, spec.out_dtype)
     operands = (
-        (spec.query, ROW, INNER, tile.keys, "row"), (spec.keys, KEY, INNER, HELD // 2, "key"),
-        (spec.values, KEY, FEATURE, HELD // 2, "key"), (grad, ROW, FEATURE, tile.keys, "row"),
+        (spec.query, ROW, INNER, tile.keys, "row"), (spec.keys, KEY, INNER, WARPGROUP_ROWS, "key"),
+        (spec.values, KEY, FEATURE, WARPGROUP_ROWS, "key"), (grad, ROW, FEATURE, tile.keys, "row"),
         *((plane, ROW, KEY, tile.keys, "row") for plane in planes(spec)),
     )  # fmt: skip
     boxes, places, dims, orders = {}, {}, {}, {}
     for source, row, feature, count, place in operands:
         outer = [printer.index(at) for _, at in fixed_dims(source)]
-        boxes[source.name] = [*[1] * len(outer), count, HELD // 2 if feature == KEY else padded(spec)]
+        boxes[source.name] = [*[1] * len(outer), count, WARPGROUP_ROWS if feature == KEY else padded(spec)]
         places[source.name] = ", ".join([*outer, place, "key" if feature == KEY else "0"])
         dims[source.name] = box_dims(source, row, feature)
         orders[source.name] = tuple(memory_order(spec, source))

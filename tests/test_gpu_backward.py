@@ -43,7 +43,7 @@ def programs(head_dim: int, dtype: torch.dtype) -> dict[str, AttentionSpec]:
 
 PROGRAMS = {
     f"{name}, d={head_dim}, {dtype}": spec
-    for head_dim in (64, 128)
+    for head_dim in (64, 128, 256)
     for dtype in (torch.bfloat16, torch.float16)
     for name, spec in programs(head_dim, dtype).items()
 }
