@@ -194,6 +194,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     "training": ("examples/results/training.json", training),
     "curves": ("examples/results/curves.json", curves),
     "dense": ("examples/results/dense.json", attention),
+    "dense_h200": ("examples/results/dense_h200.json", attention),
     "variants": ("examples/results/variants.json", attention),
     "dense_fa4": ("examples/results/dense_fa4.json", attention),
     "dense_gradient": ("examples/results/dense_gradient.json", attention),
