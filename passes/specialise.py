@@ -26,6 +26,7 @@ from attngen.errors import Miss
 from attngen.index import Axis, numbered
 from attngen.passes import masking
 from attngen.passes.bands import clamped
+from attngen.passes.candidates import is_total
 from attngen.passes.detect import Site
 from attngen.passes.dropout import Seed
 from attngen.passes.masking import CHEAP
@@ -180,7 +181,7 @@ class _Loads:
             return expr if self._plain(expr) and expr.source not in self._site.interior else self._loaded(expr)
         if not isinstance(expr, Op):
             return self._loaded(expr)
-        if self._depends_on_scores(expr):
+        if self._depends_on_scores(expr) or (isinstance(expr, Op) and _is_made_of_a_total(expr)):
             return None
         per_pair = [n for n in expr.walk() if isinstance(n, Load) and self._is_per_pair(n)]
         if expr.name in CHEAP and len(per_pair) < 2 and not self._reads_outside(expr):
@@ -254,6 +255,14 @@ class _Loads:
         batch = tuple(a for a in self._site.batch if a in moved.axes)
         index = (*(Int(a) for a in batch), Int(key - row + ROW.extent - 1))
         return self._tables.setdefault(expr, Load(Table(moved, batch, diagonal), index))
+
+
+def _is_made_of_a_total(expr: Expr) -> bool:
+    """Of a sum of weights, and numbers: what is loaded is the sum itself, and the rest is derived with the score."""
+    if isinstance(expr, Dot):
+        return is_total(expr.node)  # type: ignore[arg-type]
+    parts = [part for part in expr.children if not isinstance(part, Const)] if isinstance(expr, Op) else []
+    return bool(parts) and all(map(_is_made_of_a_total, parts))
 
 
 # ------------------------------------------------------------------------------------------------------- fixed names
