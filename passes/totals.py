@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from attngen.algebra import Expr, Op, terms
+from attngen.algebra import Dot, Expr, Op, terms
 from attngen.compat import size_expr
 from attngen.index import numbered
 from attngen.normaliser import quotient
@@ -58,8 +58,7 @@ def run(graph: fx.Graph) -> _Made:
     reader = Reader(graph, facts.stale, level=marks.level_of)
     made: _Made = {}
     for each in sums:
-        powers = marks.level_of(each.source) == 2 and _normalises(each, reader)
-        if each.node in facts.live - facts.cut and not powers:
+        if each.node in facts.live - facts.cut and _adds_up_weights(each, marks, reader):
             scribe = Scribe(each.node, facts.order, fixed)
             try:
                 product = _product(each, scribe)
@@ -86,16 +85,19 @@ def _sum(node: fx.Node, marks: Marks) -> _Sum | None:
     return found if found is not None and shape_of(found.source)[found.dim] != 1 else None
 
 
-def _normalises(each: _Sum, reader: Reader) -> bool:
-    """It adds up exponentials of scores, times anything: the sum of a softmax. A function of an exponential is none."""
+def _adds_up_weights(each: _Sum, marks: Marks, reader: Reader) -> bool:
+    """What is added up is made of products that differ from key to key, and is no exponential."""
     index = tuple(numbered(f"o{d}", size) for d, size in enumerate(shape_of(each.source)))
     try:
-        return _is_power(reader.at(each.source, index))
+        weight = reader.at(each.source, index)
     except (TooMuch, RecursionError):
-        return True
+        return False
+    moves = any(isinstance(part, Dot) and index[each.dim] in part.axes for part in weight.walk())
+    return moves and not (marks.level_of(each.source) == 2 and _is_power(weight))
 
 
 def _is_power(weight: Expr) -> bool:
+    """Exponentials of scores, times anything: their sum is that of a softmax. A function of an exponential is none."""
     factors, _, _ = quotient(weight)
     parts = [part for factor in factors for part in terms(factor)]
     powers = any(isinstance(part, Op) and part.name in ("exp", "exp2", "pow") and part.scored for part in parts)

@@ -385,3 +385,15 @@ def test_left_alone(name: str) -> None:
     args = inputs()
     torch.testing.assert_close(run(*args), ALONE[name](*args))
     assert not analyses[0].hits and OWN_SUM not in [miss.reason for miss in analyses[0].misses]
+
+
+def test_numbers_that_are_no_products_may_be_divided_by_what_they_add_up_to() -> None:
+    """PatchTST: by their deviation, where the mean that comes off is a sum of products; then comes a layer."""
+
+    def function(x: Tensor, seen: Tensor, v: Tensor) -> Tensor:
+        mean = (x * seen).sum(-2, keepdim=True)
+        return F.linear((x - mean) / ((x - mean).square().sum(-2, keepdim=True) + 1).sqrt(), v[0, 0])
+
+    run, analyses = watched(Call(function))
+    run(*inputs())
+    assert not analyses[0].hits and not analyses[0].misses
