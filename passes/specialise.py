@@ -13,7 +13,7 @@ Rules for what is loaded, each kept general:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 
 import sympy as sp
@@ -24,6 +24,7 @@ from attngen.algebra import Const, Dot, Expr, Int, Load, Op, Reduce, op, substit
 from attngen.compat import FloorDiv, size_expr
 from attngen.errors import Miss
 from attngen.index import Axis, numbered
+from attngen.normaliser import CHANGED
 from attngen.passes import masking
 from attngen.passes.bands import clamped
 from attngen.passes.candidates import is_total
@@ -82,7 +83,10 @@ def run(site: Site) -> Specialised | Miss:
         return split
     loads = _Loads(site)
     exprs = [split.score, split.mask, split.gain, *([split.whole] if split.whole is not None else []), *site.sinks]
-    chosen = [loads.choose(e) for e in exprs]
+    gain = loads.choose(split.gain)
+    if loads.refused is not None:
+        return replace(loads.refused, reason=CHANGED)
+    chosen = [gain if e is split.gain else loads.choose(e) for e in exprs]
     if loads.refused is not None:
         return loads.refused
     names = _canonical_names(site)

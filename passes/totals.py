@@ -23,9 +23,10 @@ from attngen.index import numbered
 from attngen.normaliser import quotient
 from attngen.passes import effects
 from attngen.passes.arrange import NotYet, Scribe
-from attngen.passes.candidates import Marks
+from attngen.passes.candidates import Marks, is_batched, is_product
 from attngen.passes.memory import storage
 from attngen.passes.semantics import Reader, TooMuch, bind, dtype_of, is_tensor, op_name, shape_of
+from attngen.passes.views import VIEWS
 
 _ATEN = torch.ops.aten
 _COLUMNS = 8  # of ones, all the same: sixteen bytes in 16 bits, as kernels on Hopper read them
@@ -58,7 +59,8 @@ def run(graph: fx.Graph) -> _Made:
     reader = Reader(graph, facts.stale, level=marks.level_of)
     made: _Made = {}
     for each in sums:
-        if each.node in facts.live - facts.cut and _adds_up_weights(each, marks, reader):
+        wanted = each.node in facts.live - facts.cut and _normalises(each.node, marks)
+        if wanted and _adds_up_weights(each, marks, reader):
             scribe = Scribe(each.node, facts.order, fixed)
             try:
                 product = _product(each, scribe)
@@ -83,6 +85,30 @@ def _sum(node: fx.Node, marks: Marks) -> _Sum | None:
         return None
     found = row(node) if dtype_of(node).is_floating_point else None
     return found if found is not None and shape_of(found.source)[found.dim] != 1 else None
+
+
+def _normalises(total: fx.Node, marks: Marks) -> bool:
+    """What is divided by ``total``, say, goes into a product with values, or comes from one that ``total`` is not made of."""
+    below = set(effects.ancestors(total))
+    stack, seen = list(total.users), set(total.users)
+    while stack:
+        node = stack.pop()
+        if is_product(node):
+            if is_batched(node):
+                return True
+            continue
+        if any(n in marks.pairs and n not in below and _is_of_product(n) for n in node.all_input_nodes if n not in seen):
+            return True
+        later = [user for user in node.users if user not in seen and marks.level_of(user)]
+        seen.update(later)
+        stack.extend(later)
+    return False
+
+
+def _is_of_product(node: fx.Node) -> bool:
+    while op_name(node) in VIEWS:
+        node = node.all_input_nodes[0]
+    return is_product(node)
 
 
 def _adds_up_weights(each: _Sum, marks: Marks, reader: Reader) -> bool:

@@ -397,3 +397,29 @@ def test_numbers_that_are_no_products_may_be_divided_by_what_they_add_up_to() ->
     run, analyses = watched(Call(function))
     run(*inputs())
     assert not analyses[0].hits and not analyses[0].misses
+
+
+def test_a_product_may_be_normalised_before_a_layer() -> None:
+    """Gemma 3n: streams that are mixed by a product, and their root of the mean square; what reads them is a layer."""
+
+    def function(streams: Tensor, mixing: Tensor, weight: Tensor) -> Tensor:
+        x = (streams.permute(0, 2, 3, 1) @ mixing[:, :, :3, :3].mean(1, keepdim=True)).permute(0, 3, 1, 2) + streams
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        return F.linear(F.gelu(F.linear(x, weight[0, 0])), weight[0, 0].mT)
+
+    run, analyses = watched(Call(function))
+    run(*inputs())
+    assert not analyses[0].hits and not analyses[0].misses
+
+
+def test_normalised_queries_are_no_weights() -> None:
+    """Also where each head has a product of its own that makes them."""
+
+    def function(x: Tensor, weight: Tensor, v: Tensor) -> Tensor:
+        q, k = (torch.einsum("bnd,hed->bhne", x[:, 0], w) for w in (weight[0, :, :16], weight[1, :, :16]))
+        q, k = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6) for y in (q, k))
+        return (q @ k.mT).softmax(-1) @ v
+
+    run, analyses = watched(Call(function))
+    torch.testing.assert_close(run(*inputs()), function(*inputs()))
+    assert [special.spec.softmax for _, special in analyses[0].hits] == [True] and not analyses[0].misses
