@@ -14,9 +14,10 @@ from attngen.algebra import Const, Expr, Int, Load, Op, number, op, total
 from attngen.printer import Unprintable
 from attngen.spec import KEY, ROW
 
-# The gradient of a score, and that of a weight, at one pair.
+# The gradient of a score, that of a weight, at one pair.
 SCORE_GRAD = Load("ds", (Int(ROW), Int(KEY)))
 WEIGHT_GRAD = Load("dp", (Int(ROW), Int(KEY)))
+TOTAL_GRAD = Load("dtotal", (Int(ROW), Int(KEY)))  # of the sum of a row's weights: the same for all pairs of the row
 
 _ZERO = Const(0.0)
 Rule = Callable[..., tuple["Expr | None", ...]]

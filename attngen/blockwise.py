@@ -19,7 +19,7 @@ from attngen.algebra import ONE, TRUE, Expr, Int, Op, number
 from attngen.compat import FloorDiv
 from attngen.evaluate import Evaluator
 from attngen.index import Axis
-from attngen.spec import FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input
+from attngen.spec import FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input, Total
 
 BLOCK_ELEMENTS = 1 << 22  # of one block of scores
 
@@ -149,7 +149,35 @@ def evaluator(call: Call, first: int, last: int, qk: Tensor) -> Evaluator:
         positions[axis] = torch.arange(call.sizes[axis], device=device).reshape(shape)
     positions.update({axis.extent: size for axis, size in call.sizes.items()})
     known: dict[Expr, Tensor] = {SCORE: qk}
-    return Evaluator(positions, call.extras.__getitem__, known=known, dtype=call.dtype, device=device)
+    evaluate = Evaluator(positions, call.extras.__getitem__, known=known, dtype=call.dtype, device=device)
+    if call.spec.total is not None and qk.requires_grad:
+        _pass_on(call, call.spec.total, evaluate, last - first)
+    return evaluate
+
+
+def _pass_on(call: Call, total: Total, evaluate: Evaluator, rows: int) -> None:
+    """From here on what the score reads of the total passes its gradient on to the weights that it is the sum of."""
+    weights = evaluate(total.weight)
+    if call.spec.mask != TRUE:
+        weights = torch.where(evaluate(call.spec.mask), weights, 0.0)
+    made = call.whole(weights, rows).sum(-1, keepdim=True)
+    load = total.read_by(call.spec.score)
+    known = torch.broadcast_to(evaluate(load), made.shape)
+    evaluate.know(load, _Known.apply(made, known))  # type: ignore[no-untyped-call]
+
+
+class _Known(torch.autograd.Function):
+    """What was ``made``, as it is ``known``: rounded. Its gradient is in proportion, or it would not cancel theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, made: Tensor, known: Tensor) -> Tensor:
+        ctx.save_for_backward(made, known)
+        return known.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        made, known = ctx.saved_tensors
+        return grad * torch.where(made == 0, 1.0, known / made), None
 
 
 # ------------------------------------------------------------------------------------------------------- arrangement

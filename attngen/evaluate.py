@@ -106,6 +106,10 @@ class Evaluator:
             self._memo[expr] = self._evaluate(expr)
         return self._memo[expr]
 
+    def know(self, expr: Expr, value: Tensor) -> None:
+        """``expr`` is ``value`` in all that is not evaluated yet."""
+        self._memo[expr] = value
+
     def _evaluate(self, expr: Expr) -> Tensor:
         if isinstance(expr, Int):
             value = self.integer(expr.value)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attngen import blockwise, compat
-from attngen.adjoint import SCORE_GRAD, WEIGHT_GRAD, gradients
+from attngen.adjoint import SCORE_GRAD, TOTAL_GRAD, WEIGHT_GRAD, gradients
 from attngen.algebra import ONE, TRUE, Const, Expr, Int, Load, op, substitute, transform
 from attngen.compat import FloorDiv
 from attngen.evaluate import Evaluator
@@ -139,12 +139,22 @@ def _wants(spec: AttentionSpec, source: Input) -> bool:
 
 
 def adjoints(spec: AttentionSpec, score: Expr) -> list[tuple[Load, Expr]]:
-    """What ``score`` and the spec's gain load, and the gradient of each."""
+    """What ``score`` and the spec's gain load, and the gradient of each. What a total would get goes to its weights: the two
+    parts of their gradient may nearly cancel, so they are added up before anything is multiplied with them."""
     found = gradients(score, SCORE_GRAD)
-    if spec.gain != ONE:
-        for load, grad in gradients(spec.gain, WEIGHT_GRAD).items():
-            found[load] = op("add", found[load], grad) if load in found else grad
+    others = {} if spec.gain == ONE else gradients(spec.gain, WEIGHT_GRAD)
+    if spec.total is not None:
+        found = {load: grad for load, grad in found.items() if load.source != spec.total.name}
+        others = gradients(spec.total.weight, TOTAL_GRAD)
+    for load, grad in others.items():
+        found[load] = op("add", found[load], grad) if load in found else grad
     return list(found.items())
+
+
+def of_total(spec: AttentionSpec) -> Expr:
+    """What each pair adds to the gradient of the row's total."""
+    assert spec.total is not None
+    return gradients(spec.score, SCORE_GRAD)[spec.total.read_by(spec.score)]
 
 
 def _extra(spec: AttentionSpec, source: Input) -> Target:
@@ -215,6 +225,7 @@ def mirrored_spec(spec: AttentionSpec) -> AttentionSpec:
         score=mirrored(spec.score),
         mask=mirrored(spec.mask),
         gain=mirrored(spec.gain),
+        total=spec.total and replace(spec.total, weight=mirrored(spec.total.weight)),
         query=mirrored_input(spec.keys),
         keys=mirrored_input(spec.query),
         values=mirrored_input(spec.values),

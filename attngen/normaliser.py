@@ -23,6 +23,7 @@ MAX_COLUMNS = 4  # of extra logits (sinks) joined to the scores
 _EMPTY = ("nan", "zero", "never_nan")  # what is made of a row that is NaN, the strongest last
 OWN_SUM = "the weights are divided by their sum, but are no exponentials"  # nor free of them: see passes.totals
 MASKING = -1e3  # a score set to less than this is masked; rows where that could show are computed again
+CHANGED = "the weights are changed between the exponential and the product with the values"
 NOTHING = -746.0  # its exponential is zero, in float64 too
 MAX_SUMMANDS = 4  # of weights: the values are read once for each
 
@@ -70,8 +71,7 @@ def softmax(weight: Expr, key: Axis) -> Normalised | str:
     if not powers:
         if _over_own_sum(moving, below, key):
             return OWN_SUM
-        changed = "the weights are changed between the exponential and the product with the values"
-        return changed if moving else "the weights are not exp(scores) over their sum"
+        return CHANGED if moving else "the weights are not exp(scores) over their sum"
     if not below:
         return "the weights are not divided by one sum"
     reason = ""

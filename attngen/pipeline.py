@@ -29,7 +29,7 @@ from attngen.device import Device, probe, resolve
 from attngen.emit import BackwardKernel, Kernel
 from attngen.errors import Miss
 from attngen.options import Options
-from attngen.passes import detect, effects, extract, lower, provenance, specialise, strides
+from attngen.passes import closing, detect, effects, extract, lower, provenance, specialise, strides
 from attngen.passes import replace as replacing
 from attngen.passes.detect import Site
 from attngen.passes.lower import Lowered
@@ -166,7 +166,8 @@ def analyse(
     nodes = {node.name: node for node in lowered.graph.nodes}
     found: list[Found | Missed] = []
     for each in detect.run(lowered):
-        outcome = each if isinstance(each, Miss) else _all(each, lowered, facts, device, options, training, choices)
+        earlier = [one.placed for one in found if isinstance(one, Found)] if training else []
+        outcome = each if isinstance(each, Miss) else _all(each, earlier, lowered, facts, device, options, training, choices)
         if not isinstance(outcome, Miss):
             found += outcome
             continue
@@ -192,8 +193,8 @@ def _all(sites: detect.Terms, *about: Any) -> list[Found] | Miss:
 
 
 def _analysed(
-    each: Site, lowered: Lowered, facts: effects.Effects, device: Device, options: Options, training: bool,
-    choices: Choices,
+    each: Site, earlier: Sequence[replacing.Placed], lowered: Lowered, facts: effects.Effects, device: Device,
+    options: Options, training: bool, choices: Choices,
 ) -> Found | Miss:  # fmt: skip
     specialised = specialise.run(each)
     if isinstance(specialised, Miss):
@@ -203,6 +204,7 @@ def _analysed(
         return placed
     if (unwanted := _unselected(provenance.module_path(placed.anchor), options)) is not None:
         return unwanted
+    specialised = closing.run(each, specialised, earlier)
     problem = _problem(each)
     spec, in_16_bits = decide.in_eighths(_finished(specialised, each, training), problem, device, options.fp8)
     where = provenance.where(placed.anchor)

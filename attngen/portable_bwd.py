@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from attngen.adjoint import SCORE_GRAD, WEIGHT_GRAD
+from attngen.adjoint import SCORE_GRAD, TOTAL_GRAD, WEIGHT_GRAD
 from attngen.algebra import ONE, Const, Expr, op
 from attngen.bounds import loop_bounds
-from attngen.gradient import DIAGONAL, HEAD, KEYS, ROWS, Backward, Target, adjoints, backward_of, mirrored
+from attngen.gradient import DIAGONAL, HEAD, KEYS, ROWS, Backward, Target, adjoints, backward_of, mirrored, of_total
 from attngen.gradient import mirrored_input as turned
 from attngen.layout import base_of, stride_of, used_dims
 from attngen.mask import derive
@@ -41,6 +41,8 @@ def holes(spec: AttentionSpec, tiles: tuple[Tile, Tile], l2_bytes: int) -> dict[
         "exact": _exact(plan),
         "diagonals": any(target.kind == DIAGONAL for target in plan.extras),
         "softmax": spec.softmax,
+        "total": spec.total is not None,
+        "by_row": spec.softmax or spec.total is not None,
         "empty": spec.empty,
         "lost": plan.may_be_lost,
         "redo": plan.redo is not None,
@@ -58,7 +60,8 @@ def holes(spec: AttentionSpec, tiles: tuple[Tile, Tile], l2_bytes: int) -> dict[
 
 def _kernel(side: Side) -> dict[str, Any]:
     spec, plan = side.spec, side.plan
-    printer = Printer(spec, known=dict(NAMES))
+    beside = "[:, None]" if side.queries else "[None, :]"
+    printer = Printer(spec, known={**NAMES, TOTAL_GRAD: f"delta{beside}"})
     scale, shaped, natural = in_units(spec)
     if side.queries:
         sinks = sink_lines(sink_values(printer, plan.spec.sinks, natural=True), f" * {LOG2E!r}") if plan.redo else []
@@ -84,6 +87,7 @@ def _kernel(side: Side) -> dict[str, Any]:
     exact = [target for target in targets if target.get("shared")]
     for target in exact:
         target["largest"] = f"largest_ptr + {_exact(side.plan).index(target['name'])}"
+    total = printer.hoisted(spec.total.read_by(spec.score)) if side.queries and spec.total is not None else ""
     scaled = [f"scale = {scale!r}  # scores times this are in base 2"] if score["times"] else []
     return {
         "name": side.name,
@@ -98,6 +102,7 @@ def _kernel(side: Side) -> dict[str, Any]:
         "extra_bases": [base_of(x, printer) for x in spec.extras],
         "out": address_of(side, printer, Input("out", spec.output, spec.out_dtype)) if side.queries else {},
         "prologue": [*scaled, *printer.prologue],
+        "total": total,
         "bounds": bounds,
         "sinks": sinks,
         "sums_to_one": not plan.spec.sinks,
@@ -127,6 +132,9 @@ def body_of(printer: Printer, side: Side, score: Expr, factor: float, *, masked:
         if _by_queries(target) == side.queries and target.source.name in found
     }
     body = {"qk": bare(printer.value(own, masked=masked)), "extras": texts, "gain": gain_of(printer, side.spec, masked)}
+    if side.queries and side.spec.total is not None:
+        body["total"] = bare(printer.value(of_total(side.spec), masked=masked))
+        body["added_up"] = bare(printer.value(side.spec.total.weight, masked=masked))
     printer.known |= {SCORE_GRAD: "p", WEIGHT_GRAD: "0.0"}
     body["weights"] = {name: bare(printer.value(found[name], masked=masked)) for name in texts}
     printer.known |= NAMES
@@ -193,7 +201,8 @@ def _arguments(side: Side) -> dict[str, Any]:
     made = [target for target in plan.extras if _by_queries(target) == side.queries]
     results = [plan.query] if side.queries else [plan.keys, plan.values]
     tensors = [x.name for x in spec.inputs] + ["grad", *(["out"] if side.queries and spec.softmax else [])]
-    tensors += (["lse", "delta"] if spec.softmax else []) + [t.place.name for t in (*results, *made)]
+    tensors += ["lse"] * spec.softmax + ["delta"] * (spec.softmax or spec.total is not None)
+    tensors += [t.place.name for t in (*results, *made)]
     tensors += (["redo", "peak", "share"] if plan.redo else []) + (["lost"] if plan.may_be_lost else [])
     shared = {t.place.name: f"units_{t.source.name} if way == 2 else {t.place.name}" for t in made if t.shared}
     tensors += ["largest"] if shared else []

@@ -123,7 +123,9 @@ class Report:
         return json.dumps(self.to_dict(), indent=1)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.sites)} sites, {len(self.replaced)} replaced, for {self.device}"]
+        can_be = "can be " * all(site.status != "replaced" for site in self.sites)
+        sites = f"{len(self.sites)} site{'s' * (len(self.sites) != 1)}"
+        lines = [f"{len(self.replaced)} of {sites} {can_be}replaced, for {self.device}"]
         for site in self.sites:
             if site.status == "missed":
                 lines.append(f"  {site.where}  MISSED  {site.reason}")

@@ -48,6 +48,17 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Total:
+    """The extra called ``name`` holds, for each row, the sum over the keys of ``weight``, an expression like the score."""
+
+    name: str
+    weight: Expr
+
+    def read_by(self, score: Expr) -> Load:
+        return next(node for node in score.walk() if isinstance(node, Load) and node.source == self.name)
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """What one attention site computes.
 
@@ -61,6 +72,7 @@ class AttentionSpec:
     ``gain``    multiplies each weight after the softmax
     ``sinks``   extra logits in the denominator
     ``empty``   a row without any pair gives "nan" or "zero"; with "never_nan" so does one whose scores are NaN
+    ``total``   what another kernel has added up of these weights; its gradient is part of theirs
     ``fp8``     products are of 8-bit numbers, with scales for each "block" of rows, or of rotated ones ("rotate")
     """
 
@@ -81,6 +93,7 @@ class AttentionSpec:
     empty: str = "nan"
     softmax: bool = True
     gain: Expr = ONE
+    total: Total | None = None
     lse: bool = False
     tf32: bool = False
     wide: bool = False
@@ -105,6 +118,8 @@ class AttentionSpec:
         if self.gain != ONE:
             lines.append(f"gain {canonical(self.gain)}")
         lines += [f"sink {canonical(sink)}" for sink in self.sinks]
+        if self.total is not None:
+            lines.append(f"total {self.total.name} of {canonical(self.total.weight)}")
         flags = [name for name in ("lse", "tf32", "wide") if getattr(self, name)]
         flags += [f"fp8={self.fp8}"] if self.fp8 else []
         ending = f"empty={self.empty}" if self.softmax else "no softmax"

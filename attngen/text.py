@@ -67,7 +67,7 @@ _STRENGTH |= dict.fromkeys(("mul", "div", "floordiv", "mod"), 4)
 def readable(expr: Expr, name_of: Callable[[Any], str] = str) -> str:
     """Infix, with named tensors: ``0.125*qk + slopes[h]*j``."""
 
-    def show(node: Expr, strength: int = 0) -> str:
+    def show(node: Expr, strength: int = -1) -> str:
         if isinstance(node, Int):
             text = index_text(node.value)
             return f"({text})" if strength > 3 and isinstance(node.value, sp.Add) else text
@@ -84,8 +84,9 @@ def readable(expr: Expr, name_of: Callable[[Any], str] = str) -> str:
         if (threshold := _chance(node)) is not None:
             return f"random >= {_number(threshold)}"
         if node.name == "where":
-            condition, yes, no = (show(a) for a in node.args)
-            return f"({yes} if {condition} else {no})"
+            condition, yes, no = (show(a, 0) for a in node.args)
+            text = f"{yes} if {condition} else {no}"
+            return text if strength < 0 else f"({text})"
         if node.name not in _INFIX:
             return f"{node.name}({', '.join(show(a) for a in node.args)})"
         own = _STRENGTH[node.name]

@@ -64,7 +64,7 @@ class Marks:
             self.level[node] = 3 if before >= 2 else 1
         elif before and (passes or name in _JOINS | _CHANGES or self._mixes_channels(node)):
             self.level[node] = before
-        if (contracts and _is_batched(node)) or (passes and any(n in self.pairs for n in inputs)):
+        if (contracts and is_batched(node)) or (passes and any(n in self.pairs for n in inputs)):
             self.pairs.add(node)
         if before and name == "copy":
             self.level[_whole(node)] = before
@@ -87,7 +87,7 @@ def _is_pointwise(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
-def _is_batched(node: fx.Node) -> bool:
+def is_batched(node: fx.Node) -> bool:
     """Not a product with a layer's weights, which have no batch of their own."""
     return all(len(shape_of(n)) > 2 for n in node.all_input_nodes if is_tensor(n))
 
@@ -135,7 +135,7 @@ def is_candidate(node: fx.Node, marks: Marks) -> bool:
 
 def weighs_pairs(node: fx.Node, marks: Marks) -> bool:
     """An einsum of three tensors or more may be all of an attention without softmax."""
-    return _is_batched(node) and (any(n in marks.pairs for n in node.all_input_nodes) or _joins_several(node))
+    return is_batched(node) and (any(n in marks.pairs for n in node.all_input_nodes) or _joins_several(node))
 
 
 def _joins_several(node: fx.Node) -> bool:

@@ -49,6 +49,8 @@ CHEAP = frozenset(["float", "add", "sub", "mul", "neg", "min", "max", "relu", "a
 CHEAP |= {"drown", "rounded"}
 CHEAP |= frozenset(COMPARISONS)
 
+_ZERO_AT_ZERO = frozenset(["neg", "abs", "relu", "tanh"])
+
 
 @dataclass(frozen=True)
 class Split:
@@ -129,6 +131,9 @@ def _without_zeros(weight: Expr, may_be_nan: Callable[[Expr], bool] = lambda fac
         left, kept = _without_zeros(weight.args[0])
         right, also = _without_zeros(weight.args[1]) if weight.name == "mul" else (weight.args[1], TRUE)
         return op(weight.name, left, right), op("and", kept, also)
+    if isinstance(weight, Op) and weight.name in _ZERO_AT_ZERO:
+        inner, mask = _without_zeros(weight.args[0])
+        return op(weight.name, inner), mask
     if (chosen := _chosen(weight, 0.0)) is not None:
         inner, mask = _without_zeros(chosen[1], may_be_nan)
         return inner, op("and", chosen[0], mask)

@@ -14,7 +14,9 @@ from torch import fx
 from attngen.algebra import Load
 from attngen.passes.dropout import Seed
 from attngen.passes.lower import Lowered
+from attngen.passes.semantics import op_name
 from attngen.passes.specialise import Binding, Number, Table
+from attngen.passes.views import VIEWS
 
 _ROOT = re.compile(r"^(?:L|G)\['[^']*'\](?:\[\d+\])?\.?")
 _MODULES = re.compile(r"_modules\['([^']*)'\]|\['([^']*)'\]")
@@ -93,6 +95,8 @@ def made(binding: Binding, lowered: Lowered) -> str:
         sources = dict.fromkeys(load.source for load in binding.expr.walk() if isinstance(load, Load))
         known = [made(source, lowered) for source in sources if isinstance(source, fx.Node)]
         return f"a table of {' and '.join(known)}" if known else "a table"
+    while op_name(binding) in VIEWS:  # what only rearranges it says little
+        binding = binding.all_input_nodes[0]
     node = next(iter(lowered.origins.get(binding, [])), None) or lowered.parent(binding) or binding
     if node.op == "placeholder":
         return _named(node)

@@ -172,7 +172,8 @@ def _arguments(placed: Placed, writer: Writer) -> list[fx.Node]:
             arguments.append(writer.number(binding, like=site.query.node))
         else:
             value = writer.kept(binding, kept[binding]) if binding in kept else writer.value(binding)
-            cut = spec.lse and source.dtype.is_floating_point and _is_only_compared(spec, source.name)
+            passed_on = spec.total is not None and spec.total.name == source.name  # its gradient, to what it is the sum of
+            cut = spec.lse and source.dtype.is_floating_point and (passed_on or _is_only_compared(spec, source.name))
             arguments.append(writer.call(torch.ops.aten.detach.default, (value,)) if cut else value)
     return arguments
 

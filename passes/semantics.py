@@ -233,10 +233,12 @@ class Reader:
     def reads_passing(self, node: fx.Node) -> bool:
         """``node`` is made of what stands there only for the moment: memory written to in pieces, or a literal tensor.
 
-        The value is then what the node itself holds.
+        The value is then what the node itself holds. What an operator is given it reads once, whatever it does inside.
         """
         below = [self.resolve(n) for n in node.all_input_nodes]
-        return any(n in self._stale or n.op == "get_attr" for n in below)
+        given = node.graph is not self.graph and self.whole(node)
+        passing = [n for n in below if n in self._stale and given not in self.readers.get(n, ())]
+        return bool(passing) or any(n.op == "get_attr" for n in below)
 
     def _note_what_stays(self, node: fx.Node) -> None:
         """What ``node`` reads of memory that is written in pieces can be loaded at the site: the pieces are there by now."""

@@ -13,7 +13,7 @@ Rules for what is loaded, each kept general:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 
 import sympy as sp
@@ -24,8 +24,10 @@ from attngen.algebra import Const, Dot, Expr, Int, Load, Op, Reduce, op, substit
 from attngen.compat import FloorDiv, size_expr
 from attngen.errors import Miss
 from attngen.index import Axis, numbered
+from attngen.normaliser import CHANGED
 from attngen.passes import masking
 from attngen.passes.bands import clamped
+from attngen.passes.candidates import is_total
 from attngen.passes.detect import Site
 from attngen.passes.dropout import Seed
 from attngen.passes.masking import CHEAP
@@ -81,7 +83,10 @@ def run(site: Site) -> Specialised | Miss:
         return split
     loads = _Loads(site)
     exprs = [split.score, split.mask, split.gain, *([split.whole] if split.whole is not None else []), *site.sinks]
-    chosen = [loads.choose(e) for e in exprs]
+    gain = loads.choose(split.gain)
+    if loads.refused is not None:
+        return replace(loads.refused, reason=CHANGED)
+    chosen = [gain if e is split.gain else loads.choose(e) for e in exprs]
     if loads.refused is not None:
         return loads.refused
     names = _canonical_names(site)
@@ -180,7 +185,7 @@ class _Loads:
             return expr if self._plain(expr) and expr.source not in self._site.interior else self._loaded(expr)
         if not isinstance(expr, Op):
             return self._loaded(expr)
-        if self._depends_on_scores(expr):
+        if self._depends_on_scores(expr) or (isinstance(expr, Op) and _is_made_of_a_total(expr)):
             return None
         per_pair = [n for n in expr.walk() if isinstance(n, Load) and self._is_per_pair(n)]
         if expr.name in CHEAP and len(per_pair) < 2 and not self._reads_outside(expr):
@@ -254,6 +259,14 @@ class _Loads:
         batch = tuple(a for a in self._site.batch if a in moved.axes)
         index = (*(Int(a) for a in batch), Int(key - row + ROW.extent - 1))
         return self._tables.setdefault(expr, Load(Table(moved, batch, diagonal), index))
+
+
+def _is_made_of_a_total(expr: Expr) -> bool:
+    """Of a sum of weights, and numbers: what is loaded is the sum itself, and the rest is derived with the score."""
+    if isinstance(expr, Dot):
+        return is_total(expr.node)  # type: ignore[arg-type]
+    parts = [part for part in expr.children if not isinstance(part, Const)] if isinstance(expr, Op) else []
+    return bool(parts) and all(map(_is_made_of_a_total, parts))
 
 
 # ------------------------------------------------------------------------------------------------------- fixed names

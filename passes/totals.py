@@ -17,15 +17,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from attngen.algebra import Expr, Op, terms
+from attngen.algebra import Dot, Expr, Op, terms
 from attngen.compat import size_expr
 from attngen.index import numbered
 from attngen.normaliser import quotient
 from attngen.passes import effects
 from attngen.passes.arrange import NotYet, Scribe
-from attngen.passes.candidates import Marks
+from attngen.passes.candidates import Marks, is_batched, is_product
 from attngen.passes.memory import storage
 from attngen.passes.semantics import Reader, TooMuch, bind, dtype_of, is_tensor, op_name, shape_of
+from attngen.passes.views import VIEWS
 
 _ATEN = torch.ops.aten
 _COLUMNS = 8  # of ones, all the same: sixteen bytes in 16 bits, as kernels on Hopper read them
@@ -58,8 +59,8 @@ def run(graph: fx.Graph) -> _Made:
     reader = Reader(graph, facts.stale, level=marks.level_of)
     made: _Made = {}
     for each in sums:
-        powers = marks.level_of(each.source) == 2 and _normalises(each, reader)
-        if each.node in facts.live - facts.cut and not powers:
+        wanted = each.node in facts.live - facts.cut and _normalises(each.node, marks)
+        if wanted and _adds_up_weights(each, marks, reader):
             scribe = Scribe(each.node, facts.order, fixed)
             try:
                 product = _product(each, scribe)
@@ -86,16 +87,43 @@ def _sum(node: fx.Node, marks: Marks) -> _Sum | None:
     return found if found is not None and shape_of(found.source)[found.dim] != 1 else None
 
 
-def _normalises(each: _Sum, reader: Reader) -> bool:
-    """It adds up exponentials of scores, times anything: the sum of a softmax. A function of an exponential is none."""
+def _normalises(total: fx.Node, marks: Marks) -> bool:
+    """What is divided by ``total``, say, goes into a product with values, or comes from one that ``total`` is not made of."""
+    below = set(effects.ancestors(total))
+    stack, seen = list(total.users), set(total.users)
+    while stack:
+        node = stack.pop()
+        if is_product(node):
+            if is_batched(node):
+                return True
+            continue
+        if any(n in marks.pairs and n not in below and _is_of_product(n) for n in node.all_input_nodes if n not in seen):
+            return True
+        later = [user for user in node.users if user not in seen and marks.level_of(user)]
+        seen.update(later)
+        stack.extend(later)
+    return False
+
+
+def _is_of_product(node: fx.Node) -> bool:
+    while op_name(node) in VIEWS:
+        node = node.all_input_nodes[0]
+    return is_product(node)
+
+
+def _adds_up_weights(each: _Sum, marks: Marks, reader: Reader) -> bool:
+    """What is added up is made of products that differ from key to key, and is no exponential."""
     index = tuple(numbered(f"o{d}", size) for d, size in enumerate(shape_of(each.source)))
     try:
-        return _is_power(reader.at(each.source, index))
+        weight = reader.at(each.source, index)
     except (TooMuch, RecursionError):
-        return True
+        return False
+    moves = any(isinstance(part, Dot) and index[each.dim] in part.axes for part in weight.walk())
+    return moves and not (marks.level_of(each.source) == 2 and _is_power(weight))
 
 
 def _is_power(weight: Expr) -> bool:
+    """Exponentials of scores, times anything: their sum is that of a softmax. A function of an exponential is none."""
     factors, _, _ = quotient(weight)
     parts = [part for factor in factors for part in terms(factor)]
     powers = any(isinstance(part, Op) and part.name in ("exp", "exp2", "pow") and part.scored for part in parts)

@@ -236,6 +236,17 @@ def _linear(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
     return product if args["bias"] is None else op("add", product, reader.operand(args["bias"], (index[-1],)))
 
 
+def _vecdot(reader: Reader, node: fx.Node, args: Bound, index: Index) -> Expr:
+    """Of real numbers, which alone are scores: ``(x * y).sum(dim)``."""
+    left, right = args["x"], args["y"]
+    rank = len(index) + 1
+    dim = args["dim"] % rank
+    axis = reader.bound(node, shape_of(left)[dim - rank])
+    whole = (*index[:dim], axis, *index[dim:])
+    places = (broadcast(whole, shape_of(side)) for side in (left, right))
+    return reader.dot(node, (left, next(places)), (right, next(places)), axis)
+
+
 VALUES: dict[str, Row] = {
     **REDUCTIONS,
     "arange": _arange,
@@ -259,12 +270,13 @@ VALUES: dict[str, Row] = {
     **dict.fromkeys(("matmul", "bmm", "mm"), _matmul),
     **dict.fromkeys(("baddbmm", "addmm"), _matmul_plus),
     "linear": _linear,
+    "linalg_vecdot": _vecdot,
 }
 
 PART_VALUES: dict[tuple[str, int], Row] = {("max", 0): REDUCTIONS["amax"], ("native_dropout", 0): _dropout}
 
 CONTRACTIONS = frozenset(["matmul", "bmm", "mm", "baddbmm", "addmm", "linear", "sum", "einsum", "tensordot"])
-CONTRACTIONS |= frozenset(["scaled_dot_product_attention"])
+CONTRACTIONS |= frozenset(["linalg_vecdot", "scaled_dot_product_attention"])
 
 
 def is_contraction(node: fx.Node) -> bool:

@@ -34,7 +34,7 @@ from attngen import pipeline, runtime, verify
 from attngen.emit import Kernel
 from attngen.errors import AttngenError, Miss
 from attngen.options import Options
-from attngen.passes import detect, effects, lower, specialise
+from attngen.passes import closing, detect, effects, lower, specialise
 from attngen.passes import replace as replacing
 from attngen.passes.detect import Site
 from attngen.report import Report
@@ -54,12 +54,17 @@ class Outcome:
 # ------------------------------------------------------------------------------------------------------------ running
 
 
-def _placed(site: Site, lowered: lower.Lowered, facts: effects.Effects, training: bool) -> replacing.Placed | Miss:
+def _placed(
+    site: Site, earlier: Sequence[replacing.Placed], lowered: lower.Lowered, facts: effects.Effects, training: bool
+) -> replacing.Placed | Miss:
     special = specialise.run(site)
     if isinstance(special, Miss):
         return special
     special = replace(special, spec=replace(special.spec, lse=training))
-    return replacing.place(site, special, lowered, facts, training=training)
+    placed = replacing.place(site, special, lowered, facts, training=training)
+    if isinstance(placed, Miss) or not training:
+        return placed
+    return replace(placed, specialised=closing.run(site, special, earlier))
 
 
 def replaced(case: Case) -> tuple[Run, int, list[str]]:
@@ -70,7 +75,9 @@ def replaced(case: Case) -> tuple[Run, int, list[str]]:
     placed: list[list[replacing.Placed]] = []
     reasons = []
     for each in detect.run(lowered):
-        terms = [each] if isinstance(each, Miss) else [_placed(site, lowered, facts, case.training) for site in each]
+        earlier = [one for terms in placed for one in terms]
+        sites = () if isinstance(each, Miss) else each
+        terms = [_placed(site, earlier, lowered, facts, case.training) for site in sites] or [each]
         missed = [term.reason for term in terms if isinstance(term, Miss)]
         reasons += missed[:1]
         if not missed:

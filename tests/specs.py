@@ -15,7 +15,7 @@ from attngen.algebra import Const, Expr, Int, Load, integer, op, to_float, where
 from attngen.compat import FloorDiv
 from attngen.index import Axis
 from attngen.passes import dropout
-from attngen.spec import FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input, Problem, Tile, batch_axes
+from attngen.spec import FEATURE, INNER, KEY, ROW, SCORE, AttentionSpec, Input, Problem, Tile, Total, batch_axes
 
 B, H = batch_axes(2)
 ZERO = sp.Integer(0)
@@ -126,6 +126,8 @@ BESIDE_THE_FIRST = op("and", op("ge", Int(ROW), integer(1)), op("ge", Int(KEY), 
 GROUPED = (B, H, sp.Max(0, ROW - 1), FloorDiv(sp.Max(0, KEY - 1), 4))
 PREFIX = op("or", CAUSAL, op("lt", Int(KEY), integer(40)))
 POSITIVE = op("max", QK, Const(0.0))
+SQUARED, ROW_SUM = op("mul", POSITIVE, POSITIVE), plus(loaded("t0", B, H, ROW, ZERO), Const(1e-6))
+OVER_ITS_SUM = {"extras": {"t0": (HALF, (B, H, ROW, ZERO))}, "mask": CAUSAL, "softmax": False}
 
 
 def filled(score: Expr, mask: Expr, fill: float) -> dict[str, object]:
@@ -210,6 +212,7 @@ CASES = (
     Case("fill_shows_padding", attention(**filled(QK, PADDING, -1e9), extras=BOOLEANS)),
     Case("sigmoid", attention(score=op("sigmoid", plus(QK, Const(-4.0))), softmax=False, lse=True)),
     Case("squared_relu", attention(score=op("mul", POSITIVE, POSITIVE), mask=CAUSAL, softmax=False)),
+    Case("own_sum", attention(score=op("div", SQUARED, ROW_SUM), total=Total("t0", SQUARED), **OVER_ITS_SUM, lse=True)),
     Case("decay", attention(score=op("mul", QK, loaded("t0", H, DIAGONAL)), extras=TABLE, mask=CAUSAL, softmax=False)),
     Case("no_softmax", attention(mask=window(40), softmax=False, dtype=torch.bfloat16)),
     Case("head_gain", attention(gain=SLOPE, extras=SLOPES)),

@@ -30,7 +30,7 @@ pytest.importorskip("triton")
 
 # So small that every loop runs: several tiles, and blocks narrower than the windows; one is held by more, one by fewer.
 TILES = (Tile(32, 16, 4, 1), Tile(16, 32, 4, 1))
-REVIEWED = ("causal", "grouped", "table_cross", "fill_shows", "temperature")
+REVIEWED = ("causal", "grouped", "table_cross", "fill_shows", "temperature", "own_sum")
 
 
 def backward(case: Case, tiles: tuple[Tile, Tile] = TILES) -> BackwardKernel:

@@ -59,12 +59,14 @@ DIFFERENTIABLE = [case for case in CASES if "nan" not in case.name]
 @pytest.mark.parametrize("case", DIFFERENTIABLE, ids=lambda case: case.name)
 def test_backward_is_that_of_the_naive_spelling(case: Case) -> None:
     spec, inputs = doubled(case, 19)
-    leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    known = spec.total.name if spec.total else ""  # it has no gradient of its own
+    pairs = zip(spec.inputs, inputs, strict=True)
+    leaves = [x.clone().requires_grad_(x.is_floating_point() and source.name != known) for source, x in pairs]
     out, _ = eager(spec, leaves)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     expected = iter(torch.autograd.grad(out, wanted, grad))
-    found = blockwise.backward(spec, inputs, grad, [True] * len(inputs))
+    found = blockwise.backward(spec, inputs, grad, [leaf.requires_grad for leaf in leaves])
     for source, actual, leaf in zip(spec.inputs, found, leaves, strict=True):
         if not leaf.requires_grad:
             assert actual is None
@@ -97,15 +99,31 @@ def test_every_element_has_the_gradient_of_finite_differences(name: str) -> None
     assert gradcheck(TINY[name], sample_inputs(TINY[name], Problem((1, 4), 5, 6)), fast=False)
 
 
-ROUNDED = {"mask_added_in_half", "fill_added_in_half"}  # sums as fp16 has them are no smooth functions
+NO_FUNCTIONS = {"mask_added_in_half", "fill_added_in_half"}  # sums as fp16 has them are not smooth
+NO_FUNCTIONS |= {"own_sum"}  # of what it is given alone
 
 
 @pytest.mark.usefixtures("blocks_of")
-@pytest.mark.parametrize("case", [c for c in DIFFERENTIABLE if c.name not in ROUNDED], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [c for c in DIFFERENTIABLE if c.name not in NO_FUNCTIONS], ids=lambda case: case.name)
 def test_gradients_are_finite_differences(case: Case) -> None:
     """Along random directions, at sizes where windows and the like have an effect."""
     small = replace(case.spec, head_dim=min(case.spec.head_dim, 6), value_dim=min(case.spec.value_dim, 5))
     assert gradcheck(small, sample_inputs(small, case.problem(50)), fast=True)
+
+
+@pytest.mark.usefixtures("blocks_of")
+def test_the_gradient_of_a_total_is_that_of_its_weights() -> None:
+    spec = replace(BY_NAME["own_sum"].spec, out_dtype=torch.float64)
+    weights = replace(spec, score=spec.total.weight, total=None, extras=())  # type: ignore[union-attr]
+    operator = runtime.operator(spec, None)
+
+    def average(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.no_grad():
+            total, _ = blockwise.forward(weights, [q, k, torch.ones_like(v)])
+        return operator(q, k, v, total[..., :1])[0]  # type: ignore[no-any-return]
+
+    inputs = [x.double().requires_grad_() for x in sample_inputs(weights, Problem((1, 2), 30, 30))]
+    assert torch.autograd.gradcheck(average, inputs, fast_mode=True, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bias", "sinks", "table_cross"])

@@ -162,7 +162,7 @@ def test_all_that_tiles_are_shipped_for_is_found(train: bool, monkeypatch: pytes
 def test_main_compares_with_eager(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     assert import_module("gpt2").main(inner="eager") < 1e-5
-    assert "4 sites, 4 replaced" in capsys.readouterr().out
+    assert "4 of 4 sites replaced" in capsys.readouterr().out
 
 
 def test_benchmark_pass_says_what_share_the_pass_takes(monkeypatch: pytest.MonkeyPatch) -> None:

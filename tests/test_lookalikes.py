@@ -210,7 +210,7 @@ MISSED: dict[str, tuple[Function, str]] = {
     "a written part is read": (part_read_elsewhere, "also read by sum"),
     "a part is written after the softmax": (part_written_after_the_softmax, "is written in place"),
     "a changed copy is read": (only_the_part, "more than pointwise arithmetic"),
-    "weights thresholded": (lambda q, k, v: (lambda w: torch.where(w > 0.05, w, 0.0) @ v)(weights(q, k)), "no tensor for"),
+    "weights thresholded": (lambda q, k, v: (lambda w: torch.where(w > 0.05, w, 0.0) @ v)(weights(q, k)), "are changed"),
     "a sum's logarithm, lost in a fill": (
         lambda q, k, v, m: (lambda s: (s - s.logsumexp(-1, keepdim=True)).exp() @ v)(scores(q, k).masked_fill(m, -1e9)),
         "what comes out is rounding",
@@ -228,7 +228,7 @@ MISSED: dict[str, tuple[Function, str]] = {
     "weights accumulated": (lambda q, k, v: weights(q, k).cumsum(-1) @ v, CHANGED),
     "weights in 8 bits": (lambda q, k, v: weights(q, k).to(torch.float8_e4m3fn).float() @ v, CHANGED),
     "scores in 8 bits": (lambda q, k, v: scores(q, k).to(torch.float8_e4m3fn).float().softmax(-1) @ v, NO_PRODUCT),
-    "renormalised over queries": (renormalised, "more than pointwise arithmetic"),
+    "renormalised over queries": (renormalised, "weights are changed between"),
     "largest taken off before the mask": (largest_taken_off_early, "before a mask is added"),
     "softmax twice": (lambda q, k, v: weights(q, k).softmax(-1) @ v, ""),
     "symmetrised": (symmetrised, "more than pointwise arithmetic"),

@@ -181,6 +181,78 @@ def softplus_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.matmul(torch.div(a, a.sum(dim=3).unsqueeze(3)), v)
 
 
+def noised_and_clean(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Block diffusion, in training: each noised block sees itself and the clean ones before it."""
+    half, i = N // 2, torch.arange(N)
+    clean, block = i >= half, torch.where(i >= half, (i - half) // 4, i // 4)
+    rows, cols, clean_rows, clean_cols = block[:, None], block, clean[:, None], clean
+    itself = (rows == cols) & (clean_rows == clean_cols)
+    before = (rows > cols) & clean_cols & ~clean_rows
+    seen = itself | before | ((rows >= cols) & clean_cols & clean_rows)
+    s = torch.einsum("bhqd,bhkd->bhqk", q, k) * SCALE
+    return torch.einsum("bhqk,bhkd->bhqd", s.masked_fill(~seen, torch.finfo(s.dtype).min).softmax(-1), v)
+
+
+def images_see_themselves(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Text is causal; tokens of one picture see each other. Which those are is data."""
+    ids = torch.randint(0, 3, (B, N), generator=torch.Generator().manual_seed(4))
+    same = (ids[:, :, None] == ids[:, None]) & (ids[:, :, None] > 0)
+    seen = (~later() | same)[:, None]
+    return F.scaled_dot_product_attention(q, k, v, torch.where(seen, 0.0, torch.finfo(q.dtype).min))
+
+
+def keys_by_an_indexer(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """DeepSeek's sparse attention: small heads choose the keys of each query."""
+    top = F.relu(a @ b.mT).masked_fill(later(), float("-inf")).topk(12, -1).indices
+    chosen = torch.full((B, N, N), float("-inf")).scatter(-1, top, 0.0)
+    s = q @ k.mT * SCALE + chosen[:, None] + torch.full((N, N), float("-inf")).triu(1)
+    return s.softmax(-1) @ v
+
+
+def windows_by_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Even heads see few keys, odd ones all."""
+    far = torch.arange(N)[:, None] - torch.arange(N)
+    width = torch.where(torch.arange(H) % 2 == 0, 8, N)[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, (far >= 0) & (far < width))
+
+
+def packed_by_ends(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    document = torch.bucketize(torch.arange(N), torch.tensor([13, 29, N]), right=True)
+    return F.scaled_dot_product_attention(q, k, v, (document[:, None] == document) & ~later())
+
+
+def a_key_without_a_value(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+    k = torch.cat([sink.expand(B, -1, -1, -1), k], 2)
+    v = torch.cat([v.new_zeros(B, H, 1, D), v], 2)
+    after = torch.arange(N + 1) - 1 > torch.arange(N)[:, None]
+    return (q @ k.mT * SCALE).masked_fill(after, float("-inf")).softmax(-1) @ v
+
+
+def by_vecdot(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = torch.linalg.vecdot(q.unsqueeze(-2), k.unsqueeze(-3)) * SCALE
+    return torch.linalg.vecdot(s.softmax(-1).unsqueeze(-1), v.unsqueeze(-3), dim=-2)
+
+
+def memory_and_window(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
+    """Infini-attention: a gate between linear attention to a memory and attention as usual."""
+    memory, norm = (F.elu(k) + 1).mT @ v, (F.elu(k) + 1).sum(-2, keepdim=True).mT
+    recalled = (F.elu(q) + 1) @ memory / ((F.elu(q) + 1) @ norm + 1e-6)
+    local = (q @ k.mT * SCALE).masked_fill(later(), -1e9).softmax(-1) @ v
+    return beta.sigmoid() * recalled + (1 - beta.sigmoid()) * local
+
+
+def padding_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """AllenNLP: masked before and after, and normalised again."""
+    kept = (torch.rand(B, 1, 1, N, generator=torch.Generator().manual_seed(5)) > 0.3).float()
+    w = (q @ k.mT * SCALE * kept).softmax(-1) * kept
+    return w / (w.sum(-1, keepdim=True) + 1e-13) @ v
+
+
+def pictures_beside_text(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """IP-Adapter."""
+    return F.scaled_dot_product_attention(q, k, v) + 0.7 * F.scaled_dot_product_attention(q, a, b)
+
+
 FOUND: dict[Function, tuple[int, Callable[[], list[Tensor]]]] = {
     vmap_over_heads: (1, plain),
     blocks_of_queries: (3, plain),
@@ -199,6 +271,16 @@ FOUND: dict[Function, tuple[int, Callable[[], list[Tensor]]]] = {
     taylor_series: (2, plain),
     retention: (2, plain),
     softplus_by_hand: (2, plain),
+    noised_and_clean: (1, plain),
+    images_see_themselves: (1, plain),
+    keys_by_an_indexer: (1, lambda: plain((B, N, 8), (B, N, 8))),
+    windows_by_head: (1, plain),
+    packed_by_ends: (1, plain),
+    a_key_without_a_value: (1, lambda: plain((1, H, 1, D))),
+    by_vecdot: (1, plain),
+    memory_and_window: (1, lambda: plain((H, 1, 1))),
+    padding_by_products: (1, plain),
+    pictures_beside_text: (2, lambda: plain((B, H, 7, D), (B, H, 7, D))),
 }
 
 
@@ -239,11 +321,26 @@ def talking_heads(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
     return torch.einsum("bhij,hg->bgij", q @ k.mT * SCALE, w).softmax(-1) @ v
 
 
+def both_ways(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """LoFTR: what a query makes of a key times what the key makes of the query."""
+    s = q @ k.mT * SCALE
+    return (s.softmax(-1) * s.softmax(-2)) @ v
+
+
+def sticks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Stick-breaking: each weight takes a share of what later keys have left."""
+    s = (q @ k.mT * SCALE).masked_fill(later(), -1e9)
+    left = F.logsigmoid(-s)
+    return (F.logsigmoid(s) + left.flip(-1).cumsum(-1).flip(-1) - left).exp() @ v
+
+
 ALONE: dict[Function, tuple[str, Callable[[], list[Tensor]]]] = {
     positions_by_content: ("more than pointwise arithmetic", lambda: plain((N, D))),
     deformable: ("", lambda: made((B, N, H, D), (B, 10, H, 4, 2), (B, 10, H, 4))),
     slots: ("something is added to the attention weights", plain),
     talking_heads: ("heads are mixed", lambda: plain((H, H))),
+    both_ways: ("the weights are changed", plain),
+    sticks: ("more than pointwise arithmetic", plain),
 }
 
 
