@@ -88,7 +88,10 @@ def _sum(node: fx.Node, marks: Marks) -> _Sum | None:
 
 
 def _normalises(total: fx.Node, marks: Marks) -> bool:
-    """What is divided by ``total``, say, goes into a product with values, or comes from one that ``total`` is not made of."""
+    """What is divided by ``total``, say, goes into a product with values, or comes from one that ``total`` is not made of.
+
+    Something made of other products may not be added on the way: then it is a norm within a model, not one of weights.
+    """
     below = set(effects.ancestors(total))
     stack, seen = list(total.users), set(total.users)
     while stack:
@@ -99,10 +102,18 @@ def _normalises(total: fx.Node, marks: Marks) -> bool:
             continue
         if any(n in marks.pairs and n not in below and _is_of_product(n) for n in node.all_input_nodes if n not in seen):
             return True
-        later = [user for user in node.users if user not in seen and marks.level_of(user)]
+        later = [] if _adds_products(node, marks) else [user for user in node.users if user not in seen]
         seen.update(later)
         stack.extend(later)
     return False
+
+
+def _adds_products(node: fx.Node, marks: Marks) -> bool:
+    """Pair by pair; a sum is no pair, nor is what else there is once for a row."""
+    if op_name(node) not in ("add", "sub") or node not in marks.pairs:
+        return False
+    alike = [n for n in node.all_input_nodes if is_tensor(n) and shape_of(n) == shape_of(node)]
+    return len(alike) > 1 and all(map(marks.level_of, alike))
 
 
 def _is_of_product(node: fx.Node) -> bool:

@@ -91,6 +91,10 @@ def by_squares(w: Tensor, v: Tensor) -> Tensor:
     return w / w.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-6) @ v
 
 
+def by_root_of_mean(w: Tensor, v: Tensor) -> Tensor:
+    return w / (w.square().mean(-1, keepdim=True).sqrt() + 1e-3) @ v / LENGTH
+
+
 def over_queries(w: Tensor, v: Tensor) -> Tensor:
     """Each key is given one unit to share."""
     return w / (w.sum(-2, keepdim=True) + 1e-3) @ v
@@ -114,7 +118,7 @@ def sum_in_place(w: Tensor, v: Tensor) -> Tensor:
 
 
 WAYS = (first, last, clamped, by_mean, by_norm, by_linalg_norm, by_einsum, in_float32, by_squares, over_queries, retention)
-WAYS += (in_place, sum_in_place)
+WAYS += (by_root_of_mean, in_place, sum_in_place)
 CASES = [(name, first) for name in WEIGHTS]
 CASES += [(name, way) for name in ("squared relu", "features, causal") for way in WAYS[1:]]
 
@@ -400,12 +404,14 @@ def test_numbers_that_are_no_products_may_be_divided_by_what_they_add_up_to() ->
 
 
 def test_a_product_may_be_normalised_before_a_layer() -> None:
-    """Gemma 3n: streams that are mixed by a product, and their root of the mean square; what reads them is a layer."""
+    """Gemma 3n: streams that are mixed by products, and their root of the mean square; what reads them is a layer."""
 
     def function(streams: Tensor, mixing: Tensor, weight: Tensor) -> Tensor:
-        x = (streams.permute(0, 2, 3, 1) @ mixing[:, :, :3, :3].mean(1, keepdim=True)).permute(0, 3, 1, 2) + streams
+        coefficients = mixing[:, :, :3, :3].mean(1, keepdim=True)
+        x = (streams.permute(0, 2, 3, 1) @ coefficients).permute(0, 3, 1, 2) + streams
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-        return F.linear(F.gelu(F.linear(x, weight[0, 0])), weight[0, 0].mT)
+        x = x + F.linear(F.gelu(F.linear(x, weight[0, 0])), weight[0, 0].mT)
+        return x.permute(0, 2, 3, 1) @ coefficients
 
     run, analyses = watched(Call(function))
     run(*inputs())
