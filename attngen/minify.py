@@ -17,14 +17,14 @@ import torch
 from torch import fx
 
 import attngen
-from attngen import capture, pipeline, sample, show
+from attngen import capture, pipeline, sample
 from attngen import options as option_parsing
 from attngen.errors import BadOption
 from attngen.passes import extract, lower, provenance, source
 from attngen.passes.extract import Region
 from attngen.passes.lower import Lowered
 from attngen.pipeline import Found, Missed
-from attngen.report import Report, SiteReport
+from attngen.report import Report, SiteReport, groups, unnumbered
 
 _PARAMETER = re.compile(r"_(?:modules|parameters|buffers)_")
 
@@ -168,8 +168,8 @@ def _alone(text: str, file: str, site: SiteReport) -> str:
     sys.modules[script.__name__] = script  # Dynamo looks there for a model's globals
     exec(compile(text, file, "exec"), vars(script))
     found = capture.explain(script.model, script.example_inputs, {}, {})
-    outcomes = [(each.status, show.unnumbered(each.reason), each.computes) for each in found.sites]
-    if (site.status, show.unnumbered(site.reason), site.computes) in outcomes:
+    outcomes = [(each.status, unnumbered(each.reason), each.computes) for each in found.sites]
+    if (site.status, unnumbered(site.reason), site.computes) in outcomes:
         return ""
     return "; ".join(f"{status}: {reason or computes}" for status, reason, computes in outcomes) or "nothing is found"
 
@@ -204,7 +204,7 @@ def _chosen(report: Report, wanted: str) -> SiteReport:
     ``PATH#2`` is the second.
     """
     path, _, number = wanted.partition("#")
-    rows = {id(site): row for row in show.groups(report.sites) for site in row.sites}
+    rows = {id(site): row for row in groups(report.sites) for site in row.sites}
 
     def names(site: SiteReport) -> tuple[str, ...]:
         return tuple(filter(None, (site.where, site.module, site.node, rows[id(site)].path, rows[id(site)].line)))
@@ -213,7 +213,7 @@ def _chosen(report: Report, wanted: str) -> SiteReport:
     place = int(number) - 1 if number.isdigit() else 0
     if 0 <= place < len(matching):
         return matching[place]
-    found = show.groups(report.sites)
+    found = groups(report.sites)
     listed = "\n".join(f"  {each.path or each.line}  ({each.line}, {each.first.status})" for each in found)
     sites = f"The sites are:\n{listed}" if listed else "No attention was found in this model."
     raise BadOption(f'there is no site "{wanted}" in this model. {sites}')

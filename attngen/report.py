@@ -6,10 +6,14 @@ Field names of ``SiteReport`` are stable; tools read them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
+
+_WHERE = re.compile(r"(?P<path>.*) \((?P<line>[^()]*:\d+)\)|(?P<alone>[^ ]*:\d+)")
 
 
 @dataclass(frozen=True)
@@ -126,12 +130,14 @@ class Report:
         can_be = "can be " * all(site.status != "replaced" for site in self.sites)
         sites = f"{len(self.sites)} site{'s' * (len(self.sites) != 1)}"
         lines = [f"{len(self.replaced)} of {sites} {can_be}replaced, for {self.device}"]
-        for site in self.sites:
+        for each in groups(self.sites):
+            site, many = each.first, f" ({len(each.sites)} sites)" if len(each.sites) > 1 else ""
+            where = f"{each.path} ({each.line})" if each.path and each.line else each.path or each.line
             if site.status == "missed":
-                lines.append(f"  {site.where}  MISSED  {site.reason}")
+                lines.append(f"  {where}  MISSED  {site.reason}{many}")
             else:
                 time = "" if site.predicted_ms is None else f"  {site.predicted_ms:.3f} ms"
-                lines.append(f"  {site.where}  {site.status}  {site.computes}  tile {site.tile}{time}")
+                lines.append(f"  {where}  {site.status}  {site.computes}  tile {site.tile}{time}{many}")
         return "\n".join([*lines, *self.notes])
 
 
@@ -164,3 +170,71 @@ def record() -> Iterator[list[Report]]:
 def publish(report: Report) -> None:
     for listener in _LISTENERS:
         listener.append(report)
+
+
+# --------------------------------------------------------------------------------------------------------------- groups
+
+
+@dataclass(frozen=True)
+class Same:
+    """Sites that differ in nothing but the layer they are in. ``path`` covers all: ``layers.0-11.self_attn``."""
+
+    path: str
+    line: str
+    sites: tuple[SiteReport, ...]
+
+    @property
+    def first(self) -> SiteReport:
+        return self.sites[0]
+
+
+def groups(sites: Sequence[SiteReport]) -> list[Same]:
+    """Sites by what they are, in the order of the model."""
+    members: dict[tuple[object, ...], list[tuple[str, SiteReport]]] = {}
+    lines: dict[tuple[object, ...], str] = {}
+    for site in sites:
+        path, line = _split(site.where)
+        pattern = re.sub(r"\d+", "0", path)
+        key = (pattern, line, site.status, unnumbered(site.reason), site.computes, site.tile, site.kernel, site.error)
+        members.setdefault(key, []).append((path, site))
+        lines[key] = line
+    return [
+        Same(joined([path for path, _ in each]), lines[key], tuple(site for _, site in each)) for key, each in members.items()
+    ]
+
+
+def unnumbered(reason: str) -> str:
+    """A reason as it reads for every layer: nodes lose their numbers (``mul_7`` is ``mul``)."""
+    return re.sub(r"(?<=[a-z])(_?)_\d+\b", r"\1", reason)
+
+
+def _split(where: str) -> tuple[str, str]:
+    """Module path and source line, each possibly empty."""
+    matched = _WHERE.fullmatch(where)
+    if matched is None:
+        return where, ""
+    return matched["path"] or "", matched["line"] or matched["alone"]
+
+
+def joined(paths: Sequence[str]) -> str:
+    """One path for several that differ in whole numbers: ``layers.0-3,6.attn``."""
+    parts = []
+    for column in zip(*(path.split(".") for path in paths), strict=True):
+        distinct = list(dict.fromkeys(column))
+        numbers = all(part.isdigit() for part in distinct)
+        parts.append(_ranges([int(part) for part in distinct]) if numbers else "|".join(distinct))
+    return ".".join(parts)
+
+
+def _ranges(numbers: list[int]) -> str:
+    first, last = numbers[0], numbers[-1]
+    steps = {b - a for a, b in pairwise(numbers)}
+    if len(numbers) > 3 and len(steps) == 1 and steps != {1}:
+        return f"{first},{numbers[1]}..{last}"
+    pieces: list[list[int]] = []
+    for number in numbers:
+        if pieces and number == pieces[-1][-1] + 1:
+            pieces[-1].append(number)
+        else:
+            pieces.append([number])
+    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in pieces)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from rich import box
@@ -20,13 +19,12 @@ from torch import nn
 from attngen.abbreviate import abbreviated
 from attngen.aot import Binary
 from attngen.errors import AttngenError
-from attngen.report import Report, SiteReport
+from attngen.report import Report, Same, SiteReport, groups, unnumbered
 from attngen.verify import Check
 
 MOST_REASONS, MOST_PLACES = 6, 4  # that are shown of sites left as they were
 MOST_LOADS = 4  # that are explained
 WIDEST = 90  # columns of an expression, however wide the terminal
-_WHERE = re.compile(r"(?P<path>.*) \((?P<line>[^()]*:\d+)\)|(?P<alone>[^ ]*:\d+)")
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -51,74 +49,6 @@ def milliseconds(value: float) -> str:
 
 def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-# --------------------------------------------------------------------------------------------------------------- groups
-
-
-@dataclass(frozen=True)
-class Same:
-    """Sites that differ in nothing but the layer they are in. ``path`` covers all: ``layers.0-11.self_attn``."""
-
-    path: str
-    line: str
-    sites: tuple[SiteReport, ...]
-
-    @property
-    def first(self) -> SiteReport:
-        return self.sites[0]
-
-
-def groups(sites: Sequence[SiteReport]) -> list[Same]:
-    """Sites by what they are, in the order of the model."""
-    members: dict[tuple[object, ...], list[tuple[str, SiteReport]]] = {}
-    lines: dict[tuple[object, ...], str] = {}
-    for site in sites:
-        path, line = _split(site.where)
-        pattern = re.sub(r"\d+", "0", path)
-        key = (pattern, line, site.status, unnumbered(site.reason), site.computes, site.tile, site.kernel, site.error)
-        members.setdefault(key, []).append((path, site))
-        lines[key] = line
-    return [
-        Same(joined([path for path, _ in each]), lines[key], tuple(site for _, site in each)) for key, each in members.items()
-    ]
-
-
-def unnumbered(reason: str) -> str:
-    """A reason as it reads for every layer: nodes lose their numbers (``mul_7`` is ``mul``)."""
-    return re.sub(r"(?<=[a-z])(_?)_\d+\b", r"\1", reason)
-
-
-def _split(where: str) -> tuple[str, str]:
-    """Module path and source line, each possibly empty."""
-    matched = _WHERE.fullmatch(where)
-    if matched is None:
-        return where, ""
-    return matched["path"] or "", matched["line"] or matched["alone"]
-
-
-def joined(paths: Sequence[str]) -> str:
-    """One path for several that differ in whole numbers: ``layers.0-3,6.attn``."""
-    parts = []
-    for column in zip(*(path.split(".") for path in paths), strict=True):
-        distinct = list(dict.fromkeys(column))
-        numbers = all(part.isdigit() for part in distinct)
-        parts.append(_ranges([int(part) for part in distinct]) if numbers else "|".join(distinct))
-    return ".".join(parts)
-
-
-def _ranges(numbers: list[int]) -> str:
-    first, last = numbers[0], numbers[-1]
-    steps = {b - a for a, b in pairwise(numbers)}
-    if len(numbers) > 3 and len(steps) == 1 and steps != {1}:
-        return f"{first},{numbers[1]}..{last}"
-    pieces: list[list[int]] = []
-    for number in numbers:
-        if pieces and number == pieces[-1][-1] + 1:
-            pieces[-1].append(number)
-        else:
-            pieces.append([number])
-    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in pieces)
 
 
 # ---------------------------------------------------------------------------------------------------------------- table

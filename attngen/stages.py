@@ -12,7 +12,7 @@ from attngen.device import Device
 from attngen.errors import Unavailable
 from attngen.modelfile import Example
 from attngen.prepare import Use
-from attngen.report import Report
+from attngen.report import Report, groups
 from attngen.show import Progress
 
 
@@ -76,7 +76,7 @@ def _checked(progress: Progress, uses: list[Use], card: str | None) -> trial.Res
 
 def failed(report: Report) -> str:
     """What to say of the sites whose kernel does not compile or is off; empty if there are none."""
-    sites = show.groups([site for site in report.missed if site.reason.startswith(trial.FAILED)])
+    sites = groups([site for site in report.missed if site.reason.startswith(trial.FAILED)])
     if not sites:
         return ""
     lines = "\n".join(f"  {each.path or each.line}: {each.first.kernel}: {each.first.reason}" for each in sites)

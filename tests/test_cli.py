@@ -25,7 +25,7 @@ from attngen.cli import app
 from attngen.device import DEVICES
 from attngen.emit import Kernel, emit
 from attngen.errors import CannotWrite, Unavailable
-from attngen.report import Report, SiteReport
+from attngen.report import Report, SiteReport, groups
 from attngen.spec import Problem, Tile
 
 ATTENTION = """
@@ -494,13 +494,13 @@ def shown(report: Report, width: int) -> str:
     ],
 )
 def test_sites_that_differ_in_their_layer_are_one_row(numbers: list[int], path: str) -> None:
-    (group,) = show.groups(layers(*numbers))
+    (group,) = groups(layers(*numbers))
     assert (group.path, group.line, len(group.sites)) == (path, "modeling_x.py:200", len(numbers))
 
 
 def test_sites_that_differ_in_more_are_rows_of_their_own() -> None:
     found = [*layers(0, 2), *layers(1, 3, computes="softmax(qk), 2x8 heads, 9 x 9, d=64, bfloat16"), site("model.py:3")]
-    assert [(g.path, g.line) for g in show.groups(found)] == [
+    assert [(g.path, g.line) for g in groups(found)] == [
         ("model.layers.0,2.self_attn", "modeling_x.py:200"),
         ("model.layers.1,3.self_attn", "modeling_x.py:200"),
         ("", "model.py:3"),

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import attngen
 from attngen import advice, show
 from attngen.abbreviate import ENOUGH, LONGEST, abbreviated
-from attngen.report import Report, SiteReport
+from attngen.report import Report, SiteReport, unnumbered
 
 ROOT = Path(__file__).parent.parent
 SHAPE = (2, 3, 16, 8)
@@ -166,9 +166,9 @@ def test_misses_are_grouped_by_reason(width: int) -> None:
 
 
 def test_nodes_lose_their_numbers() -> None:
-    assert show.unnumbered("also read by mul_7") == "also read by mul"
-    assert show.unnumbered("also read by copy__7") == show.unnumbered("also read by copy_") == "also read by copy_"
-    assert show.unnumbered("block_2d is read") == "block_2d is read"
+    assert unnumbered("also read by mul_7") == "also read by mul"
+    assert unnumbered("also read by copy__7") == unnumbered("also read by copy_") == "also read by copy_"
+    assert unnumbered("block_2d is read") == "block_2d is read"
 
 
 class Biased(nn.Module):
@@ -267,3 +267,14 @@ def test_repeated_parts_of_long_expressions_get_names() -> None:
 def test_what_is_still_too_long_is_cut() -> None:
     (line,) = abbreviated("softmax(" + " + ".join(f"t{n}[i, j]" for n in range(100)) + ")")
     assert len(line) <= LONGEST and line.startswith("softmax(t0[i, j] + t1") and "characters)" in line
+
+
+def test_text_of_a_report_is_no_flood() -> None:
+    """What holds for many layers, or many times on one line, is said once."""
+    layers = [SiteReport(f"layers.{n}.attn (model.py:7)", "missed", f"also read by mul_{n}") for n in range(4)]
+    steps = [SiteReport("rule (model.py:9)", "missed", "the weights are not exp(scores) over their sum")] * 60
+    _, *lines = str(Report("NVIDIA H200", (*layers, *steps))).splitlines()
+    assert lines == [
+        "  layers.0-3.attn (model.py:7)  MISSED  also read by mul_0 (4 sites)",
+        "  rule (model.py:9)  MISSED  the weights are not exp(scores) over their sum (60 sites)",
+    ]

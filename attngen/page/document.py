@@ -16,8 +16,7 @@ from attngen.abbreviate import abbreviated
 from attngen.device import Device
 from attngen.page import masks, roofline, spent, svg
 from attngen.prepare import Use
-from attngen.report import Report, SiteReport
-from attngen.show import Same
+from attngen.report import Report, Same, SiteReport, groups, unnumbered
 from attngen.spec import Problem, Tile
 
 TEMPLATE = "page.html.jinja"
@@ -73,10 +72,10 @@ class Source:
 def rendered(report: Report, uses: Sequence[Use], device: Device, model: str) -> str:
     """``report.html`` of a run that made the kernels of ``uses``."""
     by_name = {use.kernel.name: use for use in uses}
-    replaced = [shown(group, by_name.get(group.first.kernel), device) for group in show.groups(report.replaced)]
+    replaced = [shown(group, by_name.get(group.first.kernel), device) for group in groups(report.replaced)]
     reasons: dict[str, list[Same]] = {}
-    for group in show.groups(report.missed):
-        reasons.setdefault(show.unnumbered(group.first.reason), []).append(group)
+    for group in groups(report.missed):
+        reasons.setdefault(unnumbered(group.first.reason), []).append(group)
     return _environment().get_template(TEMPLATE).render(
         report=report, device=device, model=model, version=attngen.__version__, summary=show.summary(report).plain,
         replaced=replaced, reasons=reasons, sources=[source for use in uses for source in _sources(use)],
