@@ -97,7 +97,16 @@ def _product(reader: Reader, node: fx.Node, index: Index) -> tuple[tuple[fx.Node
     left, right = args["self"], args["other"]
     if not (is_tensor(left) and is_tensor(right)):
         return None
-    return (left, broadcast(index, shape_of(left))), (right, broadcast(index, shape_of(right)))
+    return _unrepeated(left, index), _unrepeated(right, index)
+
+
+def _unrepeated(node: fx.Node, index: Index) -> tuple[fx.Node, Index]:
+    """Where ``node`` has its element before it is repeated: along what is repeated, the place does not move."""
+    index = broadcast(index, shape_of(node))
+    while op_name(node) == "expand":
+        (node,) = node.all_input_nodes
+        index = broadcast(index, shape_of(node))
+    return node, index
 
 
 def _symbols(index: Index) -> set[sp.Basic]:

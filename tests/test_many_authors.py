@@ -233,6 +233,13 @@ def by_vecdot(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.linalg.vecdot(s.softmax(-1).unsqueeze(-1), v.unsqueeze(-3), dim=-2)
 
 
+def repeated_by_expand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every pair of a query and a key, spelt out."""
+    pairs = (*q.shape[:-1], k.shape[-2], q.shape[-1])
+    s = (q.unsqueeze(-2).expand(pairs) * k.unsqueeze(-3).expand(pairs)).sum(-1) * SCALE
+    return s.softmax(-1) @ v
+
+
 def memory_and_window(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
     """Infini-attention: a gate between linear attention to a memory and attention as usual."""
     memory, norm = (F.elu(k) + 1).mT @ v, (F.elu(k) + 1).sum(-2, keepdim=True).mT
@@ -278,6 +285,7 @@ FOUND: dict[Function, tuple[int, Callable[[], list[Tensor]]]] = {
     packed_by_ends: (1, plain),
     a_key_without_a_value: (1, lambda: plain((1, H, 1, D))),
     by_vecdot: (1, plain),
+    repeated_by_expand: (1, plain),
     memory_and_window: (1, lambda: plain((H, 1, 1))),
     padding_by_products: (1, plain),
     pictures_beside_text: (2, lambda: plain((B, H, 7, D), (B, H, 7, D))),

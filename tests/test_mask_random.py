@@ -171,13 +171,6 @@ def test_loops_visit_what_matters_and_little_else(name: str) -> None:
     assert tally.ratio <= ALLOWED
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *COMPOUNDS])
-def test_deriving_takes_no_time(name: str) -> None:
-    """In seconds of this process: a twentieth as a rule, half of one at most."""
-    seconds = tallied(name).seconds
-    assert statistics.median(seconds) < 0.05 and max(seconds) < 0.5
-
-
 def report() -> None:
     """Times are of this process alone."""
     for name in (*FAMILIES, *COMPOUNDS):

@@ -121,7 +121,7 @@ def test_the_spec_says_where_the_piece_is() -> None:
     ((_, special),) = analysed(keys_beyond).hits
     assert (readable(special.spec.mask), readable(special.spec.score)) == ("j - 9 < 0", "qk")
     ((_, special),) = analysed(PIECES["one column"]).hits
-    assert readable(special.spec.score) == "(7 if j == 0 else qk)"
+    assert readable(special.spec.score) == "7 if j == 0 else qk"
 
 
 def solved_row_by_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
