@@ -7,13 +7,14 @@ With heads of 64 a step of 128 x 128 takes 4,900 cycles by clocks read in the ke
 tensor cores need 2,560: 550 to 670 until the gradient of the weights is there, 560 to 820 for that of the scores, 150 to
 210 to hand it over, 700 to 820 for sixteen loads of the rows' numbers beside products that read shared memory, 1,130 for
 exponentials. Tried in one run with what there is, at lengths of 1,024, 4,096 and 16,384, full and causal: sums added from
-registers, 16 bytes a thread (3 to 16 % slower; heads of 256 2 to 11 %); those numbers loaded later (1 to 11 % slower), or
-made by the products, from three more columns in 16 bits each, one after the other what is left (1 % slower to 7 % faster,
+registers, 16 bytes a thread (6 to 17 % slower; heads of 256 1 to 11 %); those numbers loaded later (1 to 11 % slower), or
+made by the products, from three more columns in 16 bits each, one after the other what is left (1 % slower to 9 % faster,
 heads of 128 5 % slower to 4 % faster: what is done before the products takes longer then); exponentials in turn (2 % slower
-to 5 % faster); queries' gradient before that of the keys (heads of 128: 5 % slower to 11 % faster, from run to run); sums
-of each warpgroup handed over apart (3 % slower to 3 % faster); scores and weights of the same step, with the left factors
-of both sums from registers (1 to 8 % slower). With the left factor of the keys' sum from registers beside scores of the
-next block there are too few of these: the assembler serialises all products, which is a quarter slower.
+to 5 % faster); queries' gradient before that of the keys (2 % slower to 11 % faster with heads of 128, in another run as
+fast; 5 % slower to 3 % faster with 64); sums of each warpgroup handed over apart (3 % slower to 3 % faster); scores and
+weights of the same step, with the left factors of both sums from registers (up to 8 % slower). With the left factor of the
+keys' sum from registers beside scores of the next block there are too few of these: the assembler serialises all products,
+which is up to a quarter slower.
 """
 
 from __future__ import annotations
