@@ -150,7 +150,7 @@ def evaluator(call: Call, first: int, last: int, qk: Tensor) -> Evaluator:
     positions.update({axis.extent: size for axis, size in call.sizes.items()})
     known: dict[Expr, Tensor] = {SCORE: qk}
     evaluate = Evaluator(positions, call.extras.__getitem__, known=known, dtype=call.dtype, device=device)
-    if call.spec.total is not None and qk.requires_grad:
+    if call.spec.total is not None and any(x.requires_grad for x in (qk, *call.extras.values())):
         _pass_on(call, call.spec.total, evaluate, last - first)
     return evaluate
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attngen import blockwise, compat
 from attngen.adjoint import SCORE_GRAD, TOTAL_GRAD, WEIGHT_GRAD, gradients
-from attngen.algebra import ONE, TRUE, Const, Expr, Int, Load, op, substitute, transform
+from attngen.algebra import TRUE, Const, Expr, Int, Load, op, substitute, transform
 from attngen.compat import FloorDiv
 from attngen.evaluate import Evaluator
 from attngen.index import Axis
@@ -142,8 +142,8 @@ def adjoints(spec: AttentionSpec, score: Expr) -> list[tuple[Load, Expr]]:
     """What ``score`` and the spec's gain load, and the gradient of each. What a total would get goes to its weights: the two
     parts of their gradient may nearly cancel, so they are added up before anything is multiplied with them."""
     found = gradients(score, SCORE_GRAD)
-    others = {} if spec.gain == ONE else gradients(spec.gain, WEIGHT_GRAD)
-    if spec.total is not None:
+    others = gradients(spec.gain, WEIGHT_GRAD)
+    if spec.total is not None:  # weights without softmax, which have no gain
         found = {load: grad for load, grad in found.items() if load.source != spec.total.name}
         others = gradients(spec.total.weight, TOTAL_GRAD)
     for load, grad in others.items():

@@ -47,7 +47,7 @@ from attngen.words import columns_of, written
 
 HELD = {64: 128, 128: 128, 256: 64}  # keys of a program, by the width of a head; two warpgroups have 64 each, or share 64
 STEPS = {64: 128, 128: 64, 256: 64}  # queries of a step
-WIDE = 256  # from here on one warpgroup makes the gradient of the keys, and the other that of the values
+WIDE = 256  # a head of which no thread has room for the gradients of keys and of values side by side
 STAGES = 2
 SHARED = 232448  # bytes of a block, on sm_90
 RESERVED = 768  # of them, for barriers, and to begin where buffers may
@@ -67,7 +67,7 @@ def unsuited(spec: AttentionSpec) -> str | None:
         return "nothing normalises its weights"
     if padded(spec) not in STEPS or _width(spec.value_dim) != padded(spec):
         return f"heads of {spec.head_dim}, {spec.value_dim} for values, are no pair of one width up to {max(STEPS)}"
-    if padded(spec) == WIDE and (planes(spec) or dropped_of(spec.gain) is not None):
+    if wide(spec) and (planes(spec) or dropped_of(spec.gain) is not None):
         return "heads of that size leave no room for what is added to each pair, or for dropout"
     if _bytes(spec) > SHARED:
         return "what is added to each pair takes too much shared memory"
@@ -100,11 +100,16 @@ def _width(features: int) -> int:
     return max(boxes.NARROWEST, 1 << (features - 1).bit_length())
 
 
+def wide(spec: AttentionSpec) -> bool:
+    """Whether the warpgroups share the keys: one makes their gradient, and the other that of the values."""
+    return padded(spec) >= WIDE
+
+
 def tiles_of(spec: AttentionSpec) -> tuple[Tile, ...]:
     """The one tile that there is for heads of this size: of a program for each tile of keys, and of programs that stay, which
     wide heads leave no room for."""
     plain = Tile(HELD[padded(spec)], STEPS[padded(spec)], 8, STAGES, HOPPER)
-    return (plain,) if padded(spec) == WIDE else (plain, replace(plain, persistent=True))
+    return (plain,) if wide(spec) else (plain, replace(plain, persistent=True))
 
 
 def keys_held(spec: AttentionSpec, tile: Tile) -> int:
@@ -115,18 +120,19 @@ def keys_held(spec: AttentionSpec, tile: Tile) -> int:
 
 def _grads(spec: AttentionSpec) -> int:
     """Blocks of gradients of results in shared memory."""
-    return 1 if padded(spec) == WIDE else STAGES
+    return 1 if wide(spec) else STAGES
 
 
 def _bytes(spec: AttentionSpec) -> int:
     """Shared memory of the kernel of the products: keys, values, queries and gradients, the gradients of scores twice (of
     wide heads the weights, too), sums, what is added to scores, and what is known of each query."""
     width, queries, keys = padded(spec), STEPS[padded(spec)], HELD[padded(spec)]
-    held = 2 * width * (2 * keys + (STAGES + _grads(spec)) * queries) + 2 * 2 * max(HELD.values()) * queries + 2 * 64 * 64 * 4
+    held = 2 * width * (2 * keys + (STAGES + _grads(spec)) * queries) + 2 * 64 * 64 * 4
+    exchanged = 2 * 2 * keys * queries * (1 + wide(spec))
     added = sum(keys * queries * plane.dtype.itemsize for plane in planes(spec))
     turned = mirrored_spec(spec)
     words = 2 + sum(column.words for column in columns_of(turned, *_programs(turned)))
-    return held + added + 4 * STAGES * queries * words + RESERVED
+    return held + exchanged + added + 4 * STAGES * queries * words + RESERVED
 
 
 def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str, Any]:
@@ -159,12 +165,7 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
     once, each = parted(prologue, [axis.name for axis, _ in plan.members])
     kind = DTYPES[spec.query.dtype]
     return {
-        "tile": tile,
-        "programs": sms,
-        "keys_held": keys_held(spec, tile),
-        "wide": padded(spec) == WIDE,
-        "grads": _grads(spec),
-        "block": padded(spec),
+        **_program(spec, tile, sms),
         "head_dim": spec.head_dim,
         "value_dim": spec.value_dim,
         "dtype": kind,
@@ -191,14 +192,26 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "empty": spec.empty,
         "dropped": dropped,
         "log2e": repr(LOG2E),
-        "registers": [REGISTERS, *[OTHER_REGISTERS] * (1 if padded(spec) == WIDE else 2)],
-        "limit": LIMIT,
         "l2_share": l2_bytes * L2_SHARE.numerator // L2_SHARE.denominator,
         "step_bytes": 2 * (spec.head_dim + spec.value_dim) + 4 * padded(spec),  # queries, gradients and sums
         **boxes,
         **_rows(spec, plan),
         **_arguments(side, read),
         **launch,
+    }
+
+
+def _program(spec: AttentionSpec, tile: Tile, sms: int) -> dict[str, Any]:
+    """What a program holds, and how many there are that stay."""
+    return {
+        "tile": tile,
+        "programs": sms,
+        "keys_held": keys_held(spec, tile),
+        "wide": wide(spec),
+        "grads": _grads(spec),
+        "block": padded(spec),
+        "registers": [REGISTERS, *[OTHER_REGISTERS] * (1 if wide(spec) else 2)],
+        "limit": LIMIT,
     }
 
 

@@ -238,6 +238,24 @@ def test_other_sums_have_gradients_of_their_own(name: str) -> None:
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("trained", [(3,), (2, 3), (0, 3), (1,)], ids=["bias", "bias, values", "bias, queries", "keys"])
+def test_what_is_not_trained_takes_no_gradient_from_others(trained: tuple[int, ...]) -> None:
+    """A bias in the weights gets its part through the sum also where queries and keys are frozen."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        w = torch.sigmoid(scores(q, k) + bias).tril()
+        return w / w.sum(-1, keepdim=True) @ v
+
+    bias = torch.randn(LENGTH, LENGTH, generator=torch.Generator().manual_seed(3))
+    ours, theirs = ([x.requires_grad_(n in trained) for n, x in enumerate([*inputs(), bias.clone()])] for _ in range(2))
+    assert totals_of(function, ours) == [False, True]
+    torch._dynamo.reset()
+    for call, args in ((torch.compile(function, backend="attngen", options=EAGER), ours), (function, theirs)):
+        call(*args).sin().sum().backward()
+    for n in trained:
+        torch.testing.assert_close(ours[n].grad, theirs[n].grad, rtol=1e-4, atol=1e-5)
+
+
 def test_who_else_reads_the_sum_has_its_gradient_too() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         w = F.relu(scores(q, k)).square()
