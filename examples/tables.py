@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,15 +128,19 @@ def attention(record: Record) -> list[str]:
     ratios = []
     for result in record["results"]:
         rates = {row["peer"]: row["tflops"] for row in result["rows"] if row["status"] == "timed"}
-        best = max((rate for peer, rate in rates.items() if peer != "attngen"), default=math.nan)
-        ratios.append(rates.get("attngen", math.nan) / best)
+        best = max((rate for peer, rate in rates.items() if peer != peers[0]), default=math.nan)
+        ratios.append(rates.get(peers[0], math.nan) / best)
         cells = [f"{rates[peer]:.0f}" if peer in rates else "-" for peer in peers]
         ratio = "-" if math.isnan(ratios[-1]) else f"{ratios[-1]:.2f}x"
         lines.append(f"| {result['problem']['name']} | {' | '.join(cells)} | {ratio} |")
-    known = [math.log(ratio) for ratio in ratios if not math.isnan(ratio)]
-    mean = math.exp(sum(known) / len(known))
     rate = _RATES[record["results"][0].get("phase", "forward")]
-    return [*lines, "", f"{rate}. Geometric mean over the best of the others: {mean:.2f}x. {_machine(record)}"]
+    return [*lines, "", f"{rate}. Geometric mean over the best of the others: {_mean(ratios):.2f}x. {_machine(record)}"]
+
+
+def _mean(ratios: Sequence[float]) -> float:
+    """Geometric, of those that are known."""
+    known = [math.log(ratio) for ratio in ratios if not math.isnan(ratio)]
+    return math.exp(sum(known) / len(known))
 
 
 def eighths(record: Record) -> list[str]:
@@ -194,10 +198,12 @@ TABLES: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     "training": ("examples/results/training.json", training),
     "curves": ("examples/results/curves.json", curves),
     "dense": ("examples/results/dense.json", attention),
-    "dense_h200": ("examples/results/dense_h200.json", attention),
+    "portable_dense": ("examples/results/portable_dense.json", attention),
+    "portable": ("examples/results/portable.json", attention),
     "variants": ("examples/results/variants.json", attention),
     "dense_fa4": ("examples/results/dense_fa4.json", attention),
     "dense_gradient": ("examples/results/dense_gradient.json", attention),
+    "dense_gradient_fa4": ("examples/results/dense_gradient_fa4.json", attention),
     "variants_training": ("examples/results/variants_training.json", attention),
     "fp8": ("examples/results/fp8.json", eighths),
     "long": ("examples/results/long.json", long),
