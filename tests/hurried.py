@@ -6,6 +6,7 @@ Most of its time is its own: kernels of the tests are small.
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -19,6 +20,8 @@ def hurry() -> None:
         _redirect_once()
     if hasattr(interpreter, "_get_np_dtype"):
         _remember_types()
+    if hasattr(interpreter, "interpreter_builder"):
+        _add_whole_numbers_once()
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 10, 10)
@@ -52,3 +55,10 @@ def _remember_types() -> None:
         return look_up(tl.uint64 if isinstance(of, tl.pointer_type) else of)
 
     interpreter._get_np_dtype = known
+
+
+def _add_whole_numbers_once() -> None:
+    """Each sum of them is made again in 64 bits and compared, for an assertion that is left out unless Triton is debugged."""
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = replace(builder.options, sanitize_overflow=False)
