@@ -254,7 +254,7 @@ BIASED = attention(dtype=BF16, score=BY_NAME["bias"].spec.score, extras={"t0": (
 def test_verification_runs_it_in_the_simulator_in_its_own_type() -> None:
     """Biases of uneven length among them, whose rows TMA can address all the same."""
     kernel = replace(kernel_of(BIASED, PERSISTENT), otherwise=kernel_of(BIASED, Tile(64, 32, 4, 2)))
-    broken = replace(kernel, source=kernel.source.replace("gl.exp2", "gl.exp3"))
+    broken = replace(kernel, source=kernel.source.replace("row_max = gl.full(", "row_max = gl.fulll("))
     off = replace(kernel, source=kernel.source.replace("sums = sums * ", "sums = 1.1 * sums * "))
     problem = Problem((1, 2), 145, 301)
     good, bad, wrong = verify_all_interpreted([(kernel, problem), (broken, problem), (off, problem)])

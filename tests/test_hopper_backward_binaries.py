@@ -91,6 +91,7 @@ def test_program_compiles_as_it_should(head_dim: int, name: str, stays: bool, tm
     assert given * 128 <= 65536 and 3 * hopper_bwd.LIMIT * 128 <= 65536
 
 
+@pytest.mark.newest
 def test_kernels_that_rows_are_left_to_are_compiled_with_it(tmp_path: Path) -> None:
     """As they will be launched behind it: told to look at a flag first."""
     kernel = kernel_of(BY_HEAD[64]["bias"])
