@@ -26,7 +26,8 @@ from attngen import verify
 
 GOLDEN = Path(__file__).parent / "golden"
 # Files that take longest begin first, so that no worker is left alone with one of them at the end.
-LONG = ("aot", "backend", "detect_dynamic", "fuzz", "inductor", "kernels", "models_half", "zoo_kernels")
+LONG = ("aot", "backend", "coverage", "detect_dynamic", "fuzz", "hopper_backward_binaries", "hopper_binaries", "inductor")
+LONG += ("training", "training_parallel", "zoo_kernels")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
