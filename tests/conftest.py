@@ -12,6 +12,10 @@ from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before numpy and torch are there: workers have a processor each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before torch is there: Inductor compiles a file for each kind of vectors to see whether it can, and C++ with them takes
+# longer; Dynamo looks for garbage after each graph.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
 import forked
 import pytest
@@ -22,7 +26,8 @@ from attngen import verify
 
 GOLDEN = Path(__file__).parent / "golden"
 # Files that take longest begin first, so that no worker is left alone with one of them at the end.
-LONG = ("aot", "backend", "detect_dynamic", "fuzz", "inductor", "kernels", "models_half", "zoo_kernels")
+LONG = ("aot", "backend", "coverage", "detect_dynamic", "fuzz", "hopper_backward_binaries", "hopper_binaries", "inductor")
+LONG += ("training", "training_parallel", "zoo_kernels")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,10 +12,11 @@ import pytest
 import sympy as sp
 import torch
 from specs import BOOLEANS, BY_NAME, CAUSAL, PADDING, WORTH_IT, B, H, attention, loaded, plus, scaled, softcap, window
+from test_aot import compiled_here
 
 from attngen import aot, compat, formulas
 from attngen.algebra import TRUE, Expr, Int, Op, integer, op
-from attngen.aot import Binary, Job, compile_all
+from attngen.aot import Binary, Job
 from attngen.choose import Plan, choose
 from attngen.compat import FloorDiv
 from attngen.cost import REGISTER_LIMIT, Cost, costs, eager_hbm_bytes, evaluated, formula
@@ -368,7 +369,7 @@ DEVICE_OF = {90: H200, 80: DEVICES["a100"]}
 
 @pytest.fixture(scope="module")
 def binaries(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str, Tile], Binary]:
-    """Everything below, compiled in parallel."""
+    """Everything below."""
     if not compat.has_triton():
         pytest.skip("no triton")
     found: dict[tuple[int, str, Tile], Binary] = {}
@@ -378,7 +379,7 @@ def binaries(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str, T
             cases = [case for case in (*COMPILED, *SPILLING) if case[0] == arch]
             folder = tmp_path_factory.mktemp(f"sm{arch}")
             jobs = [_job(spec, tile, folder / f"k{k}.py") for k, (_, _, spec, tile) in enumerate(cases)]
-            results = compile_all(jobs, arch, workers=2 if arch == 90 else 1)
+            results = compiled_here(jobs, arch)
             for (_, name, _, tile), result in zip(cases, results, strict=True):
                 assert isinstance(result, aot.Binary), result
                 found[arch, name, tile] = result

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
-from analysis import analyse
+from analysis import Analysis, analyse
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -123,14 +124,19 @@ def inputs_of(seed: int) -> dict[str, Tensor]:
     }
 
 
+@cache
+def analysed(seed: int) -> Analysis:
+    return analyse(Program(seed), inputs_of(seed))
+
+
 @pytest.mark.parametrize("first", range(0, 80, 10))
 def test_what_is_found_is_right(first: int) -> None:
     for seed in range(first, first + 10):
-        found = analyse(Program(seed), inputs_of(seed))
+        found = analysed(seed)
         for site, special in found.hits:
             assert found.error(site, special) < 2e-5, (seed, special.spec.text)
 
 
 def test_enough_is_found_for_that_to_mean_something() -> None:
-    counts = [len(analyse(Program(seed), inputs_of(seed)).hits) for seed in range(30)]
+    counts = [len(analysed(seed).hits) for seed in range(30)]
     assert 5 <= sum(counts) <= 25

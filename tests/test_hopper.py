@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from side_by_side import side_by_side
 from specs import BOTTOM_RIGHT, BY_NAME, CASES, CAUSAL, HALF, ZERO, B, Case, H, attention, loaded, plus
 from test_blockwise import emptied
 from torch import Tensor
@@ -254,10 +255,11 @@ BIASED = attention(dtype=BF16, score=BY_NAME["bias"].spec.score, extras={"t0": (
 def test_verification_runs_it_in_the_simulator_in_its_own_type() -> None:
     """Biases of uneven length among them, whose rows TMA can address all the same."""
     kernel = replace(kernel_of(BIASED, PERSISTENT), otherwise=kernel_of(BIASED, Tile(64, 32, 4, 2)))
-    broken = replace(kernel, source=kernel.source.replace("gl.exp2", "gl.exp3"))
+    broken = replace(kernel, source=kernel.source.replace("row_max = gl.full(", "row_max = gl.fulll("))
     off = replace(kernel, source=kernel.source.replace("sums = sums * ", "sums = 1.1 * sums * "))
     problem = Problem((1, 2), 145, 301)
-    good, bad, wrong = verify_all_interpreted([(kernel, problem), (broken, problem), (off, problem)])
+    short = Problem((1, 2), 20, 21)  # so that nobody waits for the part that fails
+    good, bad, wrong = verify_all_interpreted([(kernel, problem), (broken, short), (off, problem)])
     assert isinstance(good, Check) and good.ok and good.budget > 1e-3
     assert isinstance(bad, VerificationFailed) and "does not run in the simulator: AttributeError" in str(bad)
     assert isinstance(wrong, VerificationFailed) and "result is off" in str(wrong)
@@ -339,7 +341,6 @@ def outcome(source: str, spec: AttentionSpec, inputs: list[Tensor]) -> str:
     return "right" if check(result, spec, inputs).ok else "wrong"
 
 
-@pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products take long, which leaves time to overwrite what they read; nobody waits long for a barrier."""
     wait = simulator._mma_wait
@@ -352,37 +353,45 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulator, "_mma_wait", slow)
 
 
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("name", [None, *DAMAGE], ids=str)
-def test_damage_is_noticed(name: str | None) -> None:
-    spec = attention(mask=CAUSAL)
-    inputs = sample_inputs(spec, Problem((1, 3), 390, 390))
-    source = written(spec, PERSISTENT)
-    damage, expected = DAMAGE[name] if name else (str, "right")
-    damaged = damage(source)
-    assert (damaged != source) == bool(name)
-    assert outcome(damaged, spec, inputs) == expected
-
-
 TURNS = {
-    "a turn is not handed over": instead("arrive {TURNS + (GROUP + 1)", "arrive {TURNS - 1 - (GROUP + 1)"),
-    "nobody has the first turn": instead("if GROUP == GROUPS - 1:", "if GROUP == GROUPS:"),
+    "a turn is not handed over": (instead("arrive {TURNS + (GROUP + 1)", "arrive {TURNS - 1 - (GROUP + 1)"), "stuck"),
+    "nobody has the first turn": (instead("if GROUP == GROUPS - 1:", "if GROUP == GROUPS:"), "stuck"),
 }
+EXPONENTIALS, PRODUCTS = 64, 128  # sizes of heads: what warpgroups take turns with
+Damaged = tuple[str | None, int]  # by what; head size
 
 
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("head_dim", [64, 128], ids=["exponentials", "products"])
-@pytest.mark.parametrize("name", TURNS)
-def test_turns_are_handed_over(name: str, head_dim: int) -> None:
+def damaged_outcome(damaged: Damaged) -> str:
+    name, head_dim = damaged
     spec = attention(mask=CAUSAL, head_dim=head_dim)
     source = written(spec, PERSISTENT)
-    damaged = TURNS[name](source)
-    assert damaged != source and outcome(damaged, spec, sample_inputs(spec, Problem((1, 3), 390, 390))) == "stuck"
+    made = {**DAMAGE, **TURNS}[name][0](source) if name else source
+    assert (made != source) == bool(name)
+    return outcome(made, spec, sample_inputs(spec, Problem((1, 3), 390, 390)))
 
 
-@pytest.mark.usefixtures("impatient")
-def test_biases_handed_back_without_a_fence_are_noticed() -> None:
+@pytest.fixture(scope="module")
+def outcomes() -> dict[Damaged, str]:
+    every = [(name, EXPONENTIALS) for name in (None, *DAMAGE, *TURNS)] + [(name, PRODUCTS) for name in TURNS]
+    with pytest.MonkeyPatch.context() as patch:
+        impatient(patch)
+        return side_by_side(damaged_outcome, every)
+
+
+@pytest.mark.parametrize("name", [None, *DAMAGE], ids=str)
+def test_damage_is_noticed(name: str | None, outcomes: dict[Damaged, str]) -> None:
+    assert outcomes[name, EXPONENTIALS] == (DAMAGE[name][1] if name else "right")
+
+
+@pytest.mark.parametrize("head_dim", [EXPONENTIALS, PRODUCTS], ids=["exponentials", "products"])
+@pytest.mark.parametrize("name", TURNS)
+def test_turns_are_handed_over(name: str, head_dim: int, outcomes: dict[Damaged, str]) -> None:
+    assert outcomes[name, head_dim] == TURNS[name][1]
+
+
+def test_biases_handed_back_without_a_fence_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, copies that came too soon were seen with blocks of 64 keys alone, in one row of a few thousand."""
+    impatient(monkeypatch)
     source, problem = written(BIASED, PERSISTENT), Problem((1, 2), 152, 304)
     damaged = instead("fence_async_shared()  # or else", "pass  # or else")(source)
     inputs = sample_inputs(BIASED, problem)

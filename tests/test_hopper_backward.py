@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from hopper_sites import BY_HEAD
+from side_by_side import side_by_side
 from specs import (
     ALIBI,
     BOTTOM_RIGHT,
@@ -490,15 +491,41 @@ DAMAGE_OF_ONE = {  # of the programs that have one tile each
 }
 
 
-def outcome(source: str, at: Sample) -> str:
+Damaged = tuple[str | None, bool]  # by what; to programs that stay, or to those of one tile each
+OF_DENSE = attention(dtype=BF16, head_dim=128, lse=True)
+
+
+def undamaged(stays: bool) -> tuple[str, Sample]:
+    return kernel_of(OF_DENSE, stays=stays).source, sample(OF_DENSE, Problem((1, 1), *((200, 300) if stays else (400, 200))))
+
+
+def results(damaged: Damaged) -> list[torch.Tensor] | None:
+    """Of the damaged kernel, or None if it is stuck."""
+    name, stays = damaged
+    source, at = undamaged(stays)
+    made = (DAMAGE if stays else DAMAGE_OF_ONE)[name][0](source) if name else source
+    assert (made != source) == bool(name)
     try:
-        found = verdicts(source, at, programs=1)
+        return list(simulated(made, 1).launch(*at.arguments))
     except (Broken, AssertionError):
-        return "stuck"
-    return "right" if all(verdict.ok for verdict in found.values()) else "wrong"
+        return None
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def outcomes() -> dict[Damaged, str]:
+    names = [(name, stays) for stays, damage in ((True, DAMAGE), (False, DAMAGE_OF_ONE)) for name in (None, *damage)]
+    with pytest.MonkeyPatch.context() as patch:
+        impatient(patch)
+        made = side_by_side(results, names)
+
+    def outcome(stays: bool, found: list[torch.Tensor] | None) -> str:
+        if found is None:
+            return "stuck"
+        return "right" if all(verdict.ok for verdict in verify_bwd.check(found, undamaged(stays)[1]).values()) else "wrong"
+
+    return {damaged: outcome(damaged[1], found) for damaged, found in made.items()}
+
+
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products take long, one warpgroup's longer than the other's, and sums too; nobody waits long for a barrier."""
     paces, own = cycle([0.012, 0.001]), threading.local()
@@ -519,21 +546,11 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulator._tma, "store_wait", slow_store)
 
 
-def noticed(damage: Callable[[str], str], expected: str, problem: Problem, *, stays: bool) -> None:
-    spec = attention(dtype=BF16, head_dim=128, lse=True)
-    source = kernel_of(spec, stays=stays).source
-    damaged = damage(source)
-    assert (damaged != source) == (damage is not str)
-    assert outcome(damaged, sample(spec, problem)) in expected
-
-
-@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("name", [None, *DAMAGE], ids=str)
-def test_damage_is_noticed(name: str | None) -> None:
-    noticed(*(DAMAGE[name] if name else (str, "right")), Problem((1, 1), 200, 300), stays=True)
+def test_damage_is_noticed(name: str | None, outcomes: dict[Damaged, str]) -> None:
+    assert outcomes[name, True] in (DAMAGE[name][1] if name else "right")
 
 
-@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("name", [None, *DAMAGE_OF_ONE], ids=str)
-def test_damage_to_a_program_for_each_tile_is_noticed(name: str | None) -> None:
-    noticed(*(DAMAGE_OF_ONE[name] if name else (str, "right")), Problem((1, 1), 400, 200), stays=False)
+def test_damage_to_a_program_for_each_tile_is_noticed(name: str | None, outcomes: dict[Damaged, str]) -> None:
+    assert outcomes[name, False] in (DAMAGE_OF_ONE[name][1] if name else "right")

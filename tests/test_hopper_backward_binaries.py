@@ -40,9 +40,20 @@ SPILLS_STAYING = SPILLS | {
 ABLE = [(d, name) for d in (64, 96, 128, 256) for name, spec in BY_HEAD[d].items() if hopper_bwd.unsuited(spec) is None]
 # Compiled everywhere as a program for each tile, too; wide heads leave no room for programs that stay.
 PLAIN = {(64, "causal"), (128, "full"), (128, "table"), (256, "causal"), (256, "softcap")}
+# With the oldest Triton each kind of score once, and each width.
+FOR_OLDEST = {(64, "dropped", True), (64, "bias", True), (128, "softcap", True), (128, "table", True)}
+FOR_OLDEST |= {(64, "causal", False), (128, "full", False), (256, "causal", False)}
+
+
+def marks(head_dim: int, name: str, stays: bool) -> tuple[pytest.MarkDecorator, ...]:
+    if (head_dim, name) not in (EVERYWHERE if stays else PLAIN):
+        return (pytest.mark.gpu,)
+    return () if (head_dim, name, stays) in FOR_OLDEST else (pytest.mark.newest,)
+
+
 PROGRAMS = [
-    pytest.param(*each, stays, id=f"d{each[0]}-{each[1]}-{way}", marks=() if each in always else (pytest.mark.gpu,))
-    for stays, way, always in ((True, "stays", EVERYWHERE), (False, "plain", PLAIN))
+    pytest.param(*each, stays, id=f"d{each[0]}-{each[1]}-{way}", marks=marks(*each, stays))
+    for stays, way in ((True, "stays"), (False, "plain"))
     for each in ABLE
     if len(hopper_bwd.tiles_of(BY_HEAD[each[0]][each[1]])) > stays
 ]
@@ -63,6 +74,8 @@ def compiled(head_dim: int, name: str, stays: bool, folder: Path) -> tuple[Binar
 
 def test_what_is_compiled_everywhere_is_among_them() -> None:
     assert set(ABLE) >= EVERYWHERE
+    compiled = {param.values for param in PROGRAMS if pytest.mark.gpu not in param.marks}
+    assert compiled >= FOR_OLDEST and {d for d, *_ in FOR_OLDEST} == {d for d, *_ in compiled}
 
 
 @pytest.mark.parametrize(("head_dim", "name", "stays"), PROGRAMS)
@@ -78,6 +91,7 @@ def test_program_compiles_as_it_should(head_dim: int, name: str, stays: bool, tm
     assert given * 128 <= 65536 and 3 * hopper_bwd.LIMIT * 128 <= 65536
 
 
+@pytest.mark.newest
 def test_kernels_that_rows_are_left_to_are_compiled_with_it(tmp_path: Path) -> None:
     """As they will be launched behind it: told to look at a flag first."""
     kernel = kernel_of(BY_HEAD[64]["bias"])

@@ -180,14 +180,15 @@ LEAVING = [
 
 @pytest.mark.parametrize(("name", "head_dim", "tile"), LEAVING)
 def test_flags_of_rows_take_no_more_than_the_log_sum_exp(name: str, head_dim: int, tile: Tile, tmp_path: Path) -> None:
-    """Registers, that is. Both are written when a tile ends."""
+    """Registers, that is. Both are written when a tile ends; but for the widest heads nothing is spilled with either."""
     mask, extras = BOUNDED.get(name, (CAUSAL, {}))
     spec = attention(dtype=torch.bfloat16, head_dim=head_dim, extras=extras, **filled(scaled(head_dim**-0.5), mask, -1e4))
     assert able(spec, tile)
     made = compiled(spec, tile, tmp_path)
-    plain = compiled(replace(spec, whole=None, redo_below=None, lse=True), tile, tmp_path)
-    assert made.binary.hgmma and made.binary.spills <= plain.binary.spills + 8
-    assert head_dim == 256 or made.binary.spills == 0
+    spilled = 0
+    if head_dim == 256:
+        spilled = compiled(replace(spec, whole=None, redo_below=None, lse=True), tile, tmp_path).binary.spills + 8
+    assert made.binary.hgmma and made.binary.spills <= spilled
     assert not any(code in made.complaints for code in SERIALISED)
 
 
@@ -216,7 +217,7 @@ def test_8_bit_weights_stay_where_they_are(head_dim: int, name: str, tile: Tile,
     assert "PRMT" not in text
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [128, *(pytest.param(d, marks=pytest.mark.newest) for d in (64, 256))])
 def test_operands_are_written_in_words(head_dim: int, tmp_path: Path) -> None:
     """16 bytes at a time, values too, whose neighbours in memory are not those that were read."""
     kernel = kernel_of(replace(BY_HEAD[head_dim]["full"], fp8=fp8.ROTATE), persistent(128, 128))

@@ -16,7 +16,7 @@ from attngen.index import Axis, always_less, floordiv, modulo, never_negative, r
 
 A, B, C = Axis("a", 4), Axis("b", 6), Axis("c", 3)
 AXES = (A, B, C)
-MANY = settings(max_examples=150, deadline=None)  # others in each run
+MANY = settings(max_examples=75, deadline=None)  # others in each run
 
 
 def everywhere(expr: sp.Expr) -> np.ndarray:

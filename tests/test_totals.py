@@ -139,8 +139,12 @@ def test_sums_and_average_are_two_attentions(name: str, way: Averaged) -> None:
     assert [spec.value_dim for spec in specs] == [8, 16]  # the sums come first
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize(("name", "way"), CASES, ids=lambda x: x if isinstance(x, str) else x.__name__)
+# Each in float32 and, in turn, in one of the types of 16 bits.
+TYPED = [(*case, torch.float32) for case in CASES]
+TYPED += [(*case, (torch.bfloat16, torch.float16)[place % 2]) for place, case in enumerate(CASES)]
+
+
+@pytest.mark.parametrize(("name", "way", "dtype"), TYPED, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_values_and_gradients_are_within_the_budget(name: str, way: Averaged, dtype: torch.dtype) -> None:
     function = averaged(name, way)
     if way is first and "relu" in name:

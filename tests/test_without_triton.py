@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
 
 BLOCKED = """
 import importlib.abc, logging, sys
@@ -33,19 +37,50 @@ def blocks(messages):
 
 q, k, v = (torch.randn(2, 2, 8, 16, requires_grad=True) for _ in range(3))
 """
+# Each code runs in a fork of this process, which has torch and its compilers already.
+FORKS = """
+import json, os, traceback
+import torch._inductor.compile_fx
+
+for line in sys.stdin:
+    code, folder = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        failed = ""
+        os.chdir(folder)
+        os.dup2(2, 1)
+        try:
+            exec(code)
+            assert "triton" not in sys.modules
+        except BaseException:
+            failed = traceback.format_exc()
+        with open("failed.txt", "w") as file:
+            file.write(failed)
+        os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+Blocked = Callable[[str, Path], None]
 
 
-def blocked(code: str, folder: Path) -> None:
-    """Run ``code`` in a process without Triton; its assertions are ours."""
-    text = BLOCKED + textwrap.dedent(code) + "\nassert 'triton' not in sys.modules\nprint('fine')"
+@pytest.fixture(scope="module")
+def blocked() -> Iterator[Blocked]:
+    """Runs code in a process without Triton; its assertions are ours."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # with a GPU, torch itself looks for the module
-    done = subprocess.run(
-        [sys.executable, "-c", text], capture_output=True, text=True, check=False, cwd=folder, env=environment
-    )
-    assert done.stdout.strip().endswith("fine"), done.stderr
+    command = [sys.executable, "-c", BLOCKED + FORKS]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as server:
+        assert server.stdin is not None and server.stdout is not None
+        asked, answers = server.stdin, server.stdout
+
+        def run(code: str, folder: Path) -> None:
+            print(json.dumps((textwrap.dedent(code), str(folder))), file=asked, flush=True)
+            assert answers.readline() == "0\n"
+            assert (folder / "failed.txt").read_text() == ""
+
+        yield run
 
 
-def test_compiling_on_the_cpu_is_silent(tmp_path: Path) -> None:
+def test_compiling_on_the_cpu_is_silent(tmp_path: Path, blocked: Blocked) -> None:
     """No kernel would run there anyway: the report has the note, the log has nothing."""
     blocked(
         """
@@ -63,7 +98,7 @@ def test_compiling_on_the_cpu_is_silent(tmp_path: Path) -> None:
     )
 
 
-def test_explain_says_it_once(tmp_path: Path) -> None:
+def test_explain_says_it_once(tmp_path: Path, blocked: Blocked) -> None:
     blocked(
         """
         def twice(q, k, v):
@@ -80,7 +115,7 @@ def test_explain_says_it_once(tmp_path: Path) -> None:
     )
 
 
-def test_where_a_kernel_would_have_run_it_is_said_once_and_done_block_by_block(tmp_path: Path) -> None:
+def test_where_a_kernel_would_have_run_it_is_said_once_and_done_block_by_block(tmp_path: Path, blocked: Blocked) -> None:
     """What the GPU would call: two operators, one warning."""
     blocked(
         """
@@ -104,7 +139,7 @@ def test_where_a_kernel_would_have_run_it_is_said_once_and_done_block_by_block(t
     )
 
 
-def test_optimize_writes_kernels(tmp_path: Path) -> None:
+def test_optimize_writes_kernels(tmp_path: Path, blocked: Blocked) -> None:
     """The command plans and emits, and says why it left out the two other steps."""
     (tmp_path / "model.py").write_text(
         "import torch\nq = torch.randn(2, 2, 8, 16)\nexample_inputs = (q, q, q)\n"
@@ -128,7 +163,7 @@ def test_optimize_writes_kernels(tmp_path: Path) -> None:
     )
 
 
-def test_the_rest_is_compiled_by_inductor(tmp_path: Path) -> None:
+def test_the_rest_is_compiled_by_inductor(tmp_path: Path, blocked: Blocked) -> None:
     blocked(
         """
         run = torch.compile(attend, backend="attngen", options={"strict": True})

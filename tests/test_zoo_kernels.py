@@ -17,12 +17,13 @@ import torch
 import zoo
 from analysis import Analysis, analyse
 from specs import WORTH_IT
+from test_aot import compiled_here
 from test_detect_dynamic import against_float64, masks
 from test_models_half import in_dtype, short
 from torch import Tensor
 
 from attngen import compat
-from attngen.aot import Binary, Job, begin, compile_all
+from attngen.aot import Binary, Job
 from attngen.blockwise import sizes_of
 from attngen.choose import Plan, choose
 from attngen.device import DEVICES
@@ -157,17 +158,17 @@ Binaries = dict[tuple[int, str, int | None], Binary | VerificationFailed]
 
 @pytest.fixture(scope="session")
 def binaries(tmp_path_factory: pytest.TempPathFactory, sites: Sites) -> Binaries:
-    """All of them compiled side by side and from nothing."""
-    running, jobs = [], {}
+    """All of them compiled from nothing."""
+    found: Binaries = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         for arch, (device, _) in COMPILED.items():
             folder = tmp_path_factory.mktemp(f"sm{arch}")
             wanted = [key for key in WANTED_BINARIES if key[0] == arch]
-            jobs |= {key: job(sites[key[1], 0, torch.float16], device, key[2], folder) for key in wanted}
-            running.append((wanted, begin([jobs[key] for key in wanted], arch, workers=1)))
-        found = {key: b for wanted, c in running for key, b in zip(wanted, c.results(), strict=True)}
-        return found | {key: again(jobs[key], found[key], key[0]) for key in found if key[2] is None}
+            jobs = [job(sites[key[1], 0, torch.float16], device, key[2], folder) for key in wanted]
+            for key, each, made in zip(wanted, jobs, compiled_here(jobs, arch), strict=True):
+                found[key] = again(each, made, arch) if key[2] is None else made
+        return found
 
 
 def again(job: Job, made: Binary | VerificationFailed, arch: int) -> Binary | VerificationFailed:
@@ -182,7 +183,7 @@ def again(job: Job, made: Binary | VerificationFailed, arch: int) -> Binary | Ve
     path = job.source.with_stem(f"{job.source.stem}_limited")
     path.write_text(text.replace("num_warps=NUM_WARPS,", "num_warps=NUM_WARPS, maxnreg=255,"))
     assert path.read_text() != text
-    (limited,) = compile_all([replace(job, source=path)], arch)
+    (limited,) = compiled_here([replace(job, source=path)], arch)
     return limited
 
 
