@@ -124,12 +124,13 @@ _RATES = {"forward": "TFLOP/s", "gradient": "TFLOP/s of the gradient", "both": "
 def attention(record: Record) -> list[str]:
     """TFLOP/s of every peer at every problem, ours first, and ours over the best of the others."""
     peers = list(dict.fromkeys(row["peer"] for result in record["results"] for row in result["rows"]))
+    ours = next(peer for peer in peers if peer.startswith("attngen"))
     lines = [f"| problem | {' | '.join(peers)} | over the best |", "|---" * (len(peers) + 2) + "|"]
     ratios = []
     for result in record["results"]:
         rates = {row["peer"]: row["tflops"] for row in result["rows"] if row["status"] == "timed"}
-        best = max((rate for peer, rate in rates.items() if peer != peers[0]), default=math.nan)
-        ratios.append(rates.get(peers[0], math.nan) / best)
+        best = max((rate for peer, rate in rates.items() if peer != ours), default=math.nan)
+        ratios.append(rates.get(ours, math.nan) / best)
         cells = [f"{rates[peer]:.0f}" if peer in rates else "-" for peer in peers]
         ratio = "-" if math.isnan(ratios[-1]) else f"{ratios[-1]:.2f}x"
         lines.append(f"| {result['problem']['name']} | {' | '.join(cells)} | {ratio} |")
