@@ -18,8 +18,8 @@ which is up to a quarter slower.
 
 What is done before and after the products moves 0.47 GB of 16,384 tokens, which takes 8 to 14 % of all at a length of 1,024.
 Tried: sums of a few waves of heads alone, that stay in the L2 cache and that two more warps bring to memory while the next
-wave is computed (5 to 7 % slower from 4,096 on, 0 to 30 % at 1,024: with 24 registers they take 1.3 us for 2 KiB, and each
-step is some 300 cycles longer); both kernels backwards, to find in the cache what was touched last (no difference).
+wave is computed (4 to 12 % slower from 4,096 on, 0 to 28 % at 1,024); both kernels backwards, to find in the cache what was
+touched last (no difference). Rates of both are in tests/data/hopper_bwd_h200.json.
 """
 
 from __future__ import annotations
@@ -168,13 +168,9 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
     trained = pairs_bwd.kernels(plan, pairs)
     helpers = hopper.helpers(printer, " ".join(score.values()), bounds, found, data)
     once, each = parted(prologue, [axis.name for axis, _ in plan.members])
-    kind = DTYPES[spec.query.dtype]
     return {
         **_program(spec, tile, sms),
-        "head_dim": spec.head_dim,
-        "value_dim": spec.value_dim,
-        "dtype": kind,
-        "short": {"gl.bfloat16": "bf16", "gl.float16": "f16"}[kind],
+        **_facts(spec, floor, plan),
         "helpers": {name: used or any(each["helpers"].get(name) for each in trained) for name, used in helpers.items()},
         "data": data,
         "margins": {name: dim for name, dim in margins_of(spec).items() if any(x.name == name for x in read)},
@@ -189,20 +185,31 @@ def holes(spec: AttentionSpec, tile: Tile, l2_bytes: int, sms: int) -> dict[str,
         "order": order_of(cover),
         "head": "source" if heads["members"] else "head",
         "group": heads,
+        "dropped": dropped,
+        "l2_share": l2_bytes * L2_SHARE.numerator // L2_SHARE.denominator,
+        **boxes,
+        **_rows(spec, plan),
+        **_arguments(side, read),
+        **launch,
+    }
+
+
+def _facts(spec: AttentionSpec, floor: float | None, plan: Backward) -> dict[str, Any]:
+    """What the spec itself says. Rows whose log-sum-exp is at most ``floor``, or very large, are left to other kernels."""
+    kind = DTYPES[spec.query.dtype]
+    return {
+        "head_dim": spec.head_dim,
+        "value_dim": spec.value_dim,
+        "dtype": kind,
+        "short": {"gl.bfloat16": "bf16", "gl.float16": "f16"}[kind],
         "unpack_head": unpacked(spec.batch),
         "lost": plan.may_be_lost,
         "below": "" if floor is None else repr(floor),
         "highest": repr(lost.HIGHEST),
         "may_be_empty": plan.may_be_lost or spec.empty != "nan",
         "empty": spec.empty,
-        "dropped": dropped,
         "log2e": repr(LOG2E),
-        "l2_share": l2_bytes * L2_SHARE.numerator // L2_SHARE.denominator,
         "step_bytes": 2 * (spec.head_dim + spec.value_dim) + 4 * padded(spec),  # queries, gradients and sums
-        **boxes,
-        **_rows(spec, plan),
-        **_arguments(side, read),
-        **launch,
     }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,7 @@ def models(record: Record) -> list[str]:
         ratios = " / ".join(f"{x:.2f}x" if (x := _speedup(rows, spelling)) else "-" for spelling in ("eager", "sdpa"))
         lines.append(f"| {result['model']} | {' | '.join(cells)} | {ratios} |")
     found = [_speedup({row["variant"]: row for row in result["rows"]}, "eager") for result in record["results"]]
-    logarithms = [math.log(ratio) for ratio in found if ratio]
-    mean = math.exp(sum(logarithms) / len(logarithms))
+    mean = statistics.geometric_mean(ratio for ratio in found if ratio)
     return [*lines, "", f"Geometric mean over the compiled eager spelling: {mean:.2f}x. {_machine(record)}"]
 
 
@@ -55,7 +55,7 @@ def training(record: Record) -> list[str]:
         ratios.append(min(timed[name] for name in peers if name in timed) / timed[ours])
         cells = [_cell(rows.get(name)) for name in (*peers, ours)] + [f"{ratios[-1]:.2f}x"]
         lines.append(f"| {result['model']} | {' | '.join(cells + [_cell(rows.get(name)) for name in same])} |")
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    mean = statistics.geometric_mean(ratios)
     return [*lines, "", f"Geometric mean over the best of the others: {mean:.2f}x. {_machine(record)}"]
 
 
@@ -122,7 +122,7 @@ _RATES = {"forward": "TFLOP/s", "gradient": "TFLOP/s of the gradient", "both": "
 
 
 def attention(record: Record) -> list[str]:
-    """TFLOP/s of every peer at every problem, ours first, and ours over the best of the others."""
+    """TFLOP/s of every peer at every problem, and ours over the best of the others."""
     peers = list(dict.fromkeys(row["peer"] for result in record["results"] for row in result["rows"]))
     ours = next(peer for peer in peers if peer.startswith("attngen"))
     lines = [f"| problem | {' | '.join(peers)} | over the best |", "|---" * (len(peers) + 2) + "|"]
@@ -135,13 +135,8 @@ def attention(record: Record) -> list[str]:
         ratio = "-" if math.isnan(ratios[-1]) else f"{ratios[-1]:.2f}x"
         lines.append(f"| {result['problem']['name']} | {' | '.join(cells)} | {ratio} |")
     rate = _RATES[record["results"][0].get("phase", "forward")]
-    return [*lines, "", f"{rate}. Geometric mean over the best of the others: {_mean(ratios):.2f}x. {_machine(record)}"]
-
-
-def _mean(ratios: Sequence[float]) -> float:
-    """Geometric, of those that are known."""
-    known = [math.log(ratio) for ratio in ratios if not math.isnan(ratio)]
-    return math.exp(sum(known) / len(known))
+    mean = statistics.geometric_mean(ratio for ratio in ratios if not math.isnan(ratio))
+    return [*lines, "", f"{rate}. Geometric mean over the best of the others: {mean:.2f}x. {_machine(record)}"]
 
 
 def eighths(record: Record) -> list[str]:

@@ -104,7 +104,7 @@ def _unrepeated(node: fx.Node, index: Index) -> tuple[fx.Node, Index]:
     """Where ``node`` has its element before it is repeated: along what is repeated, the place does not move."""
     index = broadcast(index, shape_of(node))
     while op_name(node) == "expand":
-        (node,) = node.all_input_nodes
+        node = bind(node)["self"]  # sizes may be nodes, too
         index = broadcast(index, shape_of(node))
     return node, index
 

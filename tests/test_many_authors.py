@@ -298,6 +298,13 @@ def test_found_with_its_gradient(function: Function) -> None:
     assert_replaced_with_its_gradient(function, lambda: [x.requires_grad_() for x in inputs()], count)
 
 
+def test_factors_may_be_repeated_by_sizes_that_change() -> None:
+    run = torch.compile(repeated_by_expand, backend="attngen", dynamic=True, options={"strict": True})
+    for length in (N, N + 3):
+        q, k, v = made((B, H, length, D), (B, H, length, D), (B, H, length, D))
+        torch.testing.assert_close(run(q, k, v), repeated_by_expand(q, k, v), rtol=1e-5, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------------ left alone
 
 

@@ -247,7 +247,7 @@ def _block_mask(problem: Problem, inputs: Inputs) -> object:
     if not each:
         return None
     mask_mod = each[0] if len(each) == 1 else and_masks(*each)
-    # Compiled, it does not hold a mask of all pairs.
+    # Compiled, it does not hold a mask of all pairs; for lengths that may change it took two minutes at 16,384.
     make = torch.compile(create_block_mask, dynamic=False) if inputs.query.is_cuda else create_block_mask
     batch = problem.batch if problem.documents else None
     return make(mask_mod, batch, None, problem.length, problem.keys, device=inputs.query.device)
